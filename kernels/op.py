@@ -1,0 +1,466 @@
+"""``linear_logps``: per-token log-probabilities from hidden states and the head's weight, as registered torch operators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from .backends import Call, choose_backend
+from .checks import (
+    check_cu_seqlens,
+    check_head,
+    check_ignore_index,
+    check_label_range,
+    check_labels,
+    check_outputs,
+    check_spec,
+    compute_dtype,
+)
+from .dtypes import accumulate_dtype
+from .head_grad import HeadGradient
+from .plan import core_options
+from .settings import current_settings
+from .spec import HeadSpec
+from .stats import OPTIONAL_OUTPUTS, RowStats, TokenStats
+
+_library = torch.library.Library("logitless", "DEF")
+_library.define(
+    "logps_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor head, int ignore_index, int outputs, "
+    "bool unit_dhidden, str backend, str precision, int memory_budget) -> (Tensor logps, Tensor entropy, Tensor mean_logits, "
+    "Tensor is_top1, Tensor log_sum_sq_probs, Tensor k, Tensor sum_others, Tensor log_denom, Tensor target_offset, "
+    "Tensor target_slope, Tensor unit)"
+)
+_library.define(
+    "logps_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor head, int ignore_index, Tensor k, "
+    "Tensor sum_others, Tensor log_denom, Tensor target_offset, Tensor target_slope, Tensor entropy, Tensor unit, "
+    "Tensor? grad_logps, Tensor? grad_entropy, bool[] needs, str backend, str precision, int memory_budget) "
+    "-> (Tensor dhidden, Tensor dweight, Tensor dbias)"
+)
+#: Statistics that the backward pass needs, in the order in which the operators hand them over.
+_SAVED = ("k", "sum_others", "log_denom", "target_offset", "target_slope")
+_PER_TOKEN = ("logps", *OPTIONAL_OUTPUTS, *_SAVED)
+
+
+def _bits(outputs: Iterable[str]) -> int:
+    names = set(outputs)
+    return sum(1 << i for i, name in enumerate(OPTIONAL_OUTPUTS) if name in names)
+
+
+def _names(bits: int) -> frozenset[str]:
+    return frozenset(name for i, name in enumerate(OPTIONAL_OUTPUTS) if bits >> i & 1)
+
+
+def _scored_rows(labels: Tensor, vocab: int, ignore_index: int) -> Tensor:
+    scored = labels != ignore_index
+    check_label_range(labels, scored, vocab, ignore_index)
+    return scored.nonzero()[:, 0]
+
+
+def gather_rows(hidden: Tensor, rows: Tensor) -> Tensor:
+    """``hidden[rows]``; no copy when that is all of them. hidden (P, H), rows (N,) ascending -> (N, H)."""
+    return hidden if len(rows) == len(hidden) else hidden.index_select(0, rows)
+
+
+@torch.library.impl(_library, "logps_forward", "CompositeExplicitAutograd")
+def _forward(
+    hidden: Tensor,  # (P, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor,  # (P,) int64
+    head: Tensor,  # HeadSpec.pack()
+    ignore_index: int,
+    outputs: int,
+    unit_dhidden: bool,
+    backend: str,
+    precision: str,
+    memory_budget: int,
+) -> tuple[Tensor, ...]:
+    spec = HeadSpec.unpack(head)
+    rows = _scored_rows(labels, len(weight), ignore_index)
+    acc = accumulate_dtype(hidden.dtype)
+    options = core_options(memory_budget, _names(outputs), precision, acc.itemsize)
+    chosen = choose_backend(Call(hidden.device, hidden.dtype, weight.dtype), backend)
+    with torch.autocast(hidden.device.type, enabled=False):
+        stats: RowStats = chosen.score(
+            gather_rows(hidden, rows), weight, bias, labels[rows], spec, options, unit_dhidden=unit_dhidden
+        )
+    results = []
+    for name in _PER_TOKEN:
+        value = getattr(stats, name)
+        dtype = torch.bool if name == "is_top1" else acc
+        absent = name in OPTIONAL_OUTPUTS and name not in options.outputs
+        full = torch.zeros(0 if absent else len(labels), dtype=dtype, device=hidden.device)
+        results.append(full if value is None else full.index_copy_(0, rows, value))
+    unit = stats.unit_dhidden
+    return *results, torch.empty((0, hidden.shape[1]), dtype=acc, device=hidden.device) if unit is None else unit
+
+
+@torch.library.register_fake("logitless::logps_forward")
+def _forward_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    head: Tensor,
+    ignore_index: int,
+    outputs: int,
+    unit_dhidden: bool,
+    backend: str,
+    precision: str,
+    memory_budget: int,
+) -> tuple[Tensor, ...]:
+    acc = accumulate_dtype(hidden.dtype)
+    results = []
+    for name in _PER_TOKEN:
+        size = 0 if name in OPTIONAL_OUTPUTS and name not in _names(outputs) else labels.shape[0]
+        results.append(hidden.new_empty(size, dtype=torch.bool if name == "is_top1" else acc))
+    scored = torch.library.get_ctx().new_dynamic_size() if unit_dhidden else 0
+    return *results, hidden.new_empty((scored, hidden.shape[1]), dtype=acc)
+
+
+@torch.library.impl(_library, "logps_backward", "CompositeExplicitAutograd")
+def _backward(
+    hidden: Tensor,  # (P, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor,  # (P,)
+    head: Tensor,
+    ignore_index: int,
+    k: Tensor,  # (P,), as are the next four
+    sum_others: Tensor,
+    log_denom: Tensor,
+    target_offset: Tensor,
+    target_slope: Tensor,
+    entropy: Tensor,  # (P,) or (0,)
+    unit: Tensor,  # (N, H) or (0, H): d logps / d hidden, where the forward pass made it
+    grad_logps: Tensor | None,  # (P,)
+    grad_entropy: Tensor | None,  # (P,)
+    needs: list[bool],  # of hidden, weight, bias
+    backend: str,
+    precision: str,
+    memory_budget: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    spec = HeadSpec.unpack(head)
+    rows = (labels != ignore_index).nonzero()[:, 0]
+    n, acc, deferred = len(rows), accumulate_dtype(hidden.dtype), needs[0] and not (needs[1] or needs[2])
+    options = core_options(memory_budget, frozenset(), precision, acc.itemsize)
+    chosen = choose_backend(Call(hidden.device, hidden.dtype, weight.dtype), backend)
+    c = None if grad_logps is None else grad_logps[rows].to(acc)
+    g = None if grad_entropy is None else grad_entropy[rows].to(acc)
+    empty = torch.empty(0, dtype=acc, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        dhidden = torch.empty((n, hidden.shape[1]), dtype=acc, device=hidden.device) if needs[0] else None
+        head_gradient = None
+        if needs[1] or needs[2]:
+            # every block of dW is written once here, and the upstream gradient is in it: no float32 buffer is needed
+            head_gradient = HeadGradient(weight, bias, need_weight=needs[1], need_bias=needs[2], accumulate=False)
+        recomputed = not deferred or g is not None
+        if recomputed:
+            stats = RowStats(
+                logps=empty,
+                k=k[rows],
+                sum_others=sum_others[rows],
+                log_denom=log_denom[rows],
+                target_offset=target_offset[rows],
+                target_slope=target_slope[rows] if spec.softcap is not None else None,
+                entropy=entropy[rows] if g is not None else None,
+            )
+            x = gather_rows(hidden, rows)
+            chosen.recompute_gradients(
+                x,
+                weight,
+                bias,
+                labels[rows],
+                stats,
+                None if deferred else c,
+                g,
+                spec,
+                options,
+                dhidden=dhidden,
+                head_gradient=head_gradient,
+            )
+        dh = empty
+        if needs[0]:
+            assert dhidden is not None
+            if deferred:
+                factor = torch.zeros_like(sum_others[rows]) if c is None else c
+                base = dhidden if recomputed else None
+                dh = scatter_rows(hidden, rows, unit, factor, base)
+            else:
+                dh = scatter_rows(hidden, rows, dhidden, None, None)
+        dw, db = empty, empty
+        if head_gradient is not None:
+            if head_gradient.weight is not None:
+                dw = head_gradient.weight
+            if head_gradient.bias is not None:
+                assert bias is not None
+                db = head_gradient.bias.to(bias.dtype)
+    return dh, dw, db
+
+
+def scatter_rows(hidden: Tensor, rows: Tensor, values: Tensor, factor: Tensor | None, base: Tensor | None) -> Tensor:
+    """A tensor like ``hidden`` with ``values * factor + base`` at ``rows`` and 0 elsewhere, a few rows at a time.
+
+    hidden (P, H); values, base (N, H); factor 0-dim or (N,).
+    """
+    n = len(rows)
+    out = torch.empty_like(hidden) if n == len(hidden) else torch.zeros_like(hidden)
+    step = max(1, (1 << 19) // max(1, hidden.shape[-1]))
+    for r in range(0, n, step):
+        part = values[r : r + step]
+        if factor is not None:
+            part = part * (factor if factor.dim() == 0 else factor[r : r + step, None])
+        if base is not None:
+            part = part + base[r : r + step]
+        if n == len(hidden):
+            out[r : r + step].copy_(part)
+        else:
+            out.index_copy_(0, rows[r : r + step], part.to(out.dtype))
+    return out
+
+
+@torch.library.register_fake("logitless::logps_backward")
+def _backward_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, head: Tensor, ignore_index: int, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs = rest[-4]
+    empty = hidden.new_empty(0, dtype=accumulate_dtype(hidden.dtype))
+    return (
+        torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else empty,
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else empty,
+        torch.empty_like(bias) if needs[2] and bias is not None else empty,
+    )
+
+
+@register_flop_formula(torch.ops.logitless.logps_forward, get_raw=True)
+def _forward_flops(hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, head: Any, ignore_index: int, *rest: Any, **_: Any) -> int:
+    unit_dhidden = rest[1]
+    scored = int((labels != ignore_index).sum())
+    return 2 * scored * weight.numel() * (2 if unit_dhidden else 1)
+
+
+@register_flop_formula(torch.ops.logitless.logps_backward, get_raw=True)
+def _backward_flops(hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, head: Any, ignore_index: int, *rest: Any, **_: Any) -> int:
+    grad_entropy, needs = rest[-5], rest[-4]
+    scored = int((labels != ignore_index).sum())
+    if needs[0] and not (needs[1] or needs[2]) and grad_entropy is None:
+        return 0  # deferred scale: the forward pass has done the work
+    return 2 * scored * weight.numel() * (1 + int(needs[0]) + int(needs[1]))
+
+
+class _Options(NamedTuple):
+    """Everything of a call that is not a tensor."""
+
+    ignore_index: int
+    outputs: int
+    unit_dhidden: bool
+    backend: str
+    precision: str
+    memory_budget: int
+
+
+class _LinearLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, head: Tensor, options: _Options
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        results = torch.ops.logitless.logps_forward(hidden, weight, bias, labels, head, *options)
+        logps, entropy, mean_logits, is_top1, log_sum_sq_probs, *saved, unit = results
+        ctx.options = options
+        ctx.save_for_backward(hidden, weight, bias, labels, head, *saved, entropy, unit)
+        ctx.mark_non_differentiable(mean_logits, is_top1, log_sum_sq_probs)
+        return logps, entropy, mean_logits, is_top1, log_sum_sq_probs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_logps is None and grad_entropy is None:
+            return (None,) * 6
+        hidden, weight, bias, labels, head, *saved = ctx.saved_tensors
+        options = ctx.options
+        needs = list(ctx.needs_input_grad[:3])
+        # without an entropy output its gradient cannot exist; a stray empty tensor's is dropped
+        grad_entropy = grad_entropy if options.outputs & 1 else None
+        dh, dw, db = torch.ops.logitless.logps_backward(
+            hidden,
+            weight,
+            bias,
+            labels,
+            head,
+            options.ignore_index,
+            *saved,
+            grad_logps,
+            grad_entropy,
+            needs,
+            options.backend,
+            options.precision,
+            options.memory_budget,
+        )
+        return dh if needs[0] else None, dw if needs[1] else None, db if needs[2] else None, None, None, None
+
+
+def linear_logps(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (...)
+    bias: Tensor | None = None,  # (V,)
+    head: HeadSpec | None = None,
+    outputs: str | Iterable[str] = ("logps",),
+    ignore_index: int = -100,
+) -> TokenStats:
+    """Log-probabilities of ``labels`` under ``softmax(head(hidden @ weight.T + bias))``, without the logits.
+
+    Positions whose label is ``ignore_index`` never enter a GEMM. Costs ``2*N*H*V`` FLOP for N scored tokens without
+    gradient; with a frozen head 4 in all, forward and backward; with a trained one 8. For a loss from this library use its
+    module, which needs 6.
+
+    Args:
+        hidden: hidden states, float64, float32, bfloat16 or float16.
+        weight: the head's weight, of the same dtype unless autocast is on.
+        labels: int32 or int64, already shifted (:func:`logitless.shift`).
+        bias: the head's bias.
+        head: logit scale, soft-cap and temperature; default none of them.
+        outputs: which fields of the result to compute, of :data:`logitless.OUTPUTS`.
+        ignore_index: the label of positions to leave out.
+
+    Returns:
+        TokenStats: tensors shaped like ``labels``, float32 (float64 for float64 input); ``logps`` and ``entropy`` carry
+        gradients to hidden, weight and bias.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    Example:
+        >>> x, w = torch.randn(2, 5, 16), torch.randn(100, 16)
+        >>> linear_logps(x, w, torch.randint(100, (2, 5))).logps.shape
+        torch.Size([2, 5])
+    """
+    head, wanted = check_spec(head), check_outputs(outputs)
+    check_head(hidden, weight, bias)
+    check_labels(labels, hidden)
+    check_ignore_index(ignore_index)
+    x = hidden.to(compute_dtype(hidden))
+    return token_stats(x, weight, labels, bias, head, wanted, ignore_index)
+
+
+def token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    head: HeadSpec,
+    outputs: frozenset[str],
+    ignore_index: int,
+) -> TokenStats:
+    """:func:`linear_logps` without its checks, computing in the dtype of ``hidden`` whatever that of ``weight``."""
+    current = current_settings()
+    grad = torch.is_grad_enabled()
+    frozen_head = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    options = _Options(
+        ignore_index=ignore_index,
+        outputs=_bits(outputs),
+        unit_dhidden=grad and hidden.requires_grad and frozen_head,
+        backend=current.backend,
+        precision=current.precision,
+        memory_budget=current.memory_budget,
+    )
+    flat = _LinearLogps.apply(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1).long(), head.pack(), options
+    )
+    values = {
+        name: value.view(labels.shape)
+        for name, value in zip(("logps", *OPTIONAL_OUTPUTS), flat, strict=True)
+        if name in outputs
+    }
+    return TokenStats(**values)
+
+
+def shift(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Align hidden states with the labels that they predict: ``hidden[:, :-1]``, ``labels[:, 1:]``.
+
+    Args:
+        hidden: (..., T, H).
+        labels: (..., T).
+
+    Raises:
+        ValueError: when the shapes do not match.
+
+    Example:
+        >>> x, y = shift(torch.zeros(2, 5, 16), torch.zeros(2, 5, dtype=torch.long))
+        >>> x.shape, y.shape
+        (torch.Size([2, 4, 16]), torch.Size([2, 4]))
+    """
+    if labels.dim() < 1 or hidden.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"labels must have shape {tuple(hidden.shape[:-1])} like hidden without its last dimension, got "
+            f"{tuple(labels.shape)}"
+        )
+    return hidden[..., :-1, :], labels[..., 1:]
+
+
+def sequence_logps(
+    hidden: Tensor,  # (S, T, H), or packed (N, H) with cu_seqlens
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (S, T), or packed (N,)
+    bias: Tensor | None = None,
+    head: HeadSpec | None = None,
+    *,
+    reduction: str = "sum",
+    cu_seqlens: Tensor | None = None,  # (S + 1,)
+    token_weights: Tensor | None = None,  # like labels
+    ignore_index: int = -100,
+) -> Tensor:
+    """Log-probability of each sequence: the (weighted) sum over its scored tokens, or that divided by their number.
+
+    Args:
+        hidden, weight, labels, bias, head, ignore_index: as in :func:`linear_logps`; padded ``[S, T]``, or packed with
+            ``cu_seqlens``.
+        reduction: ``"sum"`` or ``"mean"``. The mean of a sequence without scored tokens is 0.
+        cu_seqlens: for packed input, where each sequence starts and ends.
+        token_weights: weight of each token in the sum; the divisor of the mean counts tokens, whatever their weight.
+
+    Returns:
+        Tensor: (S,) float32 (float64 for float64 input), differentiable.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    Example:
+        >>> x, w = torch.randn(7, 16), torch.randn(100, 16)
+        >>> sequence_logps(x, w, torch.randint(100, (7,)), cu_seqlens=torch.tensor([0, 3, 7])).shape
+        torch.Size([2])
+    """
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
+    if token_weights is not None and token_weights.shape != labels.shape:
+        raise ValueError(f"token_weights must have shape {tuple(labels.shape)}, got {tuple(token_weights.shape)}")
+    if cu_seqlens is None and labels.dim() != 2:
+        raise ValueError(f"labels must have shape [S, T], or be packed with cu_seqlens, got {tuple(labels.shape)}")
+    if cu_seqlens is not None and labels.dim() != 1:
+        raise ValueError(f"labels must have shape [N] with cu_seqlens, got {tuple(labels.shape)}")
+    logps = linear_logps(hidden, weight, labels, bias, head, ignore_index=ignore_index).logps
+    assert logps is not None
+    scored = labels != ignore_index
+    counts = scored.to(logps.dtype)
+    if token_weights is not None:
+        logps = logps * torch.where(scored, token_weights, 0).to(logps.dtype)
+    if cu_seqlens is None:
+        sums, lengths = logps.sum(dim=-1), counts.sum(dim=-1)
+    else:
+        bounds = check_cu_seqlens(cu_seqlens, len(labels), labels.device)
+        index = sequence_index(bounds, labels.device)
+        sums = logps.new_zeros(len(bounds) - 1).index_add(0, index, logps)
+        lengths = counts.new_zeros(len(bounds) - 1).index_add(0, index, counts)
+    return sums if reduction == "sum" else sums / lengths.clamp(min=1)
+
+
+def sequence_index(bounds: list[int], device: torch.device) -> Tensor:
+    """The sequence of each packed token. bounds: S + 1 values -> (N,)."""
+    lengths = torch.tensor([b - a for a, b in zip(bounds, bounds[1:], strict=False)], dtype=torch.long)
+    return torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(device)

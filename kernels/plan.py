@@ -1,0 +1,242 @@
+"""The planner: which schedule a call runs, in which tiles, and what that costs. A pure function of shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from .dtypes import accumulate_dtype, gemm_dtype, logits_gemm_dtype, tile_dtype
+from .settings import current_settings
+from .stats import CoreOptions
+
+#: Vocabulary entries per block of logits: a block of 768 tokens fits a 32 MiB L3, and the GEMM runs at full speed.
+VOCAB_BLOCK = 8192
+_MIN_BLOCK = 256
+_CACHE_ELEMENTS = 1 << 19
+_WORKSPACE = 32 << 20
+#: float32 buffers of the element-wise pass, in elements of its cache block: the block, a second one, the soft-cap's square.
+_PASS_BUFFERS = 3
+
+FORWARD_ONLY = "forward_only"
+GRADIENT_IN_FORWARD = "gradient_in_forward"
+DEFERRED_SCALE = "deferred_scale"
+RECOMPUTE = "recompute"
+SCHEDULES = (FORWARD_ONLY, GRADIENT_IN_FORWARD, DEFERRED_SCALE, RECOMPUTE)
+
+
+def block_shape(num_tokens: int, vocab_size: int, bytes_per_element: int, workspace: int) -> tuple[int, int]:
+    """Rows and columns of a block of logits that fits ``workspace`` bytes; columns shrink before rows fall below 256."""
+    width = min(vocab_size, VOCAB_BLOCK)
+    rows = max(1, workspace // (width * bytes_per_element))
+    if rows < min(num_tokens, 256):
+        width = min(width, max(_MIN_BLOCK, workspace // (min(num_tokens, 256) * bytes_per_element)))
+        rows = max(1, workspace // (width * bytes_per_element))
+    return min(rows, max(1, num_tokens)), width
+
+
+@dataclass(frozen=True)
+class Step:
+    """Groups ``first_group:last_group`` and their tokens ``start:stop``, done by one schedule in tiles of ``rows`` tokens."""
+
+    schedule: str
+    first_group: int
+    last_group: int
+    start: int
+    stop: int
+    rows: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call would do. ``print(plan)`` says it in words.
+
+    Attributes:
+        schedule: the schedule of all steps, or ``"mixed"``.
+        steps: what happens in order; see :class:`Step`.
+        flops: of all GEMMs, forward and backward.
+        passes: ``flops / (2 * N * H * V)``.
+        extra_bytes: upper bound on what the call allocates beyond its inputs, gradients included.
+        accumulate: whether dW is collected in a float32 buffer of the weight's size.
+        options: what backends are told.
+        reason: why this schedule.
+    """
+
+    schedule: str
+    steps: tuple[Step, ...]
+    flops: int
+    passes: float
+    extra_bytes: int
+    accumulate: bool
+    options: CoreOptions
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.schedule}: {self.passes:.2f} passes of 2*N*H*V ({self.flops / 1e9:.3g} GFLOP), "
+            f"{len(self.steps)} step(s), at most {self.extra_bytes / 2**20:.1f} MiB extra; {self.reason}"
+        )
+
+
+def core_options(memory_budget: int, outputs: frozenset[str], precision: str, itemsize: int) -> CoreOptions:
+    """Split the budget: a quarter at most for the cache blocks of the element-wise pass, 32 MiB at most for logits."""
+    cache = min(_CACHE_ELEMENTS, max(256, memory_budget // (4 * _PASS_BUFFERS * itemsize)))
+    workspace = min(_WORKSPACE, max(1, memory_budget - cache * _PASS_BUFFERS * itemsize))
+    return CoreOptions(outputs, precision, workspace, cache)
+
+
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < (0 if name == "num_tokens" else 1):
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def plan(
+    *,
+    num_tokens: int,
+    hidden_size: int,
+    vocab_size: int,
+    group_sizes: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    weight_dtype: torch.dtype | None = None,
+    train_hidden: bool = True,
+    train_weight: bool = True,
+    train_bias: bool = False,
+    arbitrary_loss: bool = False,
+    margin: bool = False,
+    memory_budget: int | None = None,
+    precision: str | None = None,
+    device: str | torch.device = "cpu",
+    outputs: frozenset[str] = frozenset(),
+) -> Plan:
+    """Choose the schedule with the fewest FLOP that fits the budget.
+
+    Args:
+        num_tokens: scored tokens, N.
+        hidden_size: H.
+        vocab_size: V.
+        group_sizes: tokens of each group whose loss coefficients depend on each other (a pair for DPO, a sequence for KTO);
+            default one group of all tokens. The plan takes the largest groups first; its steps count in that order.
+        dtype: of the hidden states (the autocast dtype under autocast).
+        weight_dtype: of the head's weight; default ``dtype``.
+        train_hidden, train_weight, train_bias: which gradients are wanted.
+        arbitrary_loss: an unknown loss follows, as behind ``linear_logps``; its coefficients arrive in the backward pass.
+        margin: the loss depends on a pair only through one scalar, so a pair's gradient is known up to that scalar.
+        memory_budget, precision: default from :func:`logitless.settings`.
+        device: where the tensors live.
+        outputs: token statistics wanted besides logps.
+
+    Returns:
+        Plan: steps, FLOP and bytes.
+
+    Raises:
+        ValueError: naming the argument, when a size is not positive or the groups do not add up to ``num_tokens``.
+
+    Example:
+        >>> plan(num_tokens=768, hidden_size=1024, vocab_size=65536).schedule
+        'gradient_in_forward'
+    """
+    _check_positive(num_tokens=num_tokens, hidden_size=hidden_size, vocab_size=vocab_size)
+    current = current_settings()
+    budget = current.memory_budget if memory_budget is None else memory_budget
+    precision = current.precision if precision is None else precision
+    device = torch.device(device)
+    groups = sorted([num_tokens] if group_sizes is None else group_sizes, reverse=True)
+    if sum(groups) != num_tokens or (groups and groups[-1] < 0):
+        raise ValueError(f"group_sizes must be >= 0 and add up to num_tokens={num_tokens}, got a sum of {sum(groups)}")
+    weight_dtype = dtype if weight_dtype is None else weight_dtype
+    acc = accumulate_dtype(dtype).itemsize
+    options = core_options(budget, outputs, precision, acc)
+    needs_head = train_weight or train_bias
+    nhv, vh = 2 * num_tokens * hidden_size * vocab_size, vocab_size * hidden_size
+    row_bytes = vocab_size * tile_dtype(dtype, device).itemsize
+    overhead = options.cache_elements * _PASS_BUFFERS * acc
+    if device.type == "cuda" or logits_gemm_dtype(dtype, device, precision) != tile_dtype(dtype, device):
+        overhead += options.workspace  # the logits need a block of their own beside the tile
+    tile_budget = max(0, budget - overhead)
+
+    accumulate = False
+    tile_bytes = 0
+    whole = (Step(RECOMPUTE, 0, len(groups), 0, num_tokens, num_tokens),)
+    if not (train_hidden or needs_head):
+        steps = tuple(replace(s, schedule=FORWARD_ONLY) for s in whole)
+        passes, reason = 1.0, "no gradient is needed"
+    elif not needs_head:
+        steps = tuple(replace(s, schedule=DEFERRED_SCALE) for s in whole)
+        passes, reason = 2.0, "the head is frozen: dX is known up to one factor a row, so no tile is kept"
+    elif arbitrary_loss:
+        steps, passes = whole, 2.0 + train_hidden + train_weight
+        reason = "an arbitrary loss follows and the head is trained: the backward pass makes the logits again"
+    else:
+        # Several tiles need a float32 accumulator for dW; one tile that is no larger than it saves both.
+        spare = acc * vh if train_weight else 0
+        rows = num_tokens if num_tokens * row_bytes <= tile_budget + spare else max(1, tile_budget // row_bytes)
+        second = margin and spare <= tile_budget // 2
+        if second and sum(g > rows for g in groups) > 1:  # pairs wait for their margins in an accumulator of their own
+            rows = max(1, (tile_budget - spare) // row_bytes)
+        steps, again = _loss_steps(groups, rows, margin, second)
+        tiles = sum(-(-s.num_tokens // rows) if s.schedule == DEFERRED_SCALE else 1 for s in steps)
+        accumulate = tiles > 1
+        passes = 1.0 + train_hidden + train_weight + again / max(1, num_tokens)
+        tile_bytes = max((min(rows, s.num_tokens) * row_bytes for s in steps if s.schedule != RECOMPUTE), default=0)
+        if again:
+            reason = f"{again} tokens are in groups of more than the {rows} that a tile holds; their logits are made twice"
+        elif steps[0].schedule == DEFERRED_SCALE:
+            reason = f"a pair exceeds a tile of {rows} tokens; its gradient is scaled once its margin is known"
+        else:
+            reason = f"every group fits a tile of {rows} tokens, so the gradients are made in the forward pass"
+    if weight_dtype == torch.float16:  # unscaled fp16 gradients would underflow before the loss scale arrives
+        accumulate = accumulate or needs_head
+    names = {s.schedule for s in steps}
+    extra = max(budget, tile_bytes + overhead) + num_tokens * (hidden_size * (8 if acc == 4 else 24) + 64)
+    if gemm_dtype(dtype, device) != dtype:  # operands are widened: the rows at once, the weight block by block
+        extra += (num_tokens + min(vocab_size, VOCAB_BLOCK)) * hidden_size * 4
+    if train_weight:
+        extra += vh * ((acc if accumulate else 0) + weight_dtype.itemsize)
+        if sum(s.schedule == DEFERRED_SCALE for s in steps) > 1:
+            extra += max(0, acc * vh - tile_budget)
+    if train_bias:
+        extra += 3 * acc * vocab_size
+    return Plan(
+        schedule=names.pop() if len(names) == 1 else "mixed",
+        steps=steps,
+        flops=int(passes * nhv),
+        passes=passes,
+        extra_bytes=extra,
+        accumulate=accumulate,
+        options=options,
+        reason=reason,
+    )
+
+
+def _loss_steps(groups: list[int], rows: int, margin: bool, second: bool) -> tuple[tuple[Step, ...], int]:
+    """Bin groups (largest first) into tiles. Returns the steps and the tokens whose logits are made twice.
+
+    A group larger than a tile is deferred when its loss has a margin: the first one into the main accumulator, before
+    anything else is there, the others into a second one if that fits. What is left is recomputed, all together.
+    """
+    big = sum(g > rows for g in groups)
+    deferred = (big if second else min(big, 1)) if margin else 0
+    steps = []
+    start = 0
+    for i in range(deferred):
+        steps.append(Step(DEFERRED_SCALE, i, i + 1, start, start + groups[i], rows))
+        start += groups[i]
+    again = sum(groups[deferred:big])
+    if again:
+        steps.append(Step(RECOMPUTE, deferred, big, start, start + again, rows))
+        start += again
+    first = big
+    while first < len(groups):
+        last, stop = first, start
+        while last < len(groups) and stop + groups[last] - start <= rows:
+            stop += groups[last]
+            last += 1
+        steps.append(Step(GRADIENT_IN_FORWARD, first, last, start, stop, rows))
+        first, start = last, stop
+    return tuple(steps or [Step(GRADIENT_IN_FORWARD, 0, 0, 0, 0, rows)]), again

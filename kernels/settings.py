@@ -1,0 +1,72 @@
+"""Settings that hold for a block of code: memory budget, backend, precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+
+#: Tile budget when the user sets none. 512 MiB keeps more than 1700 rows of a 152k vocabulary in bf16.
+DEFAULT_MEMORY_BUDGET = 512 << 20
+PRECISIONS = ("auto", "match", "float32")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """See :func:`settings` for what each field means."""
+
+    memory_budget: int = DEFAULT_MEMORY_BUDGET
+    backend: str = "auto"
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.memory_budget, bool) or not isinstance(self.memory_budget, int):
+            raise TypeError(f"memory_budget must be an int (bytes), got {self.memory_budget!r}")
+        if self.memory_budget <= 0:
+            raise ValueError(f"memory_budget must be > 0 bytes, got {self.memory_budget}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
+        if not isinstance(self.backend, str):
+            raise TypeError(f"backend must be a string, got {self.backend!r}")
+
+
+_current: ContextVar[Settings] = ContextVar("logitless_settings", default=Settings())
+
+
+def current_settings() -> Settings:
+    """The settings in force here."""
+    return _current.get()
+
+
+@contextmanager
+def settings(
+    *, memory_budget: int | None = None, backend: str | None = None, precision: str | None = None
+) -> Iterator[Settings]:
+    """Set the memory budget, backend or precision for a block of code; what is not given stays as it is.
+
+    Args:
+        memory_budget: bytes that the tiles of one call may take (default 512 MiB).
+        backend: ``"auto"`` (the first that can serve the call) or the name of a registered backend.
+        precision: of the logits. ``"auto"`` keeps them in float32 where the hardware makes that cheap; ``"match"`` rounds
+            them to the model's dtype, to match an inference engine; ``"float32"`` keeps them in float32 whatever it costs.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    Example:
+        >>> with settings(memory_budget=64 << 20) as s:
+        ...     s.memory_budget
+        67108864
+    """
+    given = {"memory_budget": memory_budget, "backend": backend, "precision": precision}
+    new = replace(current_settings(), **{k: v for k, v in given.items() if v is not None})
+    if new.backend != "auto":
+        from .backends import get_backend
+
+        get_backend(new.backend)
+    token = _current.set(new)
+    try:
+        yield new
+    finally:
+        _current.reset(token)
