@@ -121,5 +121,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int, device: torch.device) 
     values = cu_seqlens.tolist()
     if values[0] != 0 or values[-1] != num_tokens or any(a > b for a, b in zip(values, values[1:], strict=False)):
         shown = values if len(values) <= 8 else [*values[:4], "...", *values[-3:]]
-        raise ValueError(f"cu_seqlens must start at 0, never fall, and end at the token count {num_tokens}, got {shown}")
+        raise ValueError(
+            f"cu_seqlens must start at 0, never fall, and end at the token count {num_tokens}, got {shown}"
+        )
     return values

@@ -61,9 +61,9 @@ def _scored_rows(labels: Tensor, vocab: int, ignore_index: int) -> Tensor:
     return scored.nonzero()[:, 0]
 
 
-def gather_rows(hidden: Tensor, rows: Tensor) -> Tensor:
-    """``hidden[rows]``; no copy when that is all of them. hidden (P, H), rows (N,) ascending -> (N, H)."""
-    return hidden if len(rows) == len(hidden) else hidden.index_select(0, rows)
+def gather_rows(hidden: Tensor, rows: Tensor, in_order: bool = True) -> Tensor:
+    """``hidden[rows]``; no copy when that is all of them ``in_order``. hidden (P, H), rows (N,) -> (N, H)."""
+    return hidden if in_order and len(rows) == len(hidden) else hidden.index_select(0, rows)
 
 
 @torch.library.impl(_library, "logps_forward", "CompositeExplicitAutograd")
@@ -189,10 +189,9 @@ def _backward(
             assert dhidden is not None
             if deferred:
                 factor = torch.zeros_like(sum_others[rows]) if c is None else c
-                base = dhidden if recomputed else None
-                dh = scatter_rows(hidden, rows, unit, factor, base)
+                dh = scatter_rows(hidden.shape, hidden.dtype, rows, unit, factor, dhidden if recomputed else None)
             else:
-                dh = scatter_rows(hidden, rows, dhidden, None, None)
+                dh = scatter_rows(hidden.shape, hidden.dtype, rows, dhidden)
         dw, db = empty, empty
         if head_gradient is not None:
             if head_gradient.weight is not None:
@@ -203,24 +202,31 @@ def _backward(
     return dh, dw, db
 
 
-def scatter_rows(hidden: Tensor, rows: Tensor, values: Tensor, factor: Tensor | None, base: Tensor | None) -> Tensor:
-    """A tensor like ``hidden`` with ``values * factor + base`` at ``rows`` and 0 elsewhere, a few rows at a time.
+def scatter_rows(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    rows: Tensor,
+    values: Tensor,
+    factor: Tensor | None = None,
+    base: Tensor | None = None,
+    distinct: bool = True,
+) -> Tensor:
+    """A tensor of that shape (P, H) with ``values * factor + base`` at ``rows`` and 0 elsewhere, made a few rows at a time.
 
-    hidden (P, H); values, base (N, H); factor 0-dim or (N,).
+    rows (N,); unless they are ``distinct``, the values of one that comes up twice add up. values, base (N, H); factor 0-dim
+    or (N,).
     """
-    n = len(rows)
-    out = torch.empty_like(hidden) if n == len(hidden) else torch.zeros_like(hidden)
-    step = max(1, (1 << 19) // max(1, hidden.shape[-1]))
+    n, width = values.shape
+    out = torch.zeros(shape, dtype=dtype, device=values.device)
+    step = max(1, (1 << 19) // max(1, width))
     for r in range(0, n, step):
         part = values[r : r + step]
         if factor is not None:
             part = part * (factor if factor.dim() == 0 else factor[r : r + step, None])
         if base is not None:
             part = part + base[r : r + step]
-        if n == len(hidden):
-            out[r : r + step].copy_(part)
-        else:
-            out.index_copy_(0, rows[r : r + step], part.to(out.dtype))
+        put = out.index_copy_ if distinct else out.index_add_
+        put(0, rows[r : r + step], part.to(dtype))
     return out
 
 
@@ -238,14 +244,18 @@ def _backward_fake(
 
 
 @register_flop_formula(torch.ops.logitless.logps_forward, get_raw=True)
-def _forward_flops(hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, head: Any, ignore_index: int, *rest: Any, **_: Any) -> int:
+def _forward_flops(
+    hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, head: Any, ignore_index: int, *rest: Any, **_: Any
+) -> int:
     unit_dhidden = rest[1]
     scored = int((labels != ignore_index).sum())
     return 2 * scored * weight.numel() * (2 if unit_dhidden else 1)
 
 
 @register_flop_formula(torch.ops.logitless.logps_backward, get_raw=True)
-def _backward_flops(hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, head: Any, ignore_index: int, *rest: Any, **_: Any) -> int:
+def _backward_flops(
+    hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, head: Any, ignore_index: int, *rest: Any, **_: Any
+) -> int:
     grad_entropy, needs = rest[-5], rest[-4]
     scored = int((labels != ignore_index).sum())
     if needs[0] and not (needs[1] or needs[2]) and grad_entropy is None:
@@ -279,7 +289,9 @@ class _LinearLogps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, *_: Any
+    ) -> tuple[Tensor | None, ...]:
         if grad_logps is None and grad_entropy is None:
             return (None,) * 6
         hidden, weight, bias, labels, head, *saved = ctx.saved_tensors

@@ -60,7 +60,7 @@ class Plan:
         schedule: the schedule of all steps, or ``"mixed"``.
         steps: what happens in order; see :class:`Step`.
         flops: of all GEMMs, forward and backward.
-        passes: ``flops / (2 * N * H * V)``.
+        passes: ``flops / (N * H * V)``: each GEMM of the head's size counts 2, so 6 is one forward and one backward pass.
         extra_bytes: upper bound on what the call allocates beyond its inputs, gradients included.
         accumulate: whether dW is collected in a float32 buffer of the weight's size.
         options: what backends are told.
@@ -78,7 +78,7 @@ class Plan:
 
     def __str__(self) -> str:
         return (
-            f"{self.schedule}: {self.passes:.2f} passes of 2*N*H*V ({self.flops / 1e9:.3g} GFLOP), "
+            f"{self.schedule}: {self.passes:.2f}*N*H*V FLOP ({self.flops / 1e9:.3g} GFLOP), "
             f"{len(self.steps)} step(s), at most {self.extra_bytes / 2**20:.1f} MiB extra; {self.reason}"
         )
 
@@ -153,7 +153,7 @@ def plan(
     acc = accumulate_dtype(dtype).itemsize
     options = core_options(budget, outputs, precision, acc)
     needs_head = train_weight or train_bias
-    nhv, vh = 2 * num_tokens * hidden_size * vocab_size, vocab_size * hidden_size
+    vh = vocab_size * hidden_size
     row_bytes = vocab_size * tile_dtype(dtype, device).itemsize
     overhead = options.cache_elements * _PASS_BUFFERS * acc
     if device.type == "cuda" or logits_gemm_dtype(dtype, device, precision) != tile_dtype(dtype, device):
@@ -165,12 +165,12 @@ def plan(
     whole = (Step(RECOMPUTE, 0, len(groups), 0, num_tokens, num_tokens),)
     if not (train_hidden or needs_head):
         steps = tuple(replace(s, schedule=FORWARD_ONLY) for s in whole)
-        passes, reason = 1.0, "no gradient is needed"
+        passes, reason = 2.0, "no gradient is needed"
     elif not needs_head:
         steps = tuple(replace(s, schedule=DEFERRED_SCALE) for s in whole)
-        passes, reason = 2.0, "the head is frozen: dX is known up to one factor a row, so no tile is kept"
+        passes, reason = 4.0, "the head is frozen: dX is known up to one factor a row, so no tile is kept"
     elif arbitrary_loss:
-        steps, passes = whole, 2.0 + train_hidden + train_weight
+        steps, passes = whole, 4.0 + 2 * (train_hidden + train_weight)
         reason = "an arbitrary loss follows and the head is trained: the backward pass makes the logits again"
     else:
         # Several tiles need a float32 accumulator for dW; one tile that is no larger than it saves both.
@@ -182,10 +182,12 @@ def plan(
         steps, again = _loss_steps(groups, rows, margin, second)
         tiles = sum(-(-s.num_tokens // rows) if s.schedule == DEFERRED_SCALE else 1 for s in steps)
         accumulate = tiles > 1
-        passes = 1.0 + train_hidden + train_weight + again / max(1, num_tokens)
+        passes = 2.0 + 2 * (train_hidden + train_weight) + 2 * again / max(1, num_tokens)
         tile_bytes = max((min(rows, s.num_tokens) * row_bytes for s in steps if s.schedule != RECOMPUTE), default=0)
         if again:
-            reason = f"{again} tokens are in groups of more than the {rows} that a tile holds; their logits are made twice"
+            reason = (
+                f"{again} tokens are in groups of more than the {rows} that a tile holds; their logits are made twice"
+            )
         elif steps[0].schedule == DEFERRED_SCALE:
             reason = f"a pair exceeds a tile of {rows} tokens; its gradient is scaled once its margin is known"
         else:
@@ -205,7 +207,7 @@ def plan(
     return Plan(
         schedule=names.pop() if len(names) == 1 else "mixed",
         steps=steps,
-        flops=int(passes * nhv),
+        flops=round(passes * num_tokens * vh),
         passes=passes,
         extra_bytes=extra,
         accumulate=accumulate,

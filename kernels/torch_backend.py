@@ -268,21 +268,23 @@ def score(
     unit_dhidden: bool = False,
 ) -> RowStats:
     """One pass over the logits: ``2 * N * H * V`` FLOP, twice that with ``unit_dhidden``."""
-    if tile is not None:
-        return _score_rows(x, weight, bias, labels, head, options, min(VOCAB_BLOCK, len(weight)), tile, False)
-    size = logits_gemm_dtype(x.dtype, x.device, options.precision).itemsize * (2 if unit_dhidden else 1)
-    rows, width = block_shape(len(x), len(weight), max(size, 4 if x.is_cuda else size), options.workspace)
-    chunks = [
-        _score_rows(x[r0:r1], weight, bias, labels[r0:r1], head, options, width, None, unit_dhidden)
-        for r0, r1 in _blocks(max(1, len(x)), rows)
-    ]
-    if len(chunks) == 1:
-        return chunks[0]
-    fields = {}
-    for name in RowStats.__dataclass_fields__:
-        column = [getattr(c, name) for c in chunks]
-        fields[name] = None if column[0] is None else torch.cat(column)
-    return RowStats(**fields)
+    # One partition for all modes: a GEMM's rounding may depend on its shape, and a token's logps must not depend on whether
+    # its gradient is wanted (identical policy and reference give exactly ln 2).
+    size = 4 if x.is_cuda else logits_gemm_dtype(x.dtype, x.device, options.precision).itemsize
+    rows, width = block_shape(len(x), len(weight), 2 * size, options.workspace)
+    dhidden = None
+    if unit_dhidden:
+        dhidden = torch.zeros(x.shape, dtype=accumulate_dtype(x.dtype), device=x.device)
+    chunks = []
+    for r0, r1 in _blocks(max(1, len(x)), rows):
+        rows_of_tile = None if tile is None else tile[r0:r1]
+        rows_of_dhidden = None if dhidden is None else dhidden[r0:r1]
+        chunks.append(
+            _score_rows(x[r0:r1], weight, bias, labels[r0:r1], head, options, width, rows_of_tile, rows_of_dhidden)
+        )
+    stats = RowStats.cat(chunks)
+    stats.unit_dhidden = dhidden
+    return stats
 
 
 def _score_rows(
@@ -293,8 +295,8 @@ def _score_rows(
     head: HeadSpec,
     options: CoreOptions,
     width: int,
-    tile: Tensor | None,
-    unit_dhidden: bool,
+    tile: Tensor | None,  # (N, V), written
+    dhidden: Tensor | None,  # (N, H) zeros, gets d logps / d hidden
 ) -> RowStats:
     n, vocab = len(x), len(weight)
     logits = _Logits(x, weight, bias, options.precision)
@@ -303,9 +305,8 @@ def _score_rows(
     in_tile = tile is not None and tile.dtype == logits.dtype
     scratch = None if in_tile else torch.empty((n, width), dtype=logits.dtype, device=x.device)
     g_block = None
-    if unit_dhidden and (logits.dtype != grad_dtype or grad_dtype == torch.float16):
+    if dhidden is not None and (logits.dtype != grad_dtype or grad_dtype == torch.float16):
         g_block = torch.empty((n, width), dtype=_g_dtype(grad_dtype), device=x.device)
-    dhidden = torch.zeros(x.shape, dtype=logits.acc, device=x.device) if unit_dhidden else None
     running = k
     parts: list[_BlockSums] = []
     for v0, v1 in _blocks(vocab, width):
@@ -336,7 +337,6 @@ def _score_rows(
         for r0, r1 in _blocks(n, max(1, _ROW_ELEMENTS // max(1, x.shape[1]))):
             w_y = weight.index_select(0, labels[r0:r1]).to(x.dtype)
             dhidden[r0:r1].sub_(w_y * at_target[r0:r1, None]).mul_(scale[r0:r1, None])
-        stats.unit_dhidden = dhidden
     if tile is not None:
         _finish_tile(tile, stats, factors, labels, width)
     return stats
@@ -391,7 +391,9 @@ def tile_gradients(
     spans = [(0, vocab)] if whole else list(_blocks(vocab, VOCAB_BLOCK))
     if dhidden is not None:
         if whole and not x.is_cuda:
-            dhidden.copy_(torch.mm(tile, weight)) if tile.dtype != dhidden.dtype else torch.mm(tile, weight, out=dhidden)
+            dhidden.copy_(torch.mm(tile, weight)) if tile.dtype != dhidden.dtype else torch.mm(
+                tile, weight, out=dhidden
+            )
         else:
             dhidden.zero_()
             for v0, v1 in spans:
@@ -483,7 +485,9 @@ def recompute_gradients(
                 column = column.clamp_(0, span - 1)
                 z.scatter_(1, column, torch.where(inside, at_target[here, None], z.gather(1, column)))
                 if head_gradient is not None and head_gradient.bias is not None:
-                    head_gradient.bias[v0:v1].addmv_(z.t().to(head_gradient.acc), bias_scale[here].to(head_gradient.acc))
+                    head_gradient.bias[v0:v1].addmv_(
+                        z.t().to(head_gradient.acc), bias_scale[here].to(head_gradient.acc)
+                    )
                 if normal_scale is not None:
                     z.mul_(normal_scale[here, None])
                 g[s0:s1].copy_(z)

@@ -1,5 +1,21 @@
 """logitless: log-probabilities and preference losses straight from hidden states and the lm-head weight, without logits."""
 
+from logitless.fused.batch import Loss, LossResult, Pairs, Sequences
+from logitless.fused.losses.dpo import DPO_LOSSES
+from logitless.fused.losses.kto import KTO_LOSSES
+from logitless.fused.losses.simple import CPO_LOSSES
+from logitless.fused.modules import FusedLinearLoss, KTOOutput, PreferenceOutput
+from logitless.fused.preference import (
+    FusedLinearCPOLoss,
+    FusedLinearDPOLoss,
+    FusedLinearIPOLoss,
+    FusedLinearKTOLoss,
+    FusedLinearMultiObjectiveLoss,
+    FusedLinearORPOLoss,
+    FusedLinearSimPOLoss,
+    MultiObjectiveOutput,
+    Objective,
+)
 from logitless.kernels.backends import available_backends, register_backend
 from logitless.kernels.op import linear_logps, sequence_logps, shift
 from logitless.kernels.plan import Plan, plan
@@ -9,3 +25,39 @@ from logitless.kernels.spec import HeadSpec
 from logitless.kernels.stats import OUTPUTS, TokenStats
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "CPO_LOSSES",
+    "DPO_LOSSES",
+    "KTO_LOSSES",
+    "OUTPUTS",
+    "FusedLinearCPOLoss",
+    "FusedLinearDPOLoss",
+    "FusedLinearIPOLoss",
+    "FusedLinearKTOLoss",
+    "FusedLinearLoss",
+    "FusedLinearMultiObjectiveLoss",
+    "FusedLinearORPOLoss",
+    "FusedLinearSimPOLoss",
+    "HeadSpec",
+    "KTOOutput",
+    "Loss",
+    "LossResult",
+    "MultiObjectiveOutput",
+    "Objective",
+    "Pairs",
+    "Plan",
+    "PreferenceOutput",
+    "Sequences",
+    "Settings",
+    "TokenStats",
+    "available_backends",
+    "current_settings",
+    "linear_logps",
+    "plan",
+    "reference_logps",
+    "register_backend",
+    "sequence_logps",
+    "settings",
+    "shift",
+]

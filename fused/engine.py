@@ -1,0 +1,509 @@
+"""The engine: runs any loss over the log-prob core, by the schedule that the planner chose.
+
+A step scores the tokens of some groups, asks the loss for one coefficient a token (``c = dLoss / dlogps``, by autograd on
+small tensors), and turns the finished gradient tile into ``dX`` and ``dW``. The order of these three is the schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from logitless.kernels.backends import Backend, Call, choose_backend
+from logitless.kernels.dtypes import accumulate_dtype, tile_dtype
+from logitless.kernels.head_grad import HeadGradient, scaled_to_dtype
+from logitless.kernels.op import gather_rows, scatter_rows
+from logitless.kernels.plan import DEFERRED_SCALE, FORWARD_ONLY, RECOMPUTE, Plan, Step, plan
+from logitless.kernels.settings import current_settings
+from logitless.kernels.spec import HeadSpec
+from logitless.kernels.stats import RowStats
+
+from .batch import Loss, LossResult, Pairs, Sequences, Totals
+from .entries import Entries
+
+
+@dataclass(frozen=True)
+class Term:
+    """One objective over some of the batch's sequences.
+
+    Attributes:
+        loss: the loss.
+        sequences: which sequences; for pair losses the chosen ones, then the rejected ones.
+        weight: factor of this term in the sum.
+        inputs: tensors with one value a sequence of this term, or one for all; ``ref_logps`` among the former.
+    """
+
+    loss: Loss
+    sequences: tuple[int, ...]
+    weight: float = 1.0
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def groups(self) -> list[list[int]]:
+        s = self.sequences
+        if self.loss.group == "sequence":
+            return [[i] for i in s]
+        half = len(s) // 2
+        pairs = [[s[i], s[half + i]] for i in range(half)]
+        return pairs if self.loss.group == "pair" else [[i for pair in pairs for i in pair]]
+
+    @property
+    def num_units(self) -> int:
+        """What the loss averages over: sequences, or pairs."""
+        return len(self.sequences) if self.loss.group == "sequence" else len(self.sequences) // 2
+
+
+@dataclass
+class Reference:
+    """Hidden states and head of the reference model, scored forward-only in the same tiles. hidden (P, H')."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass
+class Job:
+    """All of a call but the differentiable tensors."""
+
+    entries: Entries
+    terms: Sequence[Term]
+    head: HeadSpec
+    reference: Reference | None
+    outputs: frozenset[str]  # token statistics for metrics
+
+
+@dataclass
+class Report:
+    """What came of a call besides the loss; detached. S sequences, N tokens in the order of the entries."""
+
+    plan: Plan
+    logps: Tensor  # (S,)
+    lengths: Tensor  # (S,)
+    ref_logps: Tensor | None  # (S,), where the reference was scored here
+    results: list[LossResult]  # one a term, in the order of its groups
+    tokens: dict[str, Tensor]  # (N,) each
+
+
+def run(
+    job: Job, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, report_only: bool = False
+) -> tuple[Tensor, Report]:
+    """The loss of a job (0-dim, differentiable in hidden (P, H), weight (V, H) and bias (V,)) and its report."""
+    grads = torch.is_grad_enabled() and not report_only
+    needs = tuple(grads and t is not None and t.requires_grad for t in (hidden, weight, bias))
+    box: list[Report] = []
+    loss = _FusedLoss.apply(hidden, weight, bias, job, needs, box)
+    return loss, box[0]
+
+
+class _Evaluation:
+    """Evaluates the terms on the sequences of one step and keeps the results."""
+
+    def __init__(self, job: Job, num_sequences: int, wide: torch.dtype, device: torch.device) -> None:
+        self.job, self.wide, self.device = job, wide, device
+        entries = job.entries
+        self.loss = torch.zeros((), dtype=wide, device=device)
+        self.logps = torch.zeros(num_sequences, dtype=wide, device=device)
+        self.lengths = torch.zeros(num_sequences, dtype=wide, device=device)
+        self.ref_logps = torch.zeros_like(self.logps) if job.reference is not None else None
+        self.parts: list[list[tuple[list[int], LossResult]]] = [[] for _ in job.terms]
+        self.confidence = any(t.loss.uses_confidence for t in job.terms)
+        nll_sizes = entries.sequence_sizes
+        if entries.nll is not None:
+            nll_sizes = torch.bincount(entries.sequences[entries.nll], minlength=num_sequences).tolist()
+        self.totals = []
+        self.index_of_group: list[dict[int, int]] = []
+        for term in job.terms:
+            unit_leaders = term.sequences[: term.num_units]
+            counting = term.sequences if term.loss.group == "sequence" else unit_leaders
+            self.totals.append(Totals(term.num_units, sum(nll_sizes[s] for s in counting)))
+            self.index_of_group.append({s: i for i, s in enumerate(unit_leaders)})
+
+    def coefficients(
+        self, step: Step, stats: RowStats, ref_token_logps: Tensor | None, needs_grad: bool
+    ) -> Tensor | None:
+        """dLoss / dlogps of the step's tokens (n,); adds the step's share to the loss."""
+        entries, span = self.job.entries, slice(step.start, step.stop)
+        sequences = [s for group in entries.groups[step.first_group : step.last_group] for s in group]
+        sizes = torch.tensor([entries.sequence_sizes[s] for s in sequences], device=self.device)
+
+        def sums(values: Tensor) -> Tensor:
+            # tokens of a sequence are neighbours, so this adds in a fixed order on every device
+            if len(sequences) == 0:
+                return values.new_zeros(0)
+            return torch.segment_reduce(values, "sum", lengths=sizes, initial=0)
+
+        def part(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[span]
+
+        counted, nll, weights = part(entries.counted), part(entries.nll), part(entries.weights)
+        factor = None if counted is None else counted.to(self.wide)
+        if weights is not None:
+            factor = weights.to(self.wide) if factor is None else factor * weights.to(self.wide)
+        with torch.enable_grad():
+            leaf = stats.logps.to(self.wide).requires_grad_(needs_grad)
+            logps = sums(leaf if factor is None else leaf * factor)
+            nll_sums = sums(-leaf if nll is None else torch.where(nll, -leaf, 0))
+            lengths = sums(torch.ones_like(leaf) if counted is None else counted.to(self.wide)).detach()
+            ref = None
+            if ref_token_logps is not None:
+                wide_ref = ref_token_logps.to(self.wide)
+                ref = sums(wide_ref if factor is None else wide_ref * factor)
+            confidence = None
+            if self.confidence:
+                assert stats.log_sum_sq_probs is not None
+                aligned = leaf.detach() - stats.log_sum_sq_probs.to(self.wide)
+                aligned = aligned if counted is None else torch.where(counted, aligned, 0)
+                confidence = sums(aligned) / lengths.clamp(min=1)
+            total = self._terms(sequences, logps, lengths, nll_sums, ref, confidence)
+            gradient = None
+            if needs_grad:
+                (gradient,) = torch.autograd.grad(total, leaf, allow_unused=True)
+                gradient = torch.zeros_like(leaf) if gradient is None else gradient
+        index = torch.tensor(sequences, dtype=torch.long, device=self.device)
+        self.logps[index] = logps.detach()
+        self.lengths[index] = lengths
+        if ref is not None and self.ref_logps is not None:
+            self.ref_logps[index] = ref
+        self.loss += total.detach()
+        return None if gradient is None else gradient.to(stats.logps.dtype)
+
+    def _terms(
+        self,
+        sequences: list[int],
+        logps: Tensor,
+        lengths: Tensor,
+        nll_sums: Tensor,
+        ref: Tensor | None,
+        confidence: Tensor | None,
+    ) -> Tensor:
+        local = {s: i for i, s in enumerate(sequences)}
+        total = logps.sum() * 0
+        for number, term in enumerate(self.job.terms):
+            leaders = self.index_of_group[number]
+            units = sorted(leaders[s] for s in sequences if s in leaders)
+            if not units:
+                continue
+            members = units if term.loss.group == "sequence" else units + [u + term.num_units for u in units]
+            here = torch.tensor([local[term.sequences[m]] for m in members], device=self.device)
+            there = torch.tensor(members, device=self.device)
+            inputs = {
+                name: (value[there] if value.dim() == 1 and len(value) == len(term.sequences) else value)
+                for name, value in term.inputs.items()
+            }
+            inputs = {n: v.to(self.wide) if v.is_floating_point() else v for n, v in inputs.items()}
+            kind = Sequences if term.loss.group == "sequence" else Pairs
+            batch = kind(
+                logps=logps[here],
+                lengths=lengths[here],
+                nll_sums=nll_sums[here],
+                ref_logps=inputs.pop("ref_logps", None if ref is None else ref[here]),
+                confidence=None if confidence is None else confidence[here],
+                inputs=inputs,
+                totals=self.totals[number],
+            )
+            result = term.loss(batch)
+            if tuple(result.losses.shape) != (len(units),):
+                raise ValueError(
+                    f"the loss function returned losses of shape {tuple(result.losses.shape)}; it must return one loss a "
+                    f"{'sequence' if term.loss.group == 'sequence' else 'pair'}: ({len(units)},)"
+                )
+            total = total + result.losses.sum() * (term.weight / term.num_units)
+            self.parts[number].append((units, _detached(result)))
+        return total
+
+    def results(self) -> list[LossResult]:
+        """The results of each term, with its units back in the caller's order."""
+        return [_in_order(parts, self.wide, self.device) for parts in self.parts]
+
+
+def _detached(result: LossResult) -> LossResult:
+    def d(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.detach()
+
+    return LossResult(
+        result.losses.detach(),
+        d(result.chosen_rewards),
+        d(result.rejected_rewards),
+        {k: v.detach() for k, v in result.metrics.items()},
+    )
+
+
+def _in_order(parts: list[tuple[list[int], LossResult]], dtype: torch.dtype, device: torch.device) -> LossResult:
+    if not parts:
+        return LossResult(torch.zeros(0, dtype=dtype, device=device))
+    inverse = torch.argsort(torch.tensor([u for units, _ in parts for u in units], device=device))
+
+    def gather(values: list[Tensor | None]) -> Tensor | None:
+        present = [v for v in values if v is not None]
+        return torch.cat(present)[inverse] if present else None
+
+    results = [r for _, r in parts]
+    losses = gather([r.losses for r in results])
+    assert losses is not None
+    metrics = {name: torch.cat([r.metrics[name] for r in results])[inverse] for name in results[0].metrics}
+    return LossResult(
+        losses, gather([r.chosen_rewards for r in results]), gather([r.rejected_rewards for r in results]), metrics
+    )
+
+
+class _Runner:
+    """Carries out the steps of a plan."""
+
+    def __init__(
+        self,
+        job: Job,
+        the_plan: Plan,
+        backend: Backend,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        needs: tuple[bool, bool, bool],
+    ) -> None:
+        self.job, self.plan, self.backend = job, the_plan, backend
+        self.hidden, self.weight, self.bias, self.needs = hidden, weight, bias, needs
+        acc = accumulate_dtype(hidden.dtype)
+        wide = acc if hidden.device.type == "mps" else torch.float64
+        self.evaluation = _Evaluation(job, len(job.entries.sequence_sizes), wide, hidden.device)
+        n = len(job.entries.rows)
+        self.dhidden = torch.empty((n, hidden.shape[1]), dtype=acc, device=hidden.device) if needs[0] else None
+        self.head_gradient = self._new_head_gradient() if needs[1] or needs[2] else None
+        self.second: HeadGradient | None = None
+        self.fresh = True  # nothing is in head_gradient yet
+        self.tokens: dict[str, Tensor] = {
+            name: torch.empty(n, dtype=torch.bool if name == "is_top1" else acc, device=hidden.device)
+            for name in job.outputs
+        }
+
+    def _new_head_gradient(self) -> HeadGradient:
+        return HeadGradient(
+            self.weight,
+            self.bias,
+            need_weight=self.needs[1],
+            need_bias=self.needs[2],
+            accumulate=self.plan.accumulate,
+        )
+
+    def run(self) -> None:
+        for step in self.plan.steps:
+            if step.schedule == FORWARD_ONLY:
+                self._forward_only(step)
+            elif step.schedule == RECOMPUTE:
+                self._recompute(step)
+            elif step.schedule == DEFERRED_SCALE and self.head_gradient is None:
+                self._deferred_rows(step)
+            elif step.schedule == DEFERRED_SCALE:
+                self._deferred_margin(step)
+            else:
+                self._gradient_in_forward(step)
+            self.fresh = False
+
+    def _score(self, start: int, stop: int, x: Tensor, **kwargs: Any) -> RowStats:
+        stats: RowStats = self.backend.score(
+            x, self.weight, self.bias, self.job.entries.labels[start:stop], self.job.head, self.plan.options, **kwargs
+        )
+        for name, values in self.tokens.items():
+            values[start:stop] = getattr(stats, name)
+        return stats
+
+    def _reference(self, start: int, stop: int) -> Tensor | None:
+        ref = self.job.reference
+        if ref is None:
+            return None
+        entries = self.job.entries
+        x = gather_rows(ref.hidden, entries.rows[start:stop], in_order=False)
+        options = self.plan.options.without_outputs()
+        stats = self.backend.score(x, ref.weight, ref.bias, entries.labels[start:stop], self.job.head, options)
+        return stats.logps
+
+    def _x(self, start: int, stop: int) -> Tensor:
+        return gather_rows(self.hidden, self.job.entries.rows[start:stop], in_order=False)
+
+    def _dhidden(self, start: int, stop: int) -> Tensor | None:
+        return None if self.dhidden is None else self.dhidden[start:stop]
+
+    def _tile(self, rows: int) -> Tensor:
+        dtype = tile_dtype(self.hidden.dtype, self.hidden.device)
+        return torch.empty((rows, len(self.weight)), dtype=dtype, device=self.hidden.device)
+
+    def _forward_only(self, step: Step) -> None:
+        stats = self._score(step.start, step.stop, self._x(step.start, step.stop))
+        self.evaluation.coefficients(step, stats, self._reference(step.start, step.stop), False)
+
+    def _deferred_rows(self, step: Step) -> None:
+        """Frozen head: dX up to one factor a row needs no tile; the factor comes once the loss is known."""
+        stats = self._score(step.start, step.stop, self._x(step.start, step.stop), unit_dhidden=True)
+        c = self.evaluation.coefficients(step, stats, self._reference(step.start, step.stop), True)
+        assert c is not None and stats.unit_dhidden is not None
+        self.dhidden = stats.unit_dhidden.mul_(c[:, None])
+
+    def _gradient_in_forward(self, step: Step) -> None:
+        x, tile = self._x(step.start, step.stop), self._tile(step.num_tokens)
+        stats = self._score(step.start, step.stop, x, tile=tile)
+        c = self.evaluation.coefficients(step, stats, self._reference(step.start, step.stop), True)
+        self.backend.tile_gradients(
+            x,
+            self.weight,
+            tile,
+            stats,
+            c,
+            self.job.head,
+            dhidden=self._dhidden(step.start, step.stop),
+            head_gradient=self.head_gradient,
+        )
+
+    def _recompute(self, step: Step) -> None:
+        x = self._x(step.start, step.stop)
+        stats = self._score(step.start, step.stop, x)
+        c = self.evaluation.coefficients(step, stats, self._reference(step.start, step.stop), True)
+        self.backend.recompute_gradients(
+            x,
+            self.weight,
+            self.bias,
+            self.job.entries.labels[step.start : step.stop],
+            stats,
+            c,
+            None,
+            self.job.head,
+            self.plan.options,
+            dhidden=self._dhidden(step.start, step.stop),
+            head_gradient=self.head_gradient,
+        )
+
+    def _deferred_margin(self, step: Step) -> None:
+        """One pair larger than a tile: its gradient up to one scalar, tile by tile; then the scalar."""
+        assert self.head_gradient is not None
+        target = self.head_gradient
+        if not self.fresh:
+            if self.second is None:
+                self.second = self._new_head_gradient()
+            target = self.second
+            target.zero_()
+        unit = self._unit_coefficients(step)
+        collected: list[RowStats] = []
+        references: list[Tensor | None] = []
+        for start in range(step.start, step.stop, step.rows):
+            stop = min(start + step.rows, step.stop)
+            x, tile = self._x(start, stop), self._tile(stop - start)
+            stats = self._score(start, stop, x, tile=tile)
+            references.append(self._reference(start, stop))
+            u = unit[start - step.start : stop - step.start].to(stats.logps.dtype)
+            self.backend.tile_gradients(
+                x,
+                self.weight,
+                tile,
+                stats,
+                u,
+                self.job.head,
+                dhidden=self._dhidden(start, stop),
+                head_gradient=target,
+            )
+            collected.append(stats)
+        joined = RowStats.cat(collected)
+        ref = None if references[0] is None else torch.cat([r for r in references if r is not None])
+        c = self.evaluation.coefficients(step, joined, ref, True)
+        assert c is not None
+        scalar = (c * unit).sum() / (unit * unit).sum()
+        scalar = scalar.to(joined.logps.dtype)
+        if self.dhidden is not None:
+            self.dhidden[step.start : step.stop].mul_(scalar)
+        if target is self.head_gradient:
+            target.scale_(scalar)
+        else:
+            self.head_gradient.add_scaled_(target, scalar)
+
+    def _unit_coefficients(self, step: Step) -> Tensor:
+        """d margin / d logps of the step's pair: the weight of each token, negative for the rejected sequence. (n,)."""
+        entries, span = self.job.entries, slice(step.start, step.stop)
+        (term,) = self.job.terms
+        (pair,) = entries.groups[step.first_group : step.last_group]
+        sequences = entries.sequences[span]
+        unit = torch.where(sequences == pair[0], 1.0, -1.0).double()
+        if entries.weights is not None:
+            unit = unit * entries.weights[span]
+        if term.loss.margin == "mean":
+            for s in pair:
+                unit = torch.where(sequences == s, unit / max(1, entries.sequence_sizes[s]), unit)
+        return unit
+
+
+class _FusedLoss(torch.autograd.Function):
+    """Runs the plan in the forward pass and keeps finished gradients for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        job: Job,
+        needs: tuple[bool, bool, bool],
+        box: list[Report],
+    ) -> Tensor:
+        entries = job.entries
+        confidence = any(t.loss.uses_confidence for t in job.terms)
+        outputs = job.outputs | ({"log_sum_sq_probs"} if confidence else set())
+        margin = len(job.terms) == 1 and job.terms[0].loss.margin is not None
+        the_plan = plan(
+            num_tokens=len(entries.rows),
+            hidden_size=hidden.shape[1],
+            vocab_size=len(weight),
+            group_sizes=entries.group_sizes,
+            dtype=hidden.dtype,
+            weight_dtype=weight.dtype,
+            train_hidden=needs[0],
+            train_weight=needs[1],
+            train_bias=needs[2],
+            margin=margin,
+            device=hidden.device,
+            outputs=frozenset(outputs),
+        )
+        backend = choose_backend(Call(hidden.device, hidden.dtype, weight.dtype), current_settings().backend)
+        with torch.autocast(hidden.device.type, enabled=False):
+            runner = _Runner(job, the_plan, backend, hidden, weight, bias, needs)
+            runner.run()
+        evaluation, acc = runner.evaluation, accumulate_dtype(hidden.dtype)
+        box.append(
+            Report(
+                plan=the_plan,
+                logps=evaluation.logps.to(acc),
+                lengths=evaluation.lengths.to(acc),
+                ref_logps=None if evaluation.ref_logps is None else evaluation.ref_logps.to(acc),
+                results=evaluation.results(),
+                tokens=runner.tokens,
+            )
+        )
+        head = runner.head_gradient
+        ctx.needs, ctx.distinct = needs, entries.nll is None
+        ctx.shape, ctx.dtype, ctx.device = hidden.shape, hidden.dtype, hidden.device
+        ctx.head_dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        ctx.save_for_backward(
+            runner.dhidden,
+            entries.rows,
+            None if head is None else head.weight,
+            None if head is None else head.bias,
+        )
+        return evaluation.loss.to(acc)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dhidden, rows, dweight, dbias = ctx.saved_tensors
+        # Without retain_graph the saved gradients die here, so scaling them in place saves a copy of the weight's size.
+        keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
+        dh = dw = db = None
+        if ctx.needs[0]:
+            dh = scatter_rows(ctx.shape, ctx.dtype, rows, dhidden, factor=grad, distinct=ctx.distinct)
+        if ctx.needs[1]:
+            if dweight.dtype == ctx.head_dtypes[0] and not grad.is_cuda and float(grad) == 1.0:
+                dw = dweight
+            else:
+                dw = scaled_to_dtype(dweight, grad, ctx.head_dtypes[0], in_place=not keep_graph)
+        if ctx.needs[2]:
+            db = (dbias * grad).to(ctx.head_dtypes[1])
+        return dh, dw, db, None, None, None

@@ -1,0 +1,42 @@
+"""KTO: unpaired preference losses of single sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..batch import Loss, LossResult, Sequences
+
+
+def _kto(logratios: Tensor, desirable: Tensor, beta: float, z: Tensor) -> Tensor:
+    """KTO, https://huggingface.co/papers/2402.01306 eq. 7, with ``z`` the detached, clamped KL estimate."""
+    away = torch.where(desirable, logratios - z, z - logratios)
+    return torch.sigmoid(-beta * away)
+
+
+def _apo_zero_unpaired(logratios: Tensor, desirable: Tensor, beta: float, z: Tensor) -> Tensor:
+    """Unpaired APO-zero, https://huggingface.co/papers/2408.06266 eq. 7."""
+    return torch.sigmoid(-beta * torch.where(desirable, logratios, -logratios))
+
+
+#: Functions of log-ratios (s,), ``desirable`` (s,), beta and the KL estimate.
+KTO_LOSSES: dict[str, Callable[[Tensor, Tensor, float, Tensor], Tensor]] = {
+    "kto": _kto,
+    "apo_zero_unpaired": _apo_zero_unpaired,
+}
+
+
+def kto(*, beta: float, desirable_weight: float, undesirable_weight: float, loss_type: str) -> Loss:
+    """One of :data:`KTO_LOSSES`, weighted by class and averaged over sequences."""
+
+    def fn(batch: Sequences) -> LossResult:
+        desirable = batch.inputs["desirable"]
+        logratios = batch.logps - batch.reference
+        z = batch.inputs["kl"].clamp(min=0) if loss_type == "kto" else torch.zeros_like(logratios)
+        weights = torch.where(desirable, desirable_weight, undesirable_weight)
+        losses = weights * KTO_LOSSES[loss_type](logratios, desirable, beta, z)
+        return LossResult(losses, metrics={"rewards": beta * logratios})
+
+    return Loss(fn, group="sequence", needs_reference=True)

@@ -1,0 +1,437 @@
+"""The preference-loss modules: DPO, IPO, SimPO, CPO, ORPO, KTO, and weighted sums of objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from logitless.kernels.checks import check_ignore_index
+from logitless.kernels.plan import Plan
+from logitless.kernels.spec import HeadSpec
+
+from .engine import Term
+from .entries import Entries
+from .losses import dpo as dpo_family
+from .losses import kto as kto_family
+from .losses import simple
+from .modules import (
+    FusedLinearLoss,
+    KTOOutput,
+    _Batch,
+    check_choice,
+    check_number,
+    check_per_sequence,
+    sequence_output,
+)
+
+
+class FusedLinearDPOLoss(FusedLinearLoss):
+    """DPO and its variants on hidden states: https://huggingface.co/papers/2305.18290.
+
+    Conventions and defaults are those of TRL 1.16's ``DPOTrainer``, except that ``label_smoothing`` of ``"sigmoid"`` gives
+    cDPO (TRL ignores it there).
+
+    Args:
+        beta: strength of the pull to the reference; for ``"ipo"`` the paper's tau. Positive.
+        loss_type: one of :data:`logitless.DPO_LOSSES`, or several.
+        loss_weights: weight of each loss type; default 1 each.
+        label_smoothing: probability that a label is flipped, for ``sigmoid`` (cDPO), ``robust`` (below 0.5), ``exo_pair``
+            (above 0), ``aot`` and ``aot_unpaired``.
+        length_normalize: for ``"ipo"``: per-token log-ratios (TRL, the authors' choice) or the paper's sums.
+        f_divergence_type: ``reverse_kl``, ``forward_kl``, ``js_divergence`` or ``alpha_divergence``.
+        f_alpha_divergence_coef: alpha of the last.
+        ld_alpha: LD-DPO's weight of the tokens beyond the shorter response of a pair, in [0, 1]; ``None``: 1.
+        use_weighting: WPO's weights.
+        discopop_tau: temperature of ``"discopop"``.
+        reference_free: run without a reference, as if its log-probabilities were 0.
+        metrics: also compute metrics, under TRL's names, in the same pass.
+        ignore_index: the label of positions to leave out.
+
+    Raises:
+        TypeError, ValueError: naming the argument; an argument that the loss type does not use is an error.
+
+    Example:
+        >>> loss = FusedLinearDPOLoss(beta=0.1)
+        >>> x, w, y = torch.randn(4, 6, 16), torch.randn(100, 16), torch.randint(100, (4, 6))
+        >>> round(loss(x, w, y, ref_hidden=x, ref_weight=w).loss.item(), 4)
+        0.6931
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.1,
+        loss_type: str | Sequence[str] = "sigmoid",
+        loss_weights: Sequence[float] | None = None,
+        label_smoothing: float = 0.0,
+        length_normalize: bool = True,
+        f_divergence_type: str = "reverse_kl",
+        f_alpha_divergence_coef: float = dpo_family.F_ALPHA,
+        ld_alpha: float | None = None,
+        use_weighting: bool = False,
+        discopop_tau: float = dpo_family.DISCOPOP_TAU,
+        reference_free: bool = False,
+        metrics: bool = False,
+        ignore_index: int = -100,
+    ) -> None:
+        nn.Module.__init__(self)
+        beta = check_number("beta", beta, 0.0, open_low=True)
+        types = [loss_type] if isinstance(loss_type, str) else list(loss_type)
+        if not types:
+            raise ValueError("loss_type must name at least one loss type")
+        for name in types:
+            check_choice("loss_type", name, dpo_family.DPO_LOSSES)
+        weights = (
+            [1.0] * len(types) if loss_weights is None else [check_number("loss_weights", w) for w in loss_weights]
+        )
+        if len(weights) != len(types):
+            raise ValueError(f"loss_weights must have {len(types)} values, one a loss_type, got {len(weights)}")
+        kinds = set(types)
+        label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0)
+        if label_smoothing and not kinds & dpo_family.SMOOTHED:
+            raise ValueError(f"label_smoothing is not used by loss_type={types}; it must be 0, got {label_smoothing}")
+        if "robust" in kinds and label_smoothing >= 0.5:
+            raise ValueError(f"label_smoothing must be in [0, 0.5) for loss_type='robust', got {label_smoothing}")
+        if "exo_pair" in kinds and not 0 < label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in (0, 1) for loss_type='exo_pair', got {label_smoothing}")
+        check_choice("f_divergence_type", f_divergence_type, dpo_family.F_DIVERGENCES)
+        if f_divergence_type != "reverse_kl" and not kinds <= dpo_family.DIVERGENT:
+            raise ValueError(
+                f"f_divergence_type must be 'reverse_kl' for loss_type={sorted(kinds - dpo_family.DIVERGENT)}, got "
+                f"{f_divergence_type!r}"
+            )
+        f_alpha = check_number("f_alpha_divergence_coef", f_alpha_divergence_coef)
+        if f_alpha != dpo_family.F_ALPHA and f_divergence_type != "alpha_divergence":
+            raise ValueError("f_alpha_divergence_coef is used by f_divergence_type='alpha_divergence' only")
+        if not length_normalize and "ipo" not in kinds:
+            raise ValueError("length_normalize is used by loss_type='ipo' only")
+        tau = check_number("discopop_tau", discopop_tau, 0.0, open_low=True)
+        if tau != dpo_family.DISCOPOP_TAU and "discopop" not in kinds:
+            raise ValueError("discopop_tau is used by loss_type='discopop' only")
+        self.ld_alpha = None if ld_alpha is None else check_number("ld_alpha", ld_alpha, 0.0, 1.0)
+        self.beta, self.loss_type = beta, types
+        loss = dpo_family.dpo(
+            types,
+            weights,
+            dpo_family.DPOOptions(beta, label_smoothing, bool(length_normalize), tau),
+            f_divergence_type=f_divergence_type,
+            f_alpha_divergence_coef=f_alpha,
+            use_weighting=use_weighting,
+            reference_free=reference_free,
+        )
+        self._configure(loss, metrics=metrics, ignore_index=ignore_index)
+
+    def token_weights(self, entries: Entries) -> None:
+        """LD-DPO, https://huggingface.co/papers/2409.06411: ``ld_alpha`` beyond the length that both responses share."""
+        if self.ld_alpha is None:
+            return
+        sizes = entries.counted_sizes()
+        half = len(sizes) // 2
+        shared = torch.tensor([min(sizes[i % half], sizes[i % half + half]) for i in range(len(sizes))])
+        within = entries.ranks < shared.to(entries.ranks.device)[entries.sequences]
+        ld = torch.where(within, 1.0, self.ld_alpha).double()
+        entries.weights = ld if entries.weights is None else entries.weights * ld
+
+
+class FusedLinearIPOLoss(FusedLinearDPOLoss):
+    """IPO, https://huggingface.co/papers/2310.12036: :class:`FusedLinearDPOLoss` with ``loss_type="ipo"``.
+
+    Args:
+        beta: the paper's tau.
+        length_normalize: per-token log-ratios, or the paper's sums.
+        metrics, ignore_index: as in :class:`FusedLinearDPOLoss`.
+    """
+
+    def __init__(
+        self, beta: float = 0.1, length_normalize: bool = True, metrics: bool = False, ignore_index: int = -100
+    ) -> None:
+        super().__init__(beta, "ipo", length_normalize=length_normalize, metrics=metrics, ignore_index=ignore_index)
+
+
+class FusedLinearSimPOLoss(FusedLinearLoss):
+    """SimPO, https://huggingface.co/papers/2405.14734: ``-logsig(beta * (mean logp difference) - gamma)``.
+
+    Args:
+        beta: reward scale. Positive.
+        gamma: target margin, absolute (TRL's ``simpo_gamma``).
+        label_smoothing: probability that a label is flipped, in [0, 1].
+        alpha: AlphaPO's reward shape, https://huggingface.co/papers/2501.03884; 0 for SimPO.
+        metrics, ignore_index: as in :class:`FusedLinearDPOLoss`.
+
+    Example:
+        >>> x, w, y = torch.randn(4, 6, 16), torch.randn(100, 16), torch.randint(100, (4, 6))
+        >>> FusedLinearSimPOLoss()(x, w, y).chosen_logps.shape
+        torch.Size([2])
+    """
+
+    def __init__(
+        self,
+        beta: float = 2.0,
+        gamma: float = 1.0,
+        label_smoothing: float = 0.0,
+        alpha: float = 0.0,
+        metrics: bool = False,
+        ignore_index: int = -100,
+    ) -> None:
+        nn.Module.__init__(self)
+        loss = simple.simpo(
+            beta=check_number("beta", beta, 0.0, open_low=True),
+            gamma=check_number("gamma", gamma),
+            label_smoothing=check_number("label_smoothing", label_smoothing, 0.0, 1.0),
+            alpha=check_number("alpha", alpha),
+        )
+        self._configure(loss, metrics=metrics, ignore_index=ignore_index, mean_logps=True)
+
+
+class FusedLinearCPOLoss(FusedLinearLoss):
+    """CPO, https://huggingface.co/papers/2401.08417: a loss of the log-prob margin plus ``cpo_alpha`` times the chosen NLL.
+
+    Args:
+        beta: reward scale. Positive.
+        cpo_alpha: weight of the token-mean NLL of the chosen sequences.
+        loss_type: ``"sigmoid"``, ``"hinge"`` or ``"ipo"`` (which takes per-token means).
+        label_smoothing: for ``"sigmoid"``, in [0, 1].
+        alpha: AlphaPO's reward shape; 0 for none.
+        metrics, ignore_index: as in :class:`FusedLinearDPOLoss`.
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.1,
+        cpo_alpha: float = 1.0,
+        loss_type: str = "sigmoid",
+        label_smoothing: float = 0.0,
+        alpha: float = 0.0,
+        metrics: bool = False,
+        ignore_index: int = -100,
+    ) -> None:
+        nn.Module.__init__(self)
+        check_choice("loss_type", loss_type, simple.CPO_LOSSES)
+        label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0)
+        if label_smoothing and loss_type != "sigmoid":
+            raise ValueError(
+                f"label_smoothing is not used by loss_type={loss_type!r}; it must be 0, got {label_smoothing}"
+            )
+        loss = simple.cpo(
+            beta=check_number("beta", beta, 0.0, open_low=True),
+            cpo_alpha=check_number("cpo_alpha", cpo_alpha, 0.0),
+            loss_type=loss_type,
+            label_smoothing=label_smoothing,
+            alpha=check_number("alpha", alpha),
+        )
+        self._configure(loss, metrics=metrics, ignore_index=ignore_index, mean_logps=loss_type == "ipo")
+
+
+class FusedLinearORPOLoss(FusedLinearLoss):
+    """ORPO, https://huggingface.co/papers/2403.07691: token-mean NLL of the chosen minus ``beta * logsig(log-odds ratio)``.
+
+    Pass ``nll_labels`` to take the NLL over prompt and response, as TRL does.
+
+    Args:
+        beta: weight of the odds-ratio term (the paper's lambda).
+        metrics, ignore_index: as in :class:`FusedLinearDPOLoss`.
+    """
+
+    def __init__(self, beta: float = 0.1, metrics: bool = False, ignore_index: int = -100) -> None:
+        nn.Module.__init__(self)
+        loss = simple.orpo(beta=check_number("beta", beta, 0.0))
+        self._configure(loss, metrics=metrics, ignore_index=ignore_index, mean_logps=True)
+
+
+class FusedLinearKTOLoss(FusedLinearLoss):
+    """KTO, https://huggingface.co/papers/2402.01306, on single sequences that are desirable or not.
+
+    Args:
+        beta: reward scale. Positive.
+        desirable_weight, undesirable_weight: the paper's lambda_D and lambda_U; at least 0.
+        loss_type: ``"kto"`` or ``"apo_zero_unpaired"``.
+        metrics, ignore_index: as in :class:`FusedLinearDPOLoss`.
+
+    Example:
+        >>> x, w, y = torch.randn(3, 6, 16), torch.randn(100, 16), torch.randint(100, (3, 6))
+        >>> loss = FusedLinearKTOLoss()
+        >>> flags = torch.tensor([True, False, True])
+        >>> round(loss(x, w, y, desirable=flags, ref_hidden=x, ref_weight=w, kl=0.0).loss.item(), 4)
+        0.5
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.1,
+        desirable_weight: float = 1.0,
+        undesirable_weight: float = 1.0,
+        loss_type: str = "kto",
+        metrics: bool = False,
+        ignore_index: int = -100,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.loss_type = check_choice("loss_type", loss_type, kto_family.KTO_LOSSES)
+        loss = kto_family.kto(
+            beta=check_number("beta", beta, 0.0, open_low=True),
+            desirable_weight=check_number("desirable_weight", desirable_weight, 0.0),
+            undesirable_weight=check_number("undesirable_weight", undesirable_weight, 0.0),
+            loss_type=loss_type,
+        )
+        self._configure(loss, metrics=metrics, ignore_index=ignore_index)
+
+    def inputs(self, desirable: Any, kl: Any, count: int, device: torch.device) -> dict[str, Tensor]:
+        """Check ``desirable`` and ``kl``."""
+        inputs = {"desirable": check_per_sequence("desirable", desirable, count, device, boolean=True)}
+        if self.loss_type != "kto":
+            if kl is not None:
+                raise ValueError(f"kl is not used by loss_type={self.loss_type!r}; it must be None")
+            return inputs
+        if kl is None:
+            raise ValueError("kl is needed by loss_type='kto': the mean KL-pair log-ratio, or 0.0 to leave it out")
+        value = torch.as_tensor(kl, device=device).detach()
+        if value.numel() != 1 or not (value.is_floating_point() or value.dtype in (torch.int32, torch.int64)):
+            raise ValueError(f"kl must be one number, got {value.dtype} of shape {tuple(value.shape)}")
+        inputs["kl"] = value.reshape(()).to(torch.float64 if value.dtype == torch.float64 else torch.float32)
+        return inputs
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden: Tensor,  # (S, T, H), or packed (N, H)
+        weight: Tensor,  # (V, H)
+        labels: Tensor,  # (S, T), or packed (N,)
+        desirable: Tensor,  # (S,) bool
+        bias: Tensor | None = None,
+        head: HeadSpec | None = None,
+        ref_logps: Tensor | None = None,  # (S,)
+        kl: Tensor | float | None = None,  # 0-dim
+        ref_hidden: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        token_weights: Tensor | None = None,
+    ) -> KTOOutput:
+        """Compute the loss; arguments as in :meth:`FusedLinearLoss.forward`, and
+
+        Args:
+            desirable: whether each sequence is desirable. Bool.
+            kl: mean log-ratio of the KL pairs; detached, and clamped at 0 from below, here. For ``"kto"`` only.
+        """
+        batch = _Batch.check(self, hidden, weight, labels, bias, head, cu_seqlens, token_weights, None)
+        inputs = self.inputs(desirable, kl, batch.num_sequences, hidden.device)
+        reference = batch.reference(self.loss, ref_logps, ref_hidden, ref_weight, ref_bias)
+        if ref_logps is not None:
+            inputs["ref_logps"] = reference.logps
+        term = Term(self.loss, tuple(range(batch.num_sequences)), 1.0, inputs)
+        loss, report, entries = batch.run([term], reference.states, self.metrics)
+        return sequence_output(loss, report, entries, term, ref_logps, self.metrics)
+
+
+@dataclass
+class Objective:
+    """One objective of :class:`FusedLinearMultiObjectiveLoss`.
+
+    Attributes:
+        loss: a loss module of this library.
+        sequences: indices of its sequences in the batch; for pair losses the chosen ones, then the rejected ones.
+        weight: its factor in the sum.
+        ref_logps: (len(sequences),) where the loss has a reference and none is computed from ``ref_hidden``.
+        desirable, kl: for KTO.
+    """
+
+    loss: FusedLinearLoss
+    sequences: Sequence[int] | Tensor
+    weight: float = 1.0
+    ref_logps: Tensor | None = None
+    desirable: Tensor | None = None
+    kl: Tensor | float | None = None
+
+
+@dataclass
+class MultiObjectiveOutput:
+    """The weighted sum (differentiable), the value of each objective, and (S,) log-probabilities; detached but for ``loss``."""
+
+    loss: Tensor
+    losses: dict[str, Tensor]
+    logps: Tensor
+    plan: Plan | None = None
+
+
+class FusedLinearMultiObjectiveLoss(FusedLinearLoss):
+    """A weighted sum of objectives over different (also overlapping) sequences of one batch, in one pass over each token.
+
+    Example:
+        >>> x, w, y = torch.randn(6, 6, 16), torch.randn(100, 16), torch.randint(100, (6, 6))
+        >>> helpful = Objective(FusedLinearSimPOLoss(), sequences=[0, 1, 2, 3], weight=0.7)
+        >>> safe = Objective(FusedLinearCPOLoss(), sequences=[4, 5], weight=0.3)
+        >>> sorted(FusedLinearMultiObjectiveLoss()(x, w, y, {"helpful": helpful, "safe": safe}).losses)
+        ['helpful', 'safe']
+    """
+
+    def __init__(self, ignore_index: int = -100) -> None:
+        nn.Module.__init__(self)
+        check_ignore_index(ignore_index)
+        self.ignore_index = ignore_index
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        objectives: Mapping[str, Objective],
+        bias: Tensor | None = None,
+        head: HeadSpec | None = None,
+        ref_hidden: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        token_weights: Tensor | None = None,
+        nll_labels: Tensor | None = None,
+    ) -> MultiObjectiveOutput:
+        """Compute the weighted sum; arguments as in :meth:`FusedLinearLoss.forward`, and
+
+        Args:
+            objectives: by name. Sequences that none of them uses are not scored.
+        """
+        if not objectives:
+            raise ValueError("objectives must not be empty")
+        for name, objective in objectives.items():
+            if getattr(objective.loss, "ld_alpha", None) is not None:
+                raise ValueError(f"objectives[{name!r}].loss uses ld_alpha; pass token_weights instead")
+        losses = [o.loss.loss for o in objectives.values()]
+        batch = _Batch.check(
+            self, hidden, weight, labels, bias, head, cu_seqlens, token_weights, nll_labels, any_loss=losses
+        )
+        device, terms = hidden.device, []
+        states = None
+        if ref_hidden is not None or ref_weight is not None or ref_bias is not None:
+            asking = next((loss for loss in losses if loss.needs_reference), losses[0])
+            states = batch.reference(asking, None, ref_hidden, ref_weight, ref_bias).states
+        for name, objective in objectives.items():
+            where = f"objectives[{name!r}]"
+            sequences = tuple(int(s) for s in torch.as_tensor(objective.sequences).reshape(-1).tolist())
+            loss = objective.loss.loss
+            bad = [s for s in sequences if not 0 <= s < batch.num_sequences]
+            if not sequences or bad or len(set(sequences)) != len(sequences):
+                raise ValueError(
+                    f"{where}.sequences must be distinct indices in [0, {batch.num_sequences}), at least one, got {sequences}"
+                )
+            if loss.group != "sequence" and len(sequences) % 2:
+                raise ValueError(
+                    f"{where}.sequences must be chosen ones and then as many rejected ones, got {len(sequences)}"
+                )
+            inputs: dict[str, Tensor] = {}
+            if isinstance(objective.loss, FusedLinearKTOLoss):
+                inputs = objective.loss.inputs(objective.desirable, objective.kl, len(sequences), device)
+            elif objective.desirable is not None or objective.kl is not None:
+                raise ValueError(f"{where}: desirable and kl are used by FusedLinearKTOLoss only")
+            if objective.ref_logps is not None:
+                inputs["ref_logps"] = check_per_sequence(
+                    f"{where}.ref_logps", objective.ref_logps, len(sequences), device
+                )
+            if loss.needs_reference and objective.ref_logps is None and states is None:
+                raise ValueError(f"{where} needs a reference: set its ref_logps, or pass ref_hidden and ref_weight")
+            terms.append(Term(loss, sequences, check_number(f"{where}.weight", objective.weight), inputs))
+        total, report, _ = batch.run(terms, states, False)
+        values = {
+            name: result.losses.sum().to(total.dtype) / term.num_units
+            for name, result, term in zip(objectives, report.results, terms, strict=True)
+        }
+        return MultiObjectiveOutput(total, values, report.logps, report.plan)
