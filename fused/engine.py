@@ -90,9 +90,7 @@ class Report:
     tokens: dict[str, Tensor]  # (N,) each
 
 
-def run(
-    job: Job, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, report_only: bool = False
-) -> tuple[Tensor, Report]:
+def run(job: Job, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, report_only: bool = False) -> tuple[Tensor, Report]:
     """The loss of a job (0-dim, differentiable in hidden (P, H), weight (V, H) and bias (V,)) and its report."""
     grads = torch.is_grad_enabled() and not report_only
     needs = tuple(grads and t is not None and t.requires_grad for t in (hidden, weight, bias))
@@ -124,9 +122,7 @@ class _Evaluation:
             self.totals.append(Totals(term.num_units, sum(nll_sizes[s] for s in counting)))
             self.index_of_group.append({s: i for i, s in enumerate(unit_leaders)})
 
-    def coefficients(
-        self, step: Step, stats: RowStats, ref_token_logps: Tensor | None, needs_grad: bool
-    ) -> Tensor | None:
+    def coefficients(self, step: Step, stats: RowStats, ref_token_logps: Tensor | None, needs_grad: bool) -> Tensor | None:
         """dLoss / dlogps of the step's tokens (n,); adds the step's share to the loss."""
         entries, span = self.job.entries, slice(step.start, step.stop)
         sequences = [s for group in entries.groups[step.first_group : step.last_group] for s in group]
@@ -276,8 +272,7 @@ class _Runner:
         self.second: HeadGradient | None = None
         self.fresh = True  # nothing is in head_gradient yet
         self.tokens: dict[str, Tensor] = {
-            name: torch.empty(n, dtype=torch.bool if name == "is_top1" else acc, device=hidden.device)
-            for name in job.outputs
+            name: torch.empty(n, dtype=torch.bool if name == "is_top1" else acc, device=hidden.device) for name in job.outputs
         }
 
     def _new_head_gradient(self) -> HeadGradient:

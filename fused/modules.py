@@ -51,9 +51,7 @@ class PreferenceOutput:
     plan: Plan | None = None
 
 
-def check_number(
-    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
-) -> float:
+def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False) -> float:
     """A finite number in a range, or an error that names it."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
@@ -170,9 +168,7 @@ class FusedLinearLoss(nn.Module):
     def token_weights(self, entries: Entries) -> None:
         """Adjust the weights of the scored tokens; LD-DPO does."""
 
-    def _output(
-        self, loss: Tensor, report: Report, entries: Entries, term: Term, ref_logps: Tensor | None
-    ) -> PreferenceOutput:
+    def _output(self, loss: Tensor, report: Report, entries: Entries, term: Term, ref_logps: Tensor | None) -> PreferenceOutput:
         result = report.results[0]
         logps = report.logps / report.lengths.clamp(min=1) if self._mean_logps else report.logps
         half = len(logps) // 2
@@ -272,9 +268,7 @@ class _Batch:
     ) -> _ReferenceInputs:
         """Check the reference: log-probabilities or hidden states, not both, and only for a loss that has one."""
         given = [
-            n
-            for n, t in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("ref_bias", ref_bias))
-            if t is not None
+            n for n, t in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("ref_bias", ref_bias)) if t is not None
         ]
         device = self.hidden.device
         own = type(self.module) is FusedLinearLoss
@@ -282,9 +276,7 @@ class _Batch:
             name = given[0] if given else "ref_logps"
             raise ValueError(f"{name} is given, but this loss does not use a reference")
         if ref_logps is not None and given:
-            raise ValueError(
-                f"ref_logps and {given[0]} are given: pass the log-probabilities or the hidden states, not both"
-            )
+            raise ValueError(f"ref_logps and {given[0]} are given: pass the log-probabilities or the hidden states, not both")
         if (ref_hidden is None) != (ref_weight is None) or (ref_bias is not None and ref_weight is None):
             raise ValueError(f"ref_hidden and ref_weight must be given together, got only {', '.join(given)}")
         if loss.needs_reference and ref_logps is None and ref_hidden is None:

@@ -84,9 +84,7 @@ class FusedLinearDPOLoss(FusedLinearLoss):
             raise ValueError("loss_type must name at least one loss type")
         for name in types:
             check_choice("loss_type", name, dpo_family.DPO_LOSSES)
-        weights = (
-            [1.0] * len(types) if loss_weights is None else [check_number("loss_weights", w) for w in loss_weights]
-        )
+        weights = [1.0] * len(types) if loss_weights is None else [check_number("loss_weights", w) for w in loss_weights]
         if len(weights) != len(types):
             raise ValueError(f"loss_weights must have {len(types)} values, one a loss_type, got {len(weights)}")
         kinds = set(types)
@@ -212,9 +210,7 @@ class FusedLinearCPOLoss(FusedLinearLoss):
         check_choice("loss_type", loss_type, simple.CPO_LOSSES)
         label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0)
         if label_smoothing and loss_type != "sigmoid":
-            raise ValueError(
-                f"label_smoothing is not used by loss_type={loss_type!r}; it must be 0, got {label_smoothing}"
-            )
+            raise ValueError(f"label_smoothing is not used by loss_type={loss_type!r}; it must be 0, got {label_smoothing}")
         loss = simple.cpo(
             beta=check_number("beta", beta, 0.0, open_low=True),
             cpo_alpha=check_number("cpo_alpha", cpo_alpha, 0.0),
@@ -396,9 +392,7 @@ class FusedLinearMultiObjectiveLoss(FusedLinearLoss):
             if getattr(objective.loss, "ld_alpha", None) is not None:
                 raise ValueError(f"objectives[{name!r}].loss uses ld_alpha; pass token_weights instead")
         losses = [o.loss.loss for o in objectives.values()]
-        batch = _Batch.check(
-            self, hidden, weight, labels, bias, head, cu_seqlens, token_weights, nll_labels, any_loss=losses
-        )
+        batch = _Batch.check(self, hidden, weight, labels, bias, head, cu_seqlens, token_weights, nll_labels, any_loss=losses)
         device, terms = hidden.device, []
         states = None
         if ref_hidden is not None or ref_weight is not None or ref_bias is not None:
@@ -414,18 +408,14 @@ class FusedLinearMultiObjectiveLoss(FusedLinearLoss):
                     f"{where}.sequences must be distinct indices in [0, {batch.num_sequences}), at least one, got {sequences}"
                 )
             if loss.group != "sequence" and len(sequences) % 2:
-                raise ValueError(
-                    f"{where}.sequences must be chosen ones and then as many rejected ones, got {len(sequences)}"
-                )
+                raise ValueError(f"{where}.sequences must be chosen ones and then as many rejected ones, got {len(sequences)}")
             inputs: dict[str, Tensor] = {}
             if isinstance(objective.loss, FusedLinearKTOLoss):
                 inputs = objective.loss.inputs(objective.desirable, objective.kl, len(sequences), device)
             elif objective.desirable is not None or objective.kl is not None:
                 raise ValueError(f"{where}: desirable and kl are used by FusedLinearKTOLoss only")
             if objective.ref_logps is not None:
-                inputs["ref_logps"] = check_per_sequence(
-                    f"{where}.ref_logps", objective.ref_logps, len(sequences), device
-                )
+                inputs["ref_logps"] = check_per_sequence(f"{where}.ref_logps", objective.ref_logps, len(sequences), device)
             if loss.needs_reference and objective.ref_logps is None and states is None:
                 raise ValueError(f"{where} needs a reference: set its ref_logps, or pass ref_hidden and ref_weight")
             terms.append(Term(loss, sequences, check_number(f"{where}.weight", objective.weight), inputs))

@@ -115,13 +115,10 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int, device: torch.device) 
     _tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"cu_seqlens must be int32 or int64 of shape [num_sequences + 1], got {cu_seqlens.dtype} "
-            f"{tuple(cu_seqlens.shape)}"
+            f"cu_seqlens must be int32 or int64 of shape [num_sequences + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
         )
     values = cu_seqlens.tolist()
     if values[0] != 0 or values[-1] != num_tokens or any(a > b for a, b in zip(values, values[1:], strict=False)):
         shown = values if len(values) <= 8 else [*values[:4], "...", *values[-3:]]
-        raise ValueError(
-            f"cu_seqlens must start at 0, never fall, and end at the token count {num_tokens}, got {shown}"
-        )
+        raise ValueError(f"cu_seqlens must start at 0, never fall, and end at the token count {num_tokens}, got {shown}")
     return values

@@ -16,9 +16,7 @@ class HeadGradient:
     of rows is written exactly once, in the weight's dtype, and no float32 buffer of the weight's size exists.
     """
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, *, need_weight: bool, need_bias: bool, accumulate: bool
-    ) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, need_weight: bool, need_bias: bool, accumulate: bool) -> None:
         self.acc = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.accumulate = accumulate
         self.weight_dtype = weight.dtype

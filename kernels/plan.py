@@ -185,9 +185,7 @@ def plan(
         passes = 2.0 + 2 * (train_hidden + train_weight) + 2 * again / max(1, num_tokens)
         tile_bytes = max((min(rows, s.num_tokens) * row_bytes for s in steps if s.schedule != RECOMPUTE), default=0)
         if again:
-            reason = (
-                f"{again} tokens are in groups of more than the {rows} that a tile holds; their logits are made twice"
-            )
+            reason = f"{again} tokens are in groups of more than the {rows} that a tile holds; their logits are made twice"
         elif steps[0].schedule == DEFERRED_SCALE:
             reason = f"a pair exceeds a tile of {rows} tokens; its gradient is scaled once its margin is known"
         else:

@@ -279,9 +279,7 @@ def score(
     for r0, r1 in _blocks(max(1, len(x)), rows):
         rows_of_tile = None if tile is None else tile[r0:r1]
         rows_of_dhidden = None if dhidden is None else dhidden[r0:r1]
-        chunks.append(
-            _score_rows(x[r0:r1], weight, bias, labels[r0:r1], head, options, width, rows_of_tile, rows_of_dhidden)
-        )
+        chunks.append(_score_rows(x[r0:r1], weight, bias, labels[r0:r1], head, options, width, rows_of_tile, rows_of_dhidden))
     stats = RowStats.cat(chunks)
     stats.unit_dhidden = dhidden
     return stats
@@ -391,9 +389,7 @@ def tile_gradients(
     spans = [(0, vocab)] if whole else list(_blocks(vocab, VOCAB_BLOCK))
     if dhidden is not None:
         if whole and not x.is_cuda:
-            dhidden.copy_(torch.mm(tile, weight)) if tile.dtype != dhidden.dtype else torch.mm(
-                tile, weight, out=dhidden
-            )
+            dhidden.copy_(torch.mm(tile, weight)) if tile.dtype != dhidden.dtype else torch.mm(tile, weight, out=dhidden)
         else:
             dhidden.zero_()
             for v0, v1 in spans:
@@ -485,9 +481,7 @@ def recompute_gradients(
                 column = column.clamp_(0, span - 1)
                 z.scatter_(1, column, torch.where(inside, at_target[here, None], z.gather(1, column)))
                 if head_gradient is not None and head_gradient.bias is not None:
-                    head_gradient.bias[v0:v1].addmv_(
-                        z.t().to(head_gradient.acc), bias_scale[here].to(head_gradient.acc)
-                    )
+                    head_gradient.bias[v0:v1].addmv_(z.t().to(head_gradient.acc), bias_scale[here].to(head_gradient.acc))
                 if normal_scale is not None:
                     z.mul_(normal_scale[here, None])
                 g[s0:s1].copy_(z)

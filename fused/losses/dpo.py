@@ -78,9 +78,7 @@ def exo_pair(s: Scores, o: DPOOptions) -> Tensor:
     """EXO-pref, https://huggingface.co/papers/2402.00856 eq. 16: KL of the model's preference from a smoothed one."""
     h = o.beta * s.delta
     log_qw, log_ql = F.logsigmoid(h), F.logsigmoid(-h)
-    return log_qw.exp() * (log_qw - math.log1p(-o.label_smoothing)) + log_ql.exp() * (
-        log_ql - math.log(o.label_smoothing)
-    )
+    return log_qw.exp() * (log_qw - math.log1p(-o.label_smoothing)) + log_ql.exp() * (log_ql - math.log(o.label_smoothing))
 
 
 def nca_pair(s: Scores, o: DPOOptions) -> Tensor:
@@ -120,9 +118,7 @@ def apo_zero(s: Scores, o: DPOOptions) -> Tensor:
 
 def apo_down(s: Scores, o: DPOOptions) -> Tensor:
     """APO-down, https://huggingface.co/papers/2408.06266 eq. 8: both down, rejected more."""
-    return torch.sigmoid(o.beta * s.chosen_logratios) + torch.sigmoid(
-        -o.beta * (s.chosen_logratios - s.rejected_logratios)
-    )
+    return torch.sigmoid(o.beta * s.chosen_logratios) + torch.sigmoid(-o.beta * (s.chosen_logratios - s.rejected_logratios))
 
 
 def discopop(s: Scores, o: DPOOptions) -> Tensor:
