@@ -104,7 +104,7 @@ register_backend(
     Backend(
         name="torch",
         why_not=_torch_why_not,
-        why_unavailable=lambda: [],
+        why_unavailable=list,
         score=torch_backend.score,
         tile_gradients=torch_backend.tile_gradients,
         recompute_gradients=torch_backend.recompute_gradients,

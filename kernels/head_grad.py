@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .gemm import mm_accumulate
+
 _ROWS = 2048  # weight rows converted at a time, so that conversion needs no second full-size buffer
 
 
@@ -27,21 +29,18 @@ class HeadGradient:
             self.weight = new(weight.shape, dtype=self.acc if accumulate else weight.dtype, device=weight.device)
         self.bias = torch.zeros(weight.shape[0], dtype=self.acc, device=weight.device) if need_bias else None
 
-    def add_weight(self, v0: int, v1: int, g: Tensor, x: Tensor) -> None:
-        """Rows v0..v1 of dW get ``g.T @ x``. g (N, v1 - v0), x (N, H), of one dtype."""
+    def add_weight(self, v0: int, v1: int, g: Tensor, x: Tensor, factor: Tensor | None = None) -> None:
+        """Rows v0..v1 of dW get ``factor * g.T @ x``. g (N, v1 - v0), x (N, H), of one dtype; factor 0-dim."""
         assert self.weight is not None
         rows = self.weight[v0:v1]
-        if not self.accumulate:
-            if g.dtype == rows.dtype:
-                torch.mm(g.t(), x, out=rows)
-            else:
-                rows.copy_(torch.mm(g.t(), x))
-        elif g.dtype == rows.dtype:
-            rows.addmm_(g.t(), x)
-        elif g.is_cuda:
-            torch.addmm(rows, g.t(), x, out_dtype=rows.dtype, out=rows)
+        if self.accumulate:
+            mm_accumulate(rows, g.t(), x, factor)
+        elif g.dtype == rows.dtype and factor is None:
+            torch.mm(g.t(), x, out=rows)
         else:
-            rows.add_(torch.mm(g.t(), x))
+            block = torch.zeros(rows.shape, dtype=self.acc, device=rows.device)
+            mm_accumulate(block, g.t(), x, factor)
+            rows.copy_(block)
 
     def scale_(self, factor: Tensor) -> None:
         """Multiply what has been collected by a 0-dim tensor."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .dtypes import accumulate_dtype, gemm_dtype, logits_gemm_dtype
+from .gemm import mm_accumulate
 from .head_grad import HeadGradient
 from .plan import VOCAB_BLOCK, block_shape
 from .spec import HeadSpec
@@ -43,23 +44,17 @@ def _weight_block(weight: Tensor, v0: int, v1: int, dtype: torch.dtype) -> Tenso
     return block if block.dtype == dtype else block.to(dtype)
 
 
-def _mm_accumulate(acc: Tensor, a: Tensor, b: Tensor) -> None:
-    """``acc += a @ b`` with a float32 (float64) accumulator."""
-    if a.dtype == acc.dtype:
-        acc.addmm_(a, b)
-    elif a.is_cuda:
-        torch.addmm(acc, a, b, out_dtype=acc.dtype, out=acc)
-    else:
-        acc.add_(torch.mm(a, b))
-
-
-def _scale_rows(x: Tensor, a: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(x * a[:, None]).to(dtype)`` computed in a's dtype, without a full-size temporary in it. x (N, H), a (N,)."""
+def _scale_rows(x: Tensor, a: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """``x * a[:, None]`` in ``dtype`` and the factor (0-dim) still missing: fp16 cannot hold small a. x (N, H), a (N,)."""
+    factor = None
+    if dtype == torch.float16:
+        factor = a.abs().amax().clamp(min=1e-30) if len(a) else None
+        a = a if factor is None else a / factor
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     step = len(x) if x.is_cuda else max(1, _ROW_ELEMENTS // max(1, x.shape[1]))
-    for r0, r1 in _blocks(len(x), max(1, step)):
+    for r0, r1 in _blocks(len(x), max(1, step)):  # no full-size temporary in a's dtype
         out[r0:r1].copy_(x[r0:r1] * a[r0:r1, None])
-    return out
+    return out, factor
 
 
 class _Logits:
@@ -327,11 +322,17 @@ def _score_rows(
                 dhidden.mul_((running - new).exp()[:, None])
                 destination.mul_((here - new).exp()[:, None].to(destination.dtype))
                 running = new
-            _mm_accumulate(dhidden, destination.to(grad_dtype), _weight_block(weight, v0, v1, grad_dtype))
+            w_block = _weight_block(weight, v0, v1, grad_dtype)
+            if grad_dtype == torch.float16:  # exp(z - k) reaches e^30: bring each row into fp16's range for its GEMM
+                peak = destination.amax(dim=1).clamp_(min=1e-30) / _FP16_SCALE
+                product = torch.zeros_like(dhidden)
+                mm_accumulate(product, (destination / peak[:, None]).to(grad_dtype), w_block)
+                dhidden.addcmul_(product, peak[:, None])
+            else:
+                mm_accumulate(dhidden, destination.to(grad_dtype), w_block)
     stats, factors = _combine(parts, zy, k, ty, vocab)
     if dhidden is not None:
-        at_target = stats.sum_others if ty is None else stats.sum_others * ty
-        scale = -head.slope * (-stats.log_denom).exp()
+        at_target, scale = _at_target(stats), -head.slope * (-stats.log_denom).exp()
         for r0, r1 in _blocks(n, max(1, _ROW_ELEMENTS // max(1, x.shape[1]))):
             w_y = weight.index_select(0, labels[r0:r1]).to(x.dtype)
             dhidden[r0:r1].sub_(w_y * at_target[r0:r1, None]).mul_(scale[r0:r1, None])
@@ -355,8 +356,21 @@ def _finish_tile(tile: Tensor, stats: RowStats, factors: list[Tensor | None], la
                 continue
             for row in (factor != 1).nonzero()[:, 0].tolist():
                 tile[row, v0:v1] *= factor[row]
-    at_target = stats.sum_others if stats.target_slope is None else stats.sum_others * stats.target_slope
-    tile.scatter_(1, labels[:, None], -at_target[:, None].to(tile.dtype))
+    tile.scatter_(1, labels[:, None], -_at_target(stats)[:, None].to(tile.dtype))
+
+
+def _at_target(stats: RowStats) -> Tensor:
+    """``R * (1 - tanh^2)``, the gradient tile's entry at the target up to its sign. (N,)."""
+    return stats.sum_others if stats.target_slope is None else stats.sum_others * stats.target_slope
+
+
+def _rounding_of(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """``exact / exact.to(dtype)``: a row scaled by it has its target entry exact, as large as all others together. (N,).
+
+    The error moves to the other entries, which have roundings of their own that average out.
+    """
+    ratio = exact / exact.to(dtype).to(exact.dtype)
+    return torch.where(ratio.isfinite(), ratio, 1)
 
 
 def tile_gradients(
@@ -377,7 +391,7 @@ def tile_gradients(
     if grad_dtype == torch.float16:  # the float32 tile is normalised block by block, into fp16's range
         row_factor, scale = normalise * _FP16_SCALE, scale / _FP16_SCALE
     else:
-        row_factor, scale = None, scale * normalise
+        row_factor, scale = None, scale * normalise * _rounding_of(_at_target(stats), tile.dtype)
 
     def operand(v0: int, v1: int) -> Tensor:
         block = tile[:, v0:v1]
@@ -393,20 +407,20 @@ def tile_gradients(
         else:
             dhidden.zero_()
             for v0, v1 in spans:
-                _mm_accumulate(dhidden, operand(v0, v1), _weight_block(weight, v0, v1, grad_dtype))
+                mm_accumulate(dhidden, operand(v0, v1), _weight_block(weight, v0, v1, grad_dtype))
         dhidden.mul_(scale[:, None])
     if head_gradient is None:
         return
     if head_gradient.weight is not None:
-        ax = _scale_rows(x, scale, grad_dtype)
+        ax, factor = _scale_rows(x, scale, grad_dtype)
         # accumulating in blocks keeps the GEMM's result small before it is added in float32
         for v0, v1 in [(0, vocab)] if whole and not head_gradient.accumulate else _blocks(vocab, VOCAB_BLOCK):
-            head_gradient.add_weight(v0, v1, operand(v0, v1), ax)
+            head_gradient.add_weight(v0, v1, operand(v0, v1), ax, factor)
     if head_gradient.bias is not None:
-        factor = scale if row_factor is None else scale * row_factor
+        bias_scale = scale if row_factor is None else scale * row_factor
         step = len(x) if tile.is_cuda else max(1, _ROW_ELEMENTS // vocab)
         for r0, r1 in _blocks(len(x), max(1, step)):
-            head_gradient.bias.addmv_(tile[r0:r1].to(head_gradient.acc).t(), factor[r0:r1].to(head_gradient.acc))
+            head_gradient.bias.addmv_(tile[r0:r1].to(head_gradient.acc).t(), bias_scale[r0:r1].to(head_gradient.acc))
 
 
 def recompute_gradients(
@@ -440,6 +454,8 @@ def recompute_gradients(
         at_target = c * at_target + mixed
     if stats.target_slope is not None:
         at_target = at_target * stats.target_slope
+    if grad_dtype != torch.float16:
+        scale = scale * _rounding_of(at_target, grad_dtype)
     normal_scale = inverse * _FP16_SCALE if grad_dtype == torch.float16 else None
     bias_scale = scale
     if normal_scale is not None:  # bring G into fp16's range before its GEMMs
@@ -447,15 +463,15 @@ def recompute_gradients(
     if dhidden is not None:
         dhidden.zero_()
     token_chunks = list(_blocks(max(1, n), rows))
+    several = len(token_chunks) > 1
     makers = [_Logits(x[r0:r1], weight, bias, options.precision) for r0, r1 in token_chunks]
     scratch = torch.empty((min(rows, n), width), dtype=makers[0].dtype, device=x.device)
     tile = torch.empty((min(rows, n), width), dtype=g_dtype, device=x.device)
     for v0, v1 in _blocks(vocab, width):
         span = v1 - v0
         dweight: Tensor | None = None  # float32 block, where several chunks of tokens add to rows that are written once
-        if head_gradient is not None and head_gradient.weight is not None:
-            if len(token_chunks) > 1 and not head_gradient.accumulate:
-                dweight = torch.zeros((span, x.shape[1]), dtype=head_gradient.acc, device=x.device)
+        if head_gradient is not None and head_gradient.weight is not None and several and not head_gradient.accumulate:
+            dweight = torch.zeros((span, x.shape[1]), dtype=head_gradient.acc, device=x.device)
         for (r0, r1), logits in zip(token_chunks, makers, strict=True):
             r1 = min(r1, n)
             source, g = scratch[: r1 - r0, :span], tile[: r1 - r0, :span]
@@ -487,13 +503,13 @@ def recompute_gradients(
                 g[s0:s1].copy_(z)
             g = g.to(grad_dtype)
             if dhidden is not None:
-                _mm_accumulate(dhidden[r0:r1], g, _weight_block(weight, v0, v1, grad_dtype))
+                mm_accumulate(dhidden[r0:r1], g, _weight_block(weight, v0, v1, grad_dtype))
             if head_gradient is not None and head_gradient.weight is not None:
-                ax = _scale_rows(x[r0:r1], scale[r0:r1], grad_dtype)
+                ax, factor = _scale_rows(x[r0:r1], scale[r0:r1], grad_dtype)
                 if dweight is None:
-                    head_gradient.add_weight(v0, v1, g, ax)
+                    head_gradient.add_weight(v0, v1, g, ax, factor)
                 else:
-                    _mm_accumulate(dweight, g.t(), ax)
+                    mm_accumulate(dweight, g.t(), ax, factor)
         if dweight is not None:
             assert head_gradient is not None and head_gradient.weight is not None
             head_gradient.weight[v0:v1].copy_(dweight)
