@@ -382,9 +382,10 @@ class _Runner:
         unit = self._unit_coefficients(step)
         collected: list[RowStats] = []
         references: list[Tensor | None] = []
+        whole_tile = self._tile(min(step.rows, step.num_tokens))
         for start in range(step.start, step.stop, step.rows):
             stop = min(start + step.rows, step.stop)
-            x, tile = self._x(start, stop), self._tile(stop - start)
+            x, tile = self._x(start, stop), whole_tile[: stop - start]
             stats = self._score(start, stop, x, tile=tile)
             references.append(self._reference(start, stop))
             u = unit[start - step.start : stop - step.start].to(stats.logps.dtype)

@@ -13,7 +13,7 @@ def mm_accumulate(acc: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = Non
     emulated anyway, so float32 operands cost nothing there.
     """
     if a.dtype == acc.dtype and factor is None:
-        acc.addmm_(a, b)
+        torch.addmm(acc, a, b, out=acc)
     elif a.is_cuda and factor is None:
         torch.addmm(acc, a, b, out_dtype=acc.dtype, out=acc)
     else:

@@ -31,7 +31,7 @@ from .stats import OPTIONAL_OUTPUTS, RowStats, TokenStats
 _library = torch.library.Library("logitless", "DEF")
 _library.define(
     "logps_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor head, int ignore_index, int outputs, "
-    "bool unit_dhidden, str backend, str precision, int memory_budget) -> (Tensor logps, Tensor entropy, Tensor mean_logits, "
+    "int unit_dhidden, str backend, str precision, int memory_budget) -> (Tensor logps, Tensor entropy, Tensor mean_logits, "
     "Tensor is_top1, Tensor log_sum_sq_probs, Tensor k, Tensor sum_others, Tensor log_denom, Tensor target_offset, "
     "Tensor target_slope, Tensor unit)"
 )
@@ -41,6 +41,8 @@ _library.define(
     "Tensor? grad_logps, Tensor? grad_entropy, bool[] needs, str backend, str precision, int memory_budget) "
     "-> (Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
+#: Whether the forward operator returns d logps / d hidden, and of which rows. Dynamo wants sizes that do not depend on data.
+_NO_UNIT, _SCORED_ROWS, _ALL_ROWS = range(3)
 #: Statistics that the backward pass needs, in the order in which the operators hand them over.
 _SAVED = ("k", "sum_others", "log_denom", "target_offset", "target_slope")
 _PER_TOKEN = ("logps", *OPTIONAL_OUTPUTS, *_SAVED)
@@ -75,7 +77,7 @@ def _forward(
     head: Tensor,  # HeadSpec.pack()
     ignore_index: int,
     outputs: int,
-    unit_dhidden: bool,
+    unit_dhidden: int,  # _NO_UNIT, _SCORED_ROWS or _ALL_ROWS
     backend: str,
     precision: str,
     memory_budget: int,
@@ -87,7 +89,7 @@ def _forward(
     chosen = choose_backend(Call(hidden.device, hidden.dtype, weight.dtype), backend)
     with torch.autocast(hidden.device.type, enabled=False):
         stats: RowStats = chosen.score(
-            gather_rows(hidden, rows), weight, bias, labels[rows], spec, options, unit_dhidden=unit_dhidden
+            gather_rows(hidden, rows), weight, bias, labels[rows], spec, options, unit_dhidden=unit_dhidden != _NO_UNIT
         )
     results = []
     for name in _PER_TOKEN:
@@ -97,7 +99,11 @@ def _forward(
         full = torch.zeros(0 if absent else len(labels), dtype=dtype, device=hidden.device)
         results.append(full if value is None else full.index_copy_(0, rows, value))
     unit = stats.unit_dhidden
-    return *results, torch.empty((0, hidden.shape[1]), dtype=acc, device=hidden.device) if unit is None else unit
+    if unit is None:
+        unit = torch.empty((0, hidden.shape[1]), dtype=acc, device=hidden.device)
+    elif unit_dhidden == _ALL_ROWS:
+        unit = scatter_rows(hidden.shape, acc, rows, unit)
+    return *results, unit
 
 
 @torch.library.register_fake("logitless::logps_forward")
@@ -109,7 +115,7 @@ def _forward_fake(
     head: Tensor,
     ignore_index: int,
     outputs: int,
-    unit_dhidden: bool,
+    unit_dhidden: int,
     backend: str,
     precision: str,
     memory_budget: int,
@@ -119,8 +125,10 @@ def _forward_fake(
     for name in _PER_TOKEN:
         size = 0 if name in OPTIONAL_OUTPUTS and name not in _names(outputs) else labels.shape[0]
         results.append(hidden.new_empty(size, dtype=torch.bool if name == "is_top1" else acc))
-    scored = torch.library.get_ctx().new_dynamic_size() if unit_dhidden else 0
-    return *results, hidden.new_empty((scored, hidden.shape[1]), dtype=acc)
+    size = 0 if unit_dhidden == _NO_UNIT else hidden.shape[0]
+    if unit_dhidden == _SCORED_ROWS:
+        size = torch.library.get_ctx().new_dynamic_size()
+    return *results, hidden.new_empty((size, hidden.shape[1]), dtype=acc)
 
 
 @torch.library.impl(_library, "logps_backward", "CompositeExplicitAutograd")
@@ -137,7 +145,7 @@ def _backward(
     target_offset: Tensor,
     target_slope: Tensor,
     entropy: Tensor,  # (P,) or (0,)
-    unit: Tensor,  # (N, H) or (0, H): d logps / d hidden, where the forward pass made it
+    unit: Tensor,  # d logps / d hidden of the scored rows (N, H) or of all (P, H), where the forward pass made it
     grad_logps: Tensor | None,  # (P,)
     grad_entropy: Tensor | None,  # (P,)
     needs: list[bool],  # of hidden, weight, bias
@@ -152,7 +160,10 @@ def _backward(
     chosen = choose_backend(Call(hidden.device, hidden.dtype, weight.dtype), backend)
     c = None if grad_logps is None else grad_logps[rows].to(acc)
     g = None if grad_entropy is None else grad_entropy[rows].to(acc)
-    empty = torch.empty(0, dtype=acc, device=hidden.device)
+
+    def empty() -> Tensor:
+        return torch.empty(0, dtype=acc, device=hidden.device)
+
     with torch.autocast(hidden.device.type, enabled=False):
         dhidden = torch.empty((n, hidden.shape[1]), dtype=acc, device=hidden.device) if needs[0] else None
         head_gradient = None
@@ -162,7 +173,7 @@ def _backward(
         recomputed = not deferred or g is not None
         if recomputed:
             stats = RowStats(
-                logps=empty,
+                logps=empty(),
                 k=k[rows],
                 sum_others=sum_others[rows],
                 log_denom=log_denom[rows],
@@ -184,15 +195,15 @@ def _backward(
                 dhidden=dhidden,
                 head_gradient=head_gradient,
             )
-        dh = empty
+        dh, dw, db = empty(), empty(), empty()
         if needs[0]:
             assert dhidden is not None
             if deferred:
                 factor = torch.zeros_like(sum_others[rows]) if c is None else c
+                unit = unit if len(unit) == n else unit[rows]
                 dh = scatter_rows(hidden.shape, hidden.dtype, rows, unit, factor, dhidden if recomputed else None)
             else:
                 dh = scatter_rows(hidden.shape, hidden.dtype, rows, dhidden)
-        dw, db = empty, empty
         if head_gradient is not None:
             if head_gradient.weight is not None:
                 dw = head_gradient.weight
@@ -235,12 +246,13 @@ def _backward_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, head: Tensor, ignore_index: int, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     needs = rest[-4]
-    empty = hidden.new_empty(0, dtype=accumulate_dtype(hidden.dtype))
-    return (
-        torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else empty,
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else empty,
-        torch.empty_like(bias) if needs[2] and bias is not None else empty,
-    )
+
+    def like(t: Tensor | None, needed: bool) -> Tensor:
+        if needed and t is not None:
+            return torch.empty_like(t, memory_format=torch.contiguous_format)
+        return hidden.new_empty(0, dtype=accumulate_dtype(hidden.dtype))
+
+    return like(hidden, needs[0]), like(weight, needs[1]), like(bias, needs[2])
 
 
 @register_flop_formula(torch.ops.logitless.logps_forward, get_raw=True)
@@ -268,7 +280,7 @@ class _Options(NamedTuple):
 
     ignore_index: int
     outputs: int
-    unit_dhidden: bool
+    unit_dhidden: int
     backend: str
     precision: str
     memory_budget: int
@@ -372,10 +384,13 @@ def token_stats(
     current = current_settings()
     grad = torch.is_grad_enabled()
     frozen_head = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    unit = _NO_UNIT
+    if grad and hidden.requires_grad and frozen_head:
+        unit = _ALL_ROWS if torch.compiler.is_compiling() else _SCORED_ROWS
     options = _Options(
         ignore_index=ignore_index,
         outputs=_bits(outputs),
-        unit_dhidden=grad and hidden.requires_grad and frozen_head,
+        unit_dhidden=unit,
         backend=current.backend,
         precision=current.precision,
         memory_budget=current.memory_budget,

@@ -142,9 +142,9 @@ def plan(
         'gradient_in_forward'
     """
     _check_positive(num_tokens=num_tokens, hidden_size=hidden_size, vocab_size=vocab_size)
-    current = current_settings()
-    budget = current.memory_budget if memory_budget is None else memory_budget
-    precision = current.precision if precision is None else precision
+    given = {"memory_budget": memory_budget, "precision": precision}
+    current = replace(current_settings(), **{k: v for k, v in given.items() if v is not None})
+    budget, precision = current.memory_budget, current.precision
     device = torch.device(device)
     groups = sorted([num_tokens] if group_sizes is None else group_sizes, reverse=True)
     if sum(groups) != num_tokens or (groups and groups[-1] < 0):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 #: Tile budget when the user sets none. 512 MiB keeps more than 1700 rows of a 152k vocabulary in bf16.
@@ -31,12 +31,18 @@ class Settings:
             raise TypeError(f"backend must be a string, got {self.backend!r}")
 
 
-_current: ContextVar[Settings] = ContextVar("logitless_settings", default=Settings())
+class _Current(threading.local):
+    """The settings of each thread. (A ContextVar would do the same, but Dynamo cannot trace one.)"""
+
+    value = Settings()
+
+
+_current = _Current()
 
 
 def current_settings() -> Settings:
     """The settings in force here."""
-    return _current.get()
+    return _current.value
 
 
 @contextmanager
@@ -60,13 +66,14 @@ def settings(
         67108864
     """
     given = {"memory_budget": memory_budget, "backend": backend, "precision": precision}
-    new = replace(current_settings(), **{k: v for k, v in given.items() if v is not None})
+    before = current_settings()
+    new = replace(before, **{k: v for k, v in given.items() if v is not None})
     if new.backend != "auto":
         from .backends import get_backend
 
         get_backend(new.backend)
-    token = _current.set(new)
+    _current.value = new
     try:
         yield new
     finally:
-        _current.reset(token)
+        _current.value = before

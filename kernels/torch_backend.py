@@ -356,7 +356,8 @@ def _finish_tile(tile: Tensor, stats: RowStats, factors: list[Tensor | None], la
                 continue
             for row in (factor != 1).nonzero()[:, 0].tolist():
                 tile[row, v0:v1] *= factor[row]
-    tile.scatter_(1, labels[:, None], -_at_target(stats)[:, None].to(tile.dtype))
+    # not scatter_, which widens a whole bf16 tile to float32 and back on a CPU
+    tile[torch.arange(len(tile), device=tile.device), labels] = -_at_target(stats).to(tile.dtype)
 
 
 def _at_target(stats: RowStats) -> Tensor:

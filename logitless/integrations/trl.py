@@ -1,0 +1,220 @@
+"""TRL's trainers on logitless: their fused lm-head is swapped for this library's log-prob operator.
+
+TRL (1.15 and later) gives every model a fused head (``trl.trainer.utils.add_fused_lm_head``), through which its DPO, KTO,
+GRPO, RLOO and SFT trainers get their log-probabilities: one autograd function, a module global of TRL. :func:`patch` puts a
+drop-in there, with the same arguments and the same five outputs. What changes for a run:
+
+- logits are not rounded to bfloat16 on the way to the log-probabilities where the hardware makes that cheap;
+- a frozen head (LoRA) costs ``4 * N * H * V`` FLOP instead of 6, and is gathered once instead of twice under ZeRO-3;
+- positions that the loss leaves out are left out of the GEMMs on a CPU too.
+
+:func:`logitless.settings` holds for it as for every other call. Nothing is patched, and TRL is not imported, before
+:func:`patch` is called.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import threading
+from types import ModuleType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logitless.kernels.checks import compute_dtype
+from logitless.kernels.op import _bits, _LinearLogps, _Options
+from logitless.kernels.settings import current_settings
+from logitless.kernels.spec import HeadSpec
+from logitless.kernels.stats import OPTIONAL_OUTPUTS
+
+_UTILS = "trl.trainer.utils"
+_FUNCTION = "_ChunkedLogProbFunction"
+_COMPACTS = "_use_triton"
+_GATHER = "maybe_gather_lm_head_ctx"
+#: Arguments of TRL's autograd function that the drop-in knows how to serve.
+_ARGUMENTS = (
+    "hidden",
+    "weight",
+    "bias",
+    "targets",
+    "temperature",
+    "chunk_size",
+    "final_logit_softcapping",
+    "logit_scale",
+    "outputs",
+)
+_HOW = "install another (pip install 'trl>=1.15,<1.17'), or run this one unpatched"
+
+_lock = threading.Lock()
+_originals: dict[str, Any] = {}
+
+
+def _utils() -> ModuleType:
+    return importlib.import_module(_UTILS)
+
+
+class _GatheredLogps(_LinearLogps):
+    """The log-prob function for a head that ZeRO-3 shards again as soon as TRL's forward pass has left its context.
+
+    Outside of the context the parameters have no elements, so nothing here may look at their shapes.
+    """
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_entropy = grads[1]
+        if ctx.options.unit_dhidden and grad_entropy is None:
+            return _LinearLogps.backward(ctx, *grads)  # scales what the forward pass left; never reads the head
+        weight, bias = ctx.saved_tensors[1:3]
+        with getattr(_utils(), _GATHER)(weight, bias):
+            return _LinearLogps.backward(ctx, *grads)
+
+
+class LogProbFunction:
+    """Stands in for ``trl.trainer.utils._ChunkedLogProbFunction``, of which TRL calls nothing but ``apply``."""
+
+    @staticmethod
+    def apply(
+        hidden: Tensor,  # (N, H)
+        weight: Tensor,  # (V, H)
+        bias: Tensor | None,  # (V,)
+        targets: Tensor,  # (N,)
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = OPTIONAL_OUTPUTS,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Per-token log-probabilities of ``targets`` and, where asked for, statistics of the distribution.
+
+        Args:
+            hidden: (N, H). The head is applied in its dtype, or in autocast's, whatever the dtype of the weight.
+            weight: (V, H); bias: (V,) or ``None``.
+            targets: (N,) int64; -100 gives 0 and costs nothing.
+            temperature: divides the logits; positive.
+            chunk_size: ignored; see ``memory_budget`` in :func:`logitless.settings`.
+            final_logit_softcapping: soft-cap, or ``None``.
+            logit_scale: multiplies the logits before the soft-cap.
+            outputs: of ``"entropy"``, ``"log_sum_sq_probs"``, ``"mean_logits"``, ``"is_top1"``; other names are TRL's own.
+
+        Returns:
+            logps, entropy, log_sum_sq_probs, mean_logits, is_top1, each (N,), ``None`` unless asked for. Float32 (float64
+            for float64 input), ``is_top1`` bool. The first two are differentiable with respect to hidden, weight and bias.
+
+        Raises:
+            TypeError, ValueError: for a temperature, scale or soft-cap out of range, or a target outside of the vocabulary.
+
+        Example:
+            >>> x, w = torch.randn(3, 16), torch.randn(100, 16)
+            >>> logps, entropy, *_ = LogProbFunction.apply(x, w, None, torch.tensor([1, 2, 3]), 1.0, 32, outputs=("entropy",))
+            >>> logps.shape, entropy.shape
+            (torch.Size([3]), torch.Size([3]))
+        """
+        head = HeadSpec(logit_scale, final_logit_softcapping, temperature)
+        wanted = frozenset(outputs) & frozenset(OPTIONAL_OUTPUTS)
+        frozen_head = not weight.requires_grad and (bias is None or not bias.requires_grad)
+        current = current_settings()
+        options = _Options(
+            ignore_index=-100,
+            outputs=_bits(wanted),
+            unit_dhidden=torch.is_grad_enabled() and hidden.requires_grad and frozen_head,
+            backend=current.backend,
+            precision=current.precision,
+            memory_budget=current.memory_budget,
+        )
+        x = hidden.to(compute_dtype(hidden))
+        logps, *rest = _GatheredLogps.apply(x, weight, bias, targets.long(), head.pack(), options)
+        values = {name: value if name in wanted else None for name, value in zip(OPTIONAL_OUTPUTS, rest, strict=True)}
+        return logps, values["entropy"], values["log_sum_sq_probs"], values["mean_logits"], values["is_top1"]
+
+
+def _load() -> ModuleType:
+    """``trl.trainer.utils``, once all that is relied on has been found there."""
+    if importlib.util.find_spec("trl") is None:
+        raise ImportError("logitless.integrations.trl needs TRL, which is not installed: pip install 'trl>=1.15'")
+    version = str(getattr(importlib.import_module("trl"), "__version__", "of unknown version"))
+    utils = _utils()
+    names = [_FUNCTION, _GATHER, "add_fused_lm_head"]
+    if not version.startswith("1.15."):  # 1.15 scores labelled positions only on every device: it has nothing to ask
+        names.append(_COMPACTS)
+    missing = [f"{_UTILS}.{name}" for name in names if not hasattr(utils, name)]
+    if missing:
+        raise RuntimeError(f"logitless.integrations.trl replaces {', '.join(missing)}, which TRL {version} lacks: {_HOW}")
+    function = getattr(utils, _FUNCTION)
+    if function is not None:  # TRL 1.15 has None there without Triton
+        found = tuple(inspect.signature(function.forward).parameters)[1:]
+        if found != _ARGUMENTS:
+            raise RuntimeError(
+                f"{_UTILS}.{_FUNCTION} of TRL {version} takes ({', '.join(found)}) where logitless serves "
+                f"({', '.join(_ARGUMENTS)}): {_HOW}"
+            )
+    return utils
+
+
+class Patch:
+    """What :func:`patch` returns; as a context manager it undoes that call, and only if the call changed something."""
+
+    def __init__(self, installed: bool) -> None:
+        self._installed = installed
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self._installed:
+            unpatch()
+
+
+def patch() -> Patch:
+    """Run the fused lm-head of TRL's trainers on logitless, those that exist already included.
+
+    Calling it again changes nothing. As a context manager it holds for the block; a block inside another, or after a plain
+    call, leaves the patch in place when it ends.
+
+    Returns:
+        Patch: for use in a ``with`` statement; may be dropped.
+
+    Raises:
+        ImportError: when TRL is not installed.
+        RuntimeError: when this TRL lacks a name that is replaced or relied on, or its function takes other arguments.
+
+    Example:
+        >>> import logitless as ll
+        >>> with ll.integrations.trl.patch():  # doctest: +SKIP
+        ...     trainer.train()
+    """
+    with _lock:
+        if _originals:
+            return Patch(installed=False)
+        utils = _load()
+        replacements: dict[str, Any] = {_FUNCTION: LogProbFunction}
+        if (asks_triton := getattr(utils, _COMPACTS, None)) is not None:
+
+            def compacts(device: torch.device) -> bool:
+                # TRL asks this to find out whether a varying number of rows is cheap: so it is on these two, while devices
+                # that recompile for each shape keep TRL's answer
+                return device.type in ("cpu", "cuda") or asks_triton(device)
+
+            replacements[_COMPACTS] = compacts
+        for name, replacement in replacements.items():
+            _originals[name] = getattr(utils, name)
+            setattr(utils, name, replacement)
+        return Patch(installed=True)
+
+
+def unpatch() -> None:
+    """Give TRL its own functions back, however often :func:`patch` was called. Does nothing when it was not."""
+    with _lock:
+        if not _originals:
+            return
+        utils = _utils()
+        while _originals:
+            name, original = _originals.popitem()
+            setattr(utils, name, original)
+
+
+def is_patched() -> bool:
+    """Whether TRL's fused head runs on logitless now."""
+    return bool(_originals)
