@@ -344,6 +344,7 @@ class _Runner:
         self.backend.tile_gradients(
             x,
             self.weight,
+            self.job.entries.labels[step.start : step.stop],
             tile,
             stats,
             c,
@@ -392,6 +393,7 @@ class _Runner:
             self.backend.tile_gradients(
                 x,
                 self.weight,
+                self.job.entries.labels[start:stop],
                 tile,
                 stats,
                 u,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .gemm import mm_accumulate
 
+_ELEMENTS = 1 << 19  # of [tokens, hidden] that are widened at a time
 _ROWS = 2048  # weight rows converted at a time, so that conversion needs no second full-size buffer
 
 
@@ -41,6 +42,35 @@ class HeadGradient:
             block = torch.zeros(rows.shape, dtype=self.acc, device=rows.device)
             mm_accumulate(block, g.t(), x, factor)
             rows.copy_(block)
+
+    def add_rows(self, labels: Tensor, values: Tensor, x: Tensor) -> None:
+        """Row ``labels[t]`` of dW gets ``values[t] * x[t]``, and of db ``values[t]``. labels, values (N,), x (N, H)."""
+        if self.bias is not None:
+            self.bias.index_add_(0, labels, values.to(self.acc))
+        if self.weight is None:
+            return
+        step = max(1, _ELEMENTS // x.shape[1])
+        if self.accumulate:
+            for r in range(0, len(x), step):
+                part = slice(r, r + step)
+                self.weight.index_add_(0, labels[part], x[part] * values[part, None].to(self.acc))
+            return
+        # A rounded row must be added to once, with the sum of all its tokens: group them by label.
+        order = torch.argsort(labels, stable=True)
+        rows, counts = torch.unique_consecutive(labels[order], return_counts=True)
+        ends = counts.cumsum(0).tolist()
+        first = 0
+        while first < len(rows):
+            start = ends[first - 1] if first else 0
+            last = first + 1
+            while last < len(rows) and ends[last] - start <= step:
+                last += 1
+            tokens, chosen = order[start : ends[last - 1]], rows[first:last]
+            block = self.weight[chosen].to(self.acc)
+            place = torch.repeat_interleave(torch.arange(last - first, device=x.device), counts[first:last])
+            block.index_add_(0, place, x[tokens] * values[tokens, None].to(self.acc))
+            self.weight[chosen] = block.to(self.weight.dtype)
+            first = last
 
     def scale_(self, factor: Tensor) -> None:
         """Multiply what has been collected by a 0-dim tensor."""

@@ -346,7 +346,7 @@ def _g_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _finish_tile(tile: Tensor, stats: RowStats, factors: list[Tensor | None], labels: Tensor, width: int) -> None:
-    """Bring all blocks of a tile to the common offset and write ``-R`` at the targets."""
+    """Bring all blocks of a tile to the common offset; on a GPU, write ``-R`` at the targets (see ``_add_targets``)."""
     if any(f is not None for f in factors):
         for (v0, v1), factor in zip(_blocks(tile.shape[1], width), factors, strict=True):
             if factor is None:
@@ -356,8 +356,8 @@ def _finish_tile(tile: Tensor, stats: RowStats, factors: list[Tensor | None], la
                 continue
             for row in (factor != 1).nonzero()[:, 0].tolist():
                 tile[row, v0:v1] *= factor[row]
-    # not scatter_, which widens a whole bf16 tile to float32 and back on a CPU
-    tile[torch.arange(len(tile), device=tile.device), labels] = -_at_target(stats).to(tile.dtype)
+    if tile.is_cuda:
+        tile[torch.arange(len(tile), device=tile.device), labels] = -_at_target(stats).to(tile.dtype)
 
 
 def _at_target(stats: RowStats) -> Tensor:
@@ -374,9 +374,31 @@ def _rounding_of(exact: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(ratio.isfinite(), ratio, 1)
 
 
+def _add_targets(
+    x: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (N,)
+    values: Tensor,  # (N,) dLoss / d raw logit of the target
+    dhidden: Tensor | None,
+    head_gradient: HeadGradient | None,
+) -> None:
+    """The target's share of all gradients, in float32, beside the GEMMs.
+
+    It is as large as that of all other entries together, and a CPU's bf16 GEMM rounds what it returns. A GPU's keeps
+    float32, and there the target stays in the tile: adding to rows of dW would need atomics in an order that changes.
+    """
+    if dhidden is not None:
+        for r0, r1 in _blocks(len(x), max(1, _ROW_ELEMENTS // x.shape[1])):
+            w = weight.index_select(0, labels[r0:r1]).to(x.dtype).to(dhidden.dtype)
+            dhidden[r0:r1].addcmul_(w, values[r0:r1, None])
+    if head_gradient is not None:
+        head_gradient.add_rows(labels, values, x)
+
+
 def tile_gradients(
     x: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
+    labels: Tensor,  # (N,)
     tile: Tensor,  # (N, V) G
     stats: RowStats,
     coefficients: Tensor,  # (N,) dLoss / dlogps
@@ -389,10 +411,13 @@ def tile_gradients(
     grad_dtype = gemm_dtype(x.dtype, x.device)
     vocab = tile.shape[1]
     scale, normalise = -coefficients * head.slope, (-stats.log_denom).exp()
+    at_target = -_at_target(stats) * normalise * scale
     if grad_dtype == torch.float16:  # the float32 tile is normalised block by block, into fp16's range
         row_factor, scale = normalise * _FP16_SCALE, scale / _FP16_SCALE
     else:
-        row_factor, scale = None, scale * normalise * _rounding_of(_at_target(stats), tile.dtype)
+        row_factor, scale = None, scale * normalise
+        if tile.is_cuda:
+            scale = scale * _rounding_of(_at_target(stats), tile.dtype)
 
     def operand(v0: int, v1: int) -> Tensor:
         block = tile[:, v0:v1]
@@ -410,18 +435,18 @@ def tile_gradients(
             for v0, v1 in spans:
                 mm_accumulate(dhidden, operand(v0, v1), _weight_block(weight, v0, v1, grad_dtype))
         dhidden.mul_(scale[:, None])
-    if head_gradient is None:
-        return
-    if head_gradient.weight is not None:
+    if head_gradient is not None and head_gradient.weight is not None:
         ax, factor = _scale_rows(x, scale, grad_dtype)
         # accumulating in blocks keeps the GEMM's result small before it is added in float32
         for v0, v1 in [(0, vocab)] if whole and not head_gradient.accumulate else _blocks(vocab, VOCAB_BLOCK):
             head_gradient.add_weight(v0, v1, operand(v0, v1), ax, factor)
-    if head_gradient.bias is not None:
+    if head_gradient is not None and head_gradient.bias is not None:
         bias_scale = scale if row_factor is None else scale * row_factor
         step = len(x) if tile.is_cuda else max(1, _ROW_ELEMENTS // vocab)
         for r0, r1 in _blocks(len(x), max(1, step)):
             head_gradient.bias.addmv_(tile[r0:r1].to(head_gradient.acc).t(), bias_scale[r0:r1].to(head_gradient.acc))
+    if not x.is_cuda:
+        _add_targets(x, weight, labels, at_target, dhidden, head_gradient)
 
 
 def recompute_gradients(
@@ -455,7 +480,8 @@ def recompute_gradients(
         at_target = c * at_target + mixed
     if stats.target_slope is not None:
         at_target = at_target * stats.target_slope
-    if grad_dtype != torch.float16:
+    target_values = at_target * scale
+    if x.is_cuda and grad_dtype != torch.float16:
         scale = scale * _rounding_of(at_target, grad_dtype)
     normal_scale = inverse * _FP16_SCALE if grad_dtype == torch.float16 else None
     bias_scale = scale
@@ -496,7 +522,8 @@ def recompute_gradients(
                 column = labels[here, None] - v0
                 inside = (column >= 0) & (column < span)
                 column = column.clamp_(0, span - 1)
-                z.scatter_(1, column, torch.where(inside, at_target[here, None], z.gather(1, column)))
+                entry = at_target[here, None] if x.is_cuda else torch.zeros((), dtype=z.dtype)
+                z.scatter_(1, column, torch.where(inside, entry, z.gather(1, column)))
                 if head_gradient is not None and head_gradient.bias is not None:
                     head_gradient.bias[v0:v1].addmv_(z.t().to(head_gradient.acc), bias_scale[here].to(head_gradient.acc))
                 if normal_scale is not None:
@@ -516,3 +543,5 @@ def recompute_gradients(
             head_gradient.weight[v0:v1].copy_(dweight)
     if dhidden is not None:
         dhidden.mul_(scale[:, None])
+    if not x.is_cuda:
+        _add_targets(x, weight, labels, target_values, dhidden, head_gradient)

@@ -233,7 +233,7 @@ def test_extra_memory_of_the_operator_stays_within_the_promise(tokens, train):
 
 
 def test_memory_does_not_grow_with_the_vocabulary_times_tokens():
-    """Sixteen times the tokens at a fixed budget: less than the hidden states' share more."""
+    """Sixteen times the tokens at a fixed budget: the hidden states' share more, and fixed blocks of 512k elements."""
     vocab, hidden, budget = 32_768, 16, 8 << 20
     measured = []
     for tokens in (128, 2048):
@@ -247,7 +247,7 @@ def test_memory_does_not_grow_with_the_vocabulary_times_tokens():
             step()
             x.grad = w.grad = None
             measured.append(peak_bytes(step))
-    assert measured[1] - measured[0] <= (2048 - 128) * 2 * (hidden * 8 + 200)
+    assert measured[1] - measured[0] <= (2048 - 128) * 2 * (hidden * 8 + 200) + (4 << 19)
 
 
 def test_upstream_scale_needs_no_copy_of_the_weight():
