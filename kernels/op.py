@@ -125,7 +125,7 @@ def _forward_fake(
     for name in _PER_TOKEN:
         size = 0 if name in OPTIONAL_OUTPUTS and name not in _names(outputs) else labels.shape[0]
         results.append(hidden.new_empty(size, dtype=torch.bool if name == "is_top1" else acc))
-    size = 0 if unit_dhidden == _NO_UNIT else hidden.shape[0]
+    size: Any = 0 if unit_dhidden == _NO_UNIT else hidden.shape[0]
     if unit_dhidden == _SCORED_ROWS:
         size = torch.library.get_ctx().new_dynamic_size()
     return *results, hidden.new_empty((size, hidden.shape[1]), dtype=acc)

@@ -142,8 +142,7 @@ def plan(
         'gradient_in_forward'
     """
     _check_positive(num_tokens=num_tokens, hidden_size=hidden_size, vocab_size=vocab_size)
-    given = {"memory_budget": memory_budget, "precision": precision}
-    current = replace(current_settings(), **{k: v for k, v in given.items() if v is not None})
+    current = current_settings().updated(memory_budget=memory_budget, precision=precision)
     budget, precision = current.memory_budget, current.precision
     device = torch.device(device)
     groups = sorted([num_tokens] if group_sizes is None else group_sizes, reverse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 #: Tile budget when the user sets none. 512 MiB keeps more than 1700 rows of a 152k vocabulary in bf16.
 DEFAULT_MEMORY_BUDGET = 512 << 20
@@ -29,6 +29,16 @@ class Settings:
             raise ValueError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
         if not isinstance(self.backend, str):
             raise TypeError(f"backend must be a string, got {self.backend!r}")
+
+    def updated(
+        self, *, memory_budget: int | None = None, backend: str | None = None, precision: str | None = None
+    ) -> Settings:
+        """The same with some fields replaced; ``None`` keeps a field."""
+        return Settings(
+            self.memory_budget if memory_budget is None else memory_budget,
+            self.backend if backend is None else backend,
+            self.precision if precision is None else precision,
+        )
 
 
 class _Current(threading.local):
@@ -65,9 +75,8 @@ def settings(
         ...     s.memory_budget
         67108864
     """
-    given = {"memory_budget": memory_budget, "backend": backend, "precision": precision}
     before = current_settings()
-    new = replace(before, **{k: v for k, v in given.items() if v is not None})
+    new = before.updated(memory_budget=memory_budget, backend=backend, precision=precision)
     if new.backend != "auto":
         from .backends import get_backend
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,5 +74,8 @@ class RowStats:
         """Join the results of consecutive tokens."""
         if len(parts) == 1:
             return parts[0]
-        columns = {f.name: [getattr(p, f.name) for p in parts] for f in fields(cls)}
-        return cls(**{name: None if values[0] is None else torch.cat(values) for name, values in columns.items()})
+        joined: dict[str, Any] = {}
+        for f in fields(cls):
+            values = [getattr(p, f.name) for p in parts]
+            joined[f.name] = None if values[0] is None else torch.cat(values)
+        return cls(**joined)

@@ -144,6 +144,7 @@ def _scan_block(
         column = labels[r0:r1, None] - v0
         inside = (column >= 0) & (column < width)
         column = column.clamp_(0, width - 1)
+        overflowed = inside  # of the first attempt
         for attempt in range(2):
             logits.load(source[r0:r1], z, v0, v1)
             squared = head.transform_(z)
@@ -156,7 +157,7 @@ def _scan_block(
                 top = z.amax(dim=1)
                 offset = torch.where(top - offset > RAISE_ABOVE, top, offset)
             elif attempt == 1:
-                offset = torch.where(overflowed, z.amax(dim=1), offset)  # noqa: F821 - set by attempt 0
+                offset = torch.where(overflowed, z.amax(dim=1), offset)
             z.sub_(offset[:, None])
             if second is None:
                 z.exp_()
@@ -304,6 +305,7 @@ def _score_rows(
     parts: list[_BlockSums] = []
     for v0, v1 in _blocks(vocab, width):
         w = v1 - v0
+        destination: Tensor | None
         if tile is not None:
             destination = tile[:, v0:v1]
             source = destination if scratch is None else scratch[:, :w]

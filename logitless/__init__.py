@@ -1,5 +1,6 @@
 """logitless: log-probabilities and preference losses straight from hidden states and the lm-head weight, without logits."""
 
+from logitless import integrations
 from logitless.fused.batch import Loss, LossResult, Pairs, Sequences
 from logitless.fused.losses.dpo import DPO_LOSSES
 from logitless.fused.losses.kto import KTO_LOSSES
@@ -53,6 +54,7 @@ __all__ = [
     "TokenStats",
     "available_backends",
     "current_settings",
+    "integrations",
     "linear_logps",
     "plan",
     "reference_logps",

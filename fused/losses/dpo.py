@@ -193,8 +193,8 @@ def dpo(
     def fn(pairs: Pairs) -> LossResult:
         chosen = pairs.chosen_logps - pairs.ref_chosen_logps
         rejected = pairs.rejected_logps - pairs.ref_rejected_logps
-        seen = (f_divergence_score(r, f_divergence_type, f_alpha_divergence_coef) for r in (chosen, rejected))
-        scores = Scores(chosen, rejected, *seen, pairs)
+        seen = [f_divergence_score(r, f_divergence_type, f_alpha_divergence_coef) for r in (chosen, rejected)]
+        scores = Scores(chosen, rejected, seen[0], seen[1], pairs)
         weights: Tensor | float = 1.0
         if use_weighting:  # WPO, https://huggingface.co/papers/2406.11827 eq. 2
             assert pairs.confidence is not None

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batch import Loss, LossResult, Pairs
+from ..batch import Loss, LossResult, Margin, Pairs
 from .dpo import _smoothed
 
 
@@ -62,8 +62,10 @@ def cpo(*, beta: float, cpo_alpha: float, loss_type: str, label_smoothing: float
             metrics["nll_loss"] = nll
         return LossResult(losses, beta * chosen, beta * rejected, metrics)
 
-    margin = "mean" if mean else "sum"
-    return Loss(fn, margin=margin if cpo_alpha == 0 and alpha == 0 else None, uses_nll=cpo_alpha != 0)
+    margin: Margin | None = None
+    if cpo_alpha == 0 and alpha == 0:
+        margin = "mean" if mean else "sum"
+    return Loss(fn, margin=margin, uses_nll=cpo_alpha != 0)
 
 
 #: The mean log-probability at which ORPO's odds saturate: p = 1 would have infinite odds.
