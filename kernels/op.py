@@ -123,8 +123,8 @@ def _forward_fake(
     acc = accumulate_dtype(hidden.dtype)
     results = []
     for name in _PER_TOKEN:
-        size = 0 if name in OPTIONAL_OUTPUTS and name not in _names(outputs) else labels.shape[0]
-        results.append(hidden.new_empty(size, dtype=torch.bool if name == "is_top1" else acc))
+        absent = name in OPTIONAL_OUTPUTS and name not in _names(outputs)
+        results.append(hidden.new_empty(0 if absent else labels.shape[0], dtype=torch.bool if name == "is_top1" else acc))
     size: Any = 0 if unit_dhidden == _NO_UNIT else hidden.shape[0]
     if unit_dhidden == _SCORED_ROWS:
         size = torch.library.get_ctx().new_dynamic_size()
