@@ -53,6 +53,11 @@ class Term:
         return pairs if self.loss.group == "pair" else [[i for pair in pairs for i in pair]]
 
     @property
+    def nll_sequences(self) -> tuple[int, ...]:
+        """The sequences whose tokens the NLL term is over: the chosen ones, or all of a sequence loss."""
+        return self.sequences if self.loss.group == "sequence" else self.sequences[: self.num_units]
+
+    @property
     def num_units(self) -> int:
         """What the loss averages over: sequences, or pairs."""
         return len(self.sequences) if self.loss.group == "sequence" else len(self.sequences) // 2
@@ -118,8 +123,7 @@ class _Evaluation:
         self.index_of_group: list[dict[int, int]] = []
         for term in job.terms:
             unit_leaders = term.sequences[: term.num_units]
-            counting = term.sequences if term.loss.group == "sequence" else unit_leaders
-            self.totals.append(Totals(term.num_units, sum(nll_sizes[s] for s in counting)))
+            self.totals.append(Totals(term.num_units, sum(nll_sizes[s] for s in term.nll_sequences)))
             self.index_of_group.append({s: i for i, s in enumerate(unit_leaders)})
 
     def coefficients(self, step: Step, stats: RowStats, ref_token_logps: Tensor | None, needs_grad: bool) -> Tensor | None:

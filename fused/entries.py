@@ -64,6 +64,7 @@ def make_entries(
     ignore_index: int,
     token_weights: Tensor | None = None,  # like labels
     nll_labels: Tensor | None = None,  # like labels
+    nll_sequences: Sequence[int] = (),
 ) -> Entries:
     """Find the scored tokens and sort them. Reads their number back from the device: once, and nothing else."""
     where, num_sequences = sequence_of_position(labels, bounds)
@@ -77,6 +78,9 @@ def make_entries(
         other = nll_labels.reshape(-1).long()
         wanted = other != ignore_index
         check_label_range(other, wanted, vocab_size, ignore_index)
+        has_nll = torch.zeros(num_sequences, dtype=torch.bool)
+        has_nll[list(nll_sequences)] = True
+        wanted &= has_nll.to(where.device)[where]  # labels of sequences without an NLL term are not scored
         extra = (wanted & (other != flat)).nonzero()[:, 0]  # tokens that only the NLL term scores
         counted = torch.cat((torch.ones_like(rows), torch.zeros_like(extra))).bool()
         nll = torch.cat(((wanted & (other == flat))[rows], torch.ones_like(extra).bool()))

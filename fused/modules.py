@@ -306,6 +306,7 @@ class _Batch:
             self.module.ignore_index,
             self.token_weights,
             self.nll_labels,
+            [s for t in terms if t.loss.uses_nll for s in t.nll_sequences],
         )
         self.module.token_weights(entries)
         outputs = token_outputs() if metrics else frozenset()

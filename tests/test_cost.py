@@ -94,6 +94,13 @@ def test_reference_hidden_states_cost_one_forward_pass():
     assert counted == 8 * scored(labels) * H * V
 
 
+def test_nll_labels_are_scored_for_chosen_sequences_alone():
+    x, w, labels = inputs()
+    nll_labels = torch.where(labels == -100, 7, labels)  # prompt and response
+    counted = flops(lambda: ll.FusedLinearORPOLoss()(x, w, labels, nll_labels=nll_labels).loss.backward())
+    assert counted == 6 * (scored(labels) + int((labels[:2] == -100).sum())) * H * V
+
+
 def budget_for_rows(rows: int, itemsize: int = 4) -> int:
     """A budget whose tiles hold about that many tokens."""
     return int(rows * V * itemsize * 4 / 3) + 4096
