@@ -85,7 +85,7 @@ def _forward(
     spec = HeadSpec.unpack(head)
     rows = _scored_rows(labels, len(weight), ignore_index)
     acc = accumulate_dtype(hidden.dtype)
-    options = core_options(memory_budget, _names(outputs), precision, acc.itemsize)
+    options = core_options(memory_budget, _names(outputs), precision, acc.itemsize, hidden.device)
     chosen = choose_backend(Call(hidden.device, hidden.dtype, weight.dtype), backend)
     with torch.autocast(hidden.device.type, enabled=False):
         stats: RowStats = chosen.score(
@@ -156,7 +156,7 @@ def _backward(
     spec = HeadSpec.unpack(head)
     rows = (labels != ignore_index).nonzero()[:, 0]
     n, acc, deferred = len(rows), accumulate_dtype(hidden.dtype), needs[0] and not (needs[1] or needs[2])
-    options = core_options(memory_budget, frozenset(), precision, acc.itemsize)
+    options = core_options(memory_budget, frozenset(), precision, acc.itemsize, hidden.device)
     chosen = choose_backend(Call(hidden.device, hidden.dtype, weight.dtype), backend)
     c = None if grad_logps is None else grad_logps[rows].to(acc)
     g = None if grad_entropy is None else grad_entropy[rows].to(acc)

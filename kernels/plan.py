@@ -83,10 +83,14 @@ class Plan:
         )
 
 
-def core_options(memory_budget: int, outputs: frozenset[str], precision: str, itemsize: int) -> CoreOptions:
-    """Split the budget: a quarter at most for the cache blocks of the element-wise pass, 32 MiB at most for logits."""
+def core_options(
+    memory_budget: int, outputs: frozenset[str], precision: str, itemsize: int, device: torch.device
+) -> CoreOptions:
+    """Split the budget: a quarter at most for the cache blocks of the element-wise pass, and for blocks of logits what an L3
+    holds on a CPU, or another quarter on a GPU, whose GEMMs want more rows."""
     cache = min(_CACHE_ELEMENTS, max(256, memory_budget // (4 * _PASS_BUFFERS * itemsize)))
-    workspace = min(_WORKSPACE, max(1, memory_budget - cache * _PASS_BUFFERS * itemsize))
+    most = max(_WORKSPACE, memory_budget // 4) if device.type == "cuda" else _WORKSPACE
+    workspace = min(most, max(1, memory_budget - cache * _PASS_BUFFERS * itemsize))
     return CoreOptions(outputs, precision, workspace, cache)
 
 
@@ -150,7 +154,7 @@ def plan(
         raise ValueError(f"group_sizes must be >= 0 and add up to num_tokens={num_tokens}, got a sum of {sum(groups)}")
     weight_dtype = dtype if weight_dtype is None else weight_dtype
     acc = accumulate_dtype(dtype).itemsize
-    options = core_options(budget, outputs, precision, acc)
+    options = core_options(budget, outputs, precision, acc, device)
     needs_head = train_weight or train_bias
     vh = vocab_size * hidden_size
     row_bytes = vocab_size * tile_dtype(dtype, device).itemsize
