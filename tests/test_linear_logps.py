@@ -305,18 +305,32 @@ def test_vocabulary_beyond_17_bits_and_a_hidden_size_of_odd_primes():
 
 
 def test_more_logits_than_31_bits_can_count():
-    """N * V > 2^31 elements, forward only: offsets are 64-bit and memory stays within the budget."""
+    """N * V > 2^31 scored logits in one tile: the last rows and columns are right, in logps, dX and dW."""
     g = torch.Generator().manual_seed(0)
-    n, vocab = 70_000, 32_000
-    x, w = torch.randn(n, 1, generator=g), torch.randn(vocab, 1, generator=g)
-    labels = torch.full((n,), -100)
-    labels[::1000] = 5
-    labels[-1] = vocab - 1
-    with torch.no_grad():
-        sparse = ll.linear_logps(x, w, labels).logps
-        expected = ll.reference_logps(x, w, labels).logps
-    assert (sparse - expected).abs().max() < 1e-4
+    n, vocab = 36_000, 60_000
     assert n * vocab > 2**31
+    x, w = torch.randn(n, 2, generator=g).bfloat16(), torch.randn(vocab, 2, generator=g).bfloat16()
+    labels = torch.randint(vocab, (n,), generator=g)
+    x.requires_grad_()
+    w.requires_grad_()
+    nll = ll.FusedLinearLoss(lambda batch: -batch.logps, group="sequence")
+    with ll.settings(memory_budget=6 << 30):
+        out = nll(x, w, labels, cu_seqlens=torch.tensor([0, n]))
+    assert len(out.plan.steps) == 1
+    out.loss.backward()
+    rows, columns = torch.tensor([0, n // 2, n - 2, n - 1]), torch.tensor([0, vocab - 2, vocab - 1])
+    few = x.detach()[rows].double().requires_grad_()
+    reference = ll.reference_logps(few, w.detach(), labels[rows]).logps
+    (expected,) = torch.autograd.grad(-reference.sum(), few)
+    assert relative_error(x.grad[rows], expected) < 2**-8
+    with torch.no_grad():
+        logps = ll.linear_logps(x, w, labels).logps.double()
+        assert (logps[rows] - reference).abs().max() < 1e-3
+        assert out.loss.item() == pytest.approx(-logps.sum().item(), rel=1e-6)
+        wide = x.double()
+        p = torch.exp(wide @ w[columns].double().t() - (wide * w[labels].double()).sum(-1, keepdim=True) + logps[:, None])
+        p -= (labels[:, None] == columns).double()
+        assert relative_error(w.grad[columns], p.t() @ wide) < 2**-7
 
 
 @pytest.mark.parametrize("outputs", [("logps",), ("entropy",), ("mean_logits",), ("is_top1",), ("log_sum_sq_probs",)])

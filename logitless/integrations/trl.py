@@ -141,7 +141,7 @@ def _load() -> ModuleType:
         names.append(_COMPACTS)
     missing = [f"{_UTILS}.{name}" for name in names if not hasattr(utils, name)]
     if missing:
-        raise RuntimeError(f"logitless.integrations.trl replaces {', '.join(missing)}, which TRL {version} lacks: {_HOW}")
+        raise RuntimeError(f"logitless.integrations.trl needs {', '.join(missing)}, which TRL {version} lacks: {_HOW}")
     function = getattr(utils, _FUNCTION)
     if function is not None:  # TRL 1.15 has None there without Triton
         found = tuple(inspect.signature(function.forward).parameters)[1:]
