@@ -286,7 +286,9 @@ class _Options(NamedTuple):
     memory_budget: int
 
 
-class _LinearLogps(torch.autograd.Function):
+class LinearLogps(torch.autograd.Function):
+    """The autograd function over the two operators; ``options.unit_dhidden`` says that backward will not read the head."""
+
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, head: Tensor, options: _Options
@@ -379,8 +381,12 @@ def token_stats(
     head: HeadSpec,
     outputs: frozenset[str],
     ignore_index: int,
+    function: type[LinearLogps] | None = None,
 ) -> TokenStats:
-    """:func:`linear_logps` without its checks, computing in the dtype of ``hidden`` whatever that of ``weight``."""
+    """:func:`linear_logps` without its checks, computing in the dtype of ``hidden`` whatever that of ``weight``.
+
+    An adapter may pass a subclass of :class:`LinearLogps` as ``function``, to do something around its backward pass.
+    """
     current = current_settings()
     grad = torch.is_grad_enabled()
     frozen_head = not weight.requires_grad and (bias is None or not bias.requires_grad)
@@ -395,7 +401,7 @@ def token_stats(
         precision=current.precision,
         memory_budget=current.memory_budget,
     )
-    flat = _LinearLogps.apply(
+    flat = (function or LinearLogps).apply(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1).long(), head.pack(), options
     )
     values = {

@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 
 from logitless.kernels.checks import compute_dtype
-from logitless.kernels.op import _bits, _LinearLogps, _Options
-from logitless.kernels.settings import current_settings
+from logitless.kernels.op import LinearLogps, token_stats
 from logitless.kernels.spec import HeadSpec
 from logitless.kernels.stats import OPTIONAL_OUTPUTS
 
@@ -56,7 +55,7 @@ def _utils() -> ModuleType:
     return importlib.import_module(_UTILS)
 
 
-class _GatheredLogps(_LinearLogps):
+class _GatheredLogps(LinearLogps):
     """The log-prob function for a head that ZeRO-3 shards again as soon as TRL's forward pass has left its context.
 
     Outside of the context the parameters have no elements, so nothing here may look at their shapes.
@@ -66,10 +65,10 @@ class _GatheredLogps(_LinearLogps):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_entropy = grads[1]
         if ctx.options.unit_dhidden and grad_entropy is None:
-            return _LinearLogps.backward(ctx, *grads)  # scales what the forward pass left; never reads the head
+            return LinearLogps.backward(ctx, *grads)  # scales what the forward pass left; never reads the head
         weight, bias = ctx.saved_tensors[1:3]
         with getattr(_utils(), _GATHER)(weight, bias):
-            return _LinearLogps.backward(ctx, *grads)
+            return LinearLogps.backward(ctx, *grads)
 
 
 class LogProbFunction:
@@ -114,20 +113,10 @@ class LogProbFunction:
         """
         head = HeadSpec(logit_scale, final_logit_softcapping, temperature)
         wanted = frozenset(outputs) & frozenset(OPTIONAL_OUTPUTS)
-        frozen_head = not weight.requires_grad and (bias is None or not bias.requires_grad)
-        current = current_settings()
-        options = _Options(
-            ignore_index=-100,
-            outputs=_bits(wanted),
-            unit_dhidden=torch.is_grad_enabled() and hidden.requires_grad and frozen_head,
-            backend=current.backend,
-            precision=current.precision,
-            memory_budget=current.memory_budget,
-        )
         x = hidden.to(compute_dtype(hidden))
-        logps, *rest = _GatheredLogps.apply(x, weight, bias, targets.long(), head.pack(), options)
-        values = {name: value if name in wanted else None for name, value in zip(OPTIONAL_OUTPUTS, rest, strict=True)}
-        return logps, values["entropy"], values["log_sum_sq_probs"], values["mean_logits"], values["is_top1"]
+        stats = token_stats(x, weight, targets, bias, head, wanted | {"logps"}, -100, function=_GatheredLogps)
+        assert stats.logps is not None
+        return stats.logps, stats.entropy, stats.log_sum_sq_probs, stats.mean_logits, stats.is_top1
 
 
 def _load() -> ModuleType:
