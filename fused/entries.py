@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from logitless.kernels.checks import check_label_range
-from logitless.kernels.op import sequence_index
+from logitless.kernels.sequence import sequence_index
 
 
 @dataclass

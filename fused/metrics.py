@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .engine import Report, Term
 from .entries import Entries
+from .job import Report, Term
 
 
 def token_outputs() -> frozenset[str]:

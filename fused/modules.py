@@ -22,8 +22,9 @@ from logitless.kernels.plan import Plan
 from logitless.kernels.spec import HeadSpec
 
 from .batch import Loss, LossResult, Margin, Pairs, Sequences
-from .engine import Job, Reference, Report, Term, run
+from .engine import run
 from .entries import Entries, make_entries, merge_groups
+from .job import Job, Reference, Report, Term
 from .metrics import pair_metrics, sequence_metrics, token_outputs
 
 

@@ -1,20 +1,17 @@
-"""The preference-loss modules: DPO, IPO, SimPO, CPO, ORPO, KTO, and weighted sums of objectives."""
+"""The preference-loss modules: DPO, IPO, SimPO, CPO, ORPO and KTO."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from logitless.kernels.checks import check_ignore_index
-from logitless.kernels.plan import Plan
 from logitless.kernels.spec import HeadSpec
 
-from .engine import Term
 from .entries import Entries
+from .job import Term
 from .losses import dpo as dpo_family
 from .losses import kto as kto_family
 from .losses import simple
@@ -130,7 +127,7 @@ class FusedLinearDPOLoss(FusedLinearLoss):
         half = len(sizes) // 2
         shared = torch.tensor([min(sizes[i % half], sizes[i % half + half]) for i in range(len(sizes))])
         within = entries.ranks < shared.to(entries.ranks.device)[entries.sequences]
-        ld = torch.where(within, 1.0, self.ld_alpha).double()
+        ld = within.double() + self.ld_alpha * (~within).double()  # torch.where of two numbers would round them to float32
         entries.weights = ld if entries.weights is None else entries.weights * ld
 
 
@@ -282,6 +279,8 @@ class FusedLinearKTOLoss(FusedLinearLoss):
             return inputs
         if kl is None:
             raise ValueError("kl is needed by loss_type='kto': the mean KL-pair log-ratio, or 0.0 to leave it out")
+        if isinstance(kl, float) and device.type != "mps":
+            kl = torch.tensor(kl, dtype=torch.float64)  # as_tensor would round it to float32
         value = torch.as_tensor(kl, device=device).detach()
         if value.numel() != 1 or not (value.is_floating_point() or value.dtype in (torch.int32, torch.int64)):
             raise ValueError(f"kl must be one number, got {value.dtype} of shape {tuple(value.shape)}")
@@ -318,110 +317,3 @@ class FusedLinearKTOLoss(FusedLinearLoss):
         term = Term(self.loss, tuple(range(batch.num_sequences)), 1.0, inputs)
         loss, report, entries = batch.run([term], reference.states, self.metrics)
         return sequence_output(loss, report, entries, term, ref_logps, self.metrics)
-
-
-@dataclass
-class Objective:
-    """One objective of :class:`FusedLinearMultiObjectiveLoss`.
-
-    Attributes:
-        loss: a loss module of this library.
-        sequences: indices of its sequences in the batch; for pair losses the chosen ones, then the rejected ones.
-        weight: its factor in the sum.
-        ref_logps: (len(sequences),) where the loss has a reference and none is computed from ``ref_hidden``.
-        desirable, kl: for KTO.
-    """
-
-    loss: FusedLinearLoss
-    sequences: Sequence[int] | Tensor
-    weight: float = 1.0
-    ref_logps: Tensor | None = None
-    desirable: Tensor | None = None
-    kl: Tensor | float | None = None
-
-
-@dataclass
-class MultiObjectiveOutput:
-    """The weighted sum (differentiable), the value of each objective, and (S,) log-probabilities; detached but for ``loss``."""
-
-    loss: Tensor
-    losses: dict[str, Tensor]
-    logps: Tensor
-    plan: Plan | None = None
-
-
-class FusedLinearMultiObjectiveLoss(FusedLinearLoss):
-    """A weighted sum of objectives over different (also overlapping) sequences of one batch, in one pass over each token.
-
-    Example:
-        >>> x, w, y = torch.randn(6, 6, 16), torch.randn(100, 16), torch.randint(100, (6, 6))
-        >>> helpful = Objective(FusedLinearSimPOLoss(), sequences=[0, 1, 2, 3], weight=0.7)
-        >>> safe = Objective(FusedLinearCPOLoss(), sequences=[4, 5], weight=0.3)
-        >>> sorted(FusedLinearMultiObjectiveLoss()(x, w, y, {"helpful": helpful, "safe": safe}).losses)
-        ['helpful', 'safe']
-    """
-
-    def __init__(self, ignore_index: int = -100) -> None:
-        nn.Module.__init__(self)
-        check_ignore_index(ignore_index)
-        self.ignore_index = ignore_index
-
-    def forward(  # type: ignore[override]
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        objectives: Mapping[str, Objective],
-        bias: Tensor | None = None,
-        head: HeadSpec | None = None,
-        ref_hidden: Tensor | None = None,
-        ref_weight: Tensor | None = None,
-        ref_bias: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        token_weights: Tensor | None = None,
-        nll_labels: Tensor | None = None,
-    ) -> MultiObjectiveOutput:
-        """Compute the weighted sum; arguments as in :meth:`FusedLinearLoss.forward`, and
-
-        Args:
-            objectives: by name. Sequences that none of them uses are not scored.
-        """
-        if not objectives:
-            raise ValueError("objectives must not be empty")
-        for name, objective in objectives.items():
-            if getattr(objective.loss, "ld_alpha", None) is not None:
-                raise ValueError(f"objectives[{name!r}].loss uses ld_alpha; pass token_weights instead")
-        losses = [o.loss.loss for o in objectives.values()]
-        batch = _Batch.check(self, hidden, weight, labels, bias, head, cu_seqlens, token_weights, nll_labels, any_loss=losses)
-        device, terms = hidden.device, []
-        states = None
-        if ref_hidden is not None or ref_weight is not None or ref_bias is not None:
-            asking = next((loss for loss in losses if loss.needs_reference), losses[0])
-            states = batch.reference(asking, None, ref_hidden, ref_weight, ref_bias).states
-        for name, objective in objectives.items():
-            where = f"objectives[{name!r}]"
-            sequences = tuple(int(s) for s in torch.as_tensor(objective.sequences).reshape(-1).tolist())
-            loss = objective.loss.loss
-            bad = [s for s in sequences if not 0 <= s < batch.num_sequences]
-            if not sequences or bad or len(set(sequences)) != len(sequences):
-                raise ValueError(
-                    f"{where}.sequences must be distinct indices in [0, {batch.num_sequences}), at least one, got {sequences}"
-                )
-            if loss.group != "sequence" and len(sequences) % 2:
-                raise ValueError(f"{where}.sequences must be chosen ones and then as many rejected ones, got {len(sequences)}")
-            inputs: dict[str, Tensor] = {}
-            if isinstance(objective.loss, FusedLinearKTOLoss):
-                inputs = objective.loss.inputs(objective.desirable, objective.kl, len(sequences), device)
-            elif objective.desirable is not None or objective.kl is not None:
-                raise ValueError(f"{where}: desirable and kl are used by FusedLinearKTOLoss only")
-            if objective.ref_logps is not None:
-                inputs["ref_logps"] = check_per_sequence(f"{where}.ref_logps", objective.ref_logps, len(sequences), device)
-            if loss.needs_reference and objective.ref_logps is None and states is None:
-                raise ValueError(f"{where} needs a reference: set its ref_logps, or pass ref_hidden and ref_weight")
-            terms.append(Term(loss, sequences, check_number(f"{where}.weight", objective.weight), inputs))
-        total, report, _ = batch.run(terms, states, False)
-        values = {
-            name: result.losses.sum().to(total.dtype) / term.num_units
-            for name, result, term in zip(objectives, report.results, terms, strict=True)
-        }
-        return MultiObjectiveOutput(total, values, report.logps, report.plan)

@@ -6,21 +6,20 @@ from logitless.fused.losses.dpo import DPO_LOSSES
 from logitless.fused.losses.kto import KTO_LOSSES
 from logitless.fused.losses.simple import CPO_LOSSES
 from logitless.fused.modules import FusedLinearLoss, KTOOutput, PreferenceOutput
+from logitless.fused.multi_objective import FusedLinearMultiObjectiveLoss, MultiObjectiveOutput, Objective
 from logitless.fused.preference import (
     FusedLinearCPOLoss,
     FusedLinearDPOLoss,
     FusedLinearIPOLoss,
     FusedLinearKTOLoss,
-    FusedLinearMultiObjectiveLoss,
     FusedLinearORPOLoss,
     FusedLinearSimPOLoss,
-    MultiObjectiveOutput,
-    Objective,
 )
 from logitless.kernels.backends import available_backends, register_backend
-from logitless.kernels.op import linear_logps, sequence_logps, shift
+from logitless.kernels.op import linear_logps
 from logitless.kernels.plan import Plan, plan
 from logitless.kernels.reference import reference_logps
+from logitless.kernels.sequence import sequence_logps, shift
 from logitless.kernels.settings import Settings, current_settings, settings
 from logitless.kernels.spec import HeadSpec
 from logitless.kernels.stats import OUTPUTS, TokenStats

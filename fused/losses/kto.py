@@ -35,7 +35,8 @@ def kto(*, beta: float, desirable_weight: float, undesirable_weight: float, loss
         desirable = batch.inputs["desirable"]
         logratios = batch.logps - batch.reference
         z = batch.inputs["kl"].clamp(min=0) if loss_type == "kto" else torch.zeros_like(logratios)
-        weights = torch.where(desirable, desirable_weight, undesirable_weight)
+        # torch.where of two numbers would round them to float32
+        weights = torch.where(desirable, logratios.new_full((), desirable_weight), undesirable_weight)
         losses = weights * KTO_LOSSES[loss_type](logratios, desirable, beta, z)
         return LossResult(losses, metrics={"rewards": beta * logratios})
 

@@ -1,0 +1,160 @@
+"""Evaluates losses on the log-probabilities of some tokens, and asks autograd for the coefficient of each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from logitless.kernels.plan import Step
+from logitless.kernels.stats import RowStats
+
+from .batch import LossResult, Pairs, Sequences, Totals
+from .job import Job
+
+
+class Evaluation:
+    """Evaluates the terms on the sequences of one step and keeps the results."""
+
+    def __init__(self, job: Job, num_sequences: int, wide: torch.dtype, device: torch.device) -> None:
+        self.job, self.wide, self.device = job, wide, device
+        entries = job.entries
+        self.loss = torch.zeros((), dtype=wide, device=device)
+        self.logps = torch.zeros(num_sequences, dtype=wide, device=device)
+        self.lengths = torch.zeros(num_sequences, dtype=wide, device=device)
+        self.ref_logps = torch.zeros_like(self.logps) if job.reference is not None else None
+        self.parts: list[list[tuple[list[int], LossResult]]] = [[] for _ in job.terms]
+        self.confidence = any(t.loss.uses_confidence for t in job.terms)
+        nll_sizes = entries.sequence_sizes
+        if entries.nll is not None:
+            nll_sizes = torch.bincount(entries.sequences[entries.nll], minlength=num_sequences).tolist()
+        self.totals = []
+        self.index_of_group: list[dict[int, int]] = []
+        for term in job.terms:
+            unit_leaders = term.sequences[: term.num_units]
+            self.totals.append(Totals(term.num_units, sum(nll_sizes[s] for s in term.nll_sequences)))
+            self.index_of_group.append({s: i for i, s in enumerate(unit_leaders)})
+
+    def coefficients(self, step: Step, stats: RowStats, ref_token_logps: Tensor | None, needs_grad: bool) -> Tensor | None:
+        """dLoss / dlogps of the step's tokens (n,); adds the step's share to the loss."""
+        entries, span = self.job.entries, slice(step.start, step.stop)
+        sequences = [s for group in entries.groups[step.first_group : step.last_group] for s in group]
+        sizes = torch.tensor([entries.sequence_sizes[s] for s in sequences], device=self.device)
+
+        def sums(values: Tensor) -> Tensor:
+            # tokens of a sequence are neighbours, so this adds in a fixed order on every device
+            if len(sequences) == 0:
+                return values.new_zeros(0)
+            return torch.segment_reduce(values, "sum", lengths=sizes, initial=0, unsafe=True)  # checks would synchronise
+
+        def part(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[span]
+
+        counted, nll, weights = part(entries.counted), part(entries.nll), part(entries.weights)
+        factor = None if counted is None else counted.to(self.wide)
+        if weights is not None:
+            factor = weights.to(self.wide) if factor is None else factor * weights.to(self.wide)
+        with torch.enable_grad():
+            leaf = stats.logps.to(self.wide).requires_grad_(needs_grad)
+            logps = sums(leaf if factor is None else leaf * factor)
+            nll_sums = sums(-leaf if nll is None else torch.where(nll, -leaf, 0))
+            lengths = sums(torch.ones_like(leaf) if counted is None else counted.to(self.wide)).detach()
+            ref = None
+            if ref_token_logps is not None:
+                wide_ref = ref_token_logps.to(self.wide)
+                ref = sums(wide_ref if factor is None else wide_ref * factor)
+            confidence = None
+            if self.confidence:
+                assert stats.log_sum_sq_probs is not None
+                aligned = leaf.detach() - stats.log_sum_sq_probs.to(self.wide)
+                aligned = aligned if counted is None else torch.where(counted, aligned, 0)
+                confidence = sums(aligned) / lengths.clamp(min=1)
+            total = self._terms(sequences, logps, lengths, nll_sums, ref, confidence)
+            gradient = None
+            if needs_grad:
+                (gradient,) = torch.autograd.grad(total, leaf, allow_unused=True)
+                gradient = torch.zeros_like(leaf) if gradient is None else gradient
+        index = torch.tensor(sequences, dtype=torch.long, device=self.device)
+        self.logps[index] = logps.detach()
+        self.lengths[index] = lengths
+        if ref is not None and self.ref_logps is not None:
+            self.ref_logps[index] = ref
+        self.loss += total.detach()
+        return None if gradient is None else gradient.to(stats.logps.dtype)
+
+    def _terms(
+        self,
+        sequences: list[int],
+        logps: Tensor,
+        lengths: Tensor,
+        nll_sums: Tensor,
+        ref: Tensor | None,
+        confidence: Tensor | None,
+    ) -> Tensor:
+        local = {s: i for i, s in enumerate(sequences)}
+        total = logps.sum() * 0
+        for number, term in enumerate(self.job.terms):
+            leaders = self.index_of_group[number]
+            units = sorted(leaders[s] for s in sequences if s in leaders)
+            if not units:
+                continue
+            members = units if term.loss.group == "sequence" else units + [u + term.num_units for u in units]
+            here = torch.tensor([local[term.sequences[m]] for m in members], device=self.device)
+            there = torch.tensor(members, device=self.device)
+            inputs = {
+                name: (value[there] if value.dim() == 1 and len(value) == len(term.sequences) else value)
+                for name, value in term.inputs.items()
+            }
+            inputs = {n: v.to(self.wide) if v.is_floating_point() else v for n, v in inputs.items()}
+            kind = Sequences if term.loss.group == "sequence" else Pairs
+            batch = kind(
+                logps=logps[here],
+                lengths=lengths[here],
+                nll_sums=nll_sums[here],
+                ref_logps=inputs.pop("ref_logps", None if ref is None else ref[here]),
+                confidence=None if confidence is None else confidence[here],
+                inputs=inputs,
+                totals=self.totals[number],
+            )
+            result = term.loss(batch)
+            if tuple(result.losses.shape) != (len(units),):
+                raise ValueError(
+                    f"the loss function returned losses of shape {tuple(result.losses.shape)}; it must return one loss a "
+                    f"{'sequence' if term.loss.group == 'sequence' else 'pair'}: ({len(units)},)"
+                )
+            total = total + result.losses.sum() * (term.weight / term.num_units)
+            self.parts[number].append((units, _detached(result)))
+        return total
+
+    def results(self) -> list[LossResult]:
+        """The results of each term, with its units back in the caller's order."""
+        return [_in_order(parts, self.wide, self.device) for parts in self.parts]
+
+
+def _detached(result: LossResult) -> LossResult:
+    def d(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.detach()
+
+    return LossResult(
+        result.losses.detach(),
+        d(result.chosen_rewards),
+        d(result.rejected_rewards),
+        {k: v.detach() for k, v in result.metrics.items()},
+    )
+
+
+def _in_order(parts: list[tuple[list[int], LossResult]], dtype: torch.dtype, device: torch.device) -> LossResult:
+    if not parts:
+        return LossResult(torch.zeros(0, dtype=dtype, device=device))
+    inverse = torch.argsort(torch.tensor([u for units, _ in parts for u in units], device=device))
+
+    def gather(values: list[Tensor | None]) -> Tensor | None:
+        present = [v for v in values if v is not None]
+        return torch.cat(present)[inverse] if present else None
+
+    results = [r for _, r in parts]
+    losses = gather([r.losses for r in results])
+    assert losses is not None
+    metrics = {name: torch.cat([r.metrics[name] for r in results])[inverse] for name in results[0].metrics}
+    return LossResult(
+        losses, gather([r.chosen_rewards for r in results]), gather([r.rejected_rewards for r in results]), metrics
+    )

@@ -1,0 +1,82 @@
+"""What the engine is asked to do, and what it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from logitless.kernels.plan import Plan
+from logitless.kernels.spec import HeadSpec
+
+from .batch import Loss, LossResult
+from .entries import Entries
+
+
+@dataclass(frozen=True)
+class Term:
+    """One objective over some of the batch's sequences.
+
+    Attributes:
+        loss: the loss.
+        sequences: which sequences; for pair losses the chosen ones, then the rejected ones.
+        weight: factor of this term in the sum.
+        inputs: tensors with one value a sequence of this term, or one for all; ``ref_logps`` among the former.
+    """
+
+    loss: Loss
+    sequences: tuple[int, ...]
+    weight: float = 1.0
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def groups(self) -> list[list[int]]:
+        s = self.sequences
+        if self.loss.group == "sequence":
+            return [[i] for i in s]
+        half = len(s) // 2
+        pairs = [[s[i], s[half + i]] for i in range(half)]
+        return pairs if self.loss.group == "pair" else [[i for pair in pairs for i in pair]]
+
+    @property
+    def nll_sequences(self) -> tuple[int, ...]:
+        """The sequences whose tokens the NLL term is over: the chosen ones, or all of a sequence loss."""
+        return self.sequences if self.loss.group == "sequence" else self.sequences[: self.num_units]
+
+    @property
+    def num_units(self) -> int:
+        """What the loss averages over: sequences, or pairs."""
+        return len(self.sequences) if self.loss.group == "sequence" else len(self.sequences) // 2
+
+
+@dataclass
+class Reference:
+    """Hidden states and head of the reference model, scored forward-only in the same tiles. hidden (P, H')."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass
+class Job:
+    """All of a call but the differentiable tensors."""
+
+    entries: Entries
+    terms: Sequence[Term]
+    head: HeadSpec
+    reference: Reference | None
+    outputs: frozenset[str]  # token statistics for metrics
+
+
+@dataclass
+class Report:
+    """What came of a call besides the loss; detached. S sequences, N tokens in the order of the entries."""
+
+    plan: Plan
+    logps: Tensor  # (S,)
+    lengths: Tensor  # (S,)
+    ref_logps: Tensor | None  # (S,), where the reference was scored here
+    results: list[LossResult]  # one a term, in the order of its groups
+    tokens: dict[str, Tensor]  # (N,) each
