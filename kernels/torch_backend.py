@@ -10,10 +10,6 @@ Three entry points, which every backend has:
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -23,25 +19,20 @@ from .head_grad import HeadGradient
 from .plan import VOCAB_BLOCK, block_shape
 from .spec import HeadSpec
 from .stats import CoreOptions, RowStats
+from .torch_scan import (
+    FLOOR,
+    ROW_ELEMENTS,
+    BlockSums,
+    Logits,
+    blocks,
+    combine,
+    scan_block,
+    target_logit_and_slope,
+    weight_block,
+)
 
-#: A logit this far (nats) above the offset k raises k to the row maximum. exp(30)^2 * V stays finite in float32.
-RAISE_ABOVE = 30.0
-#: Elements of [tokens, hidden] that are converted at a time.
-_ROW_ELEMENTS = 1 << 19
-#: exp underflows to 0 below this in float32 and float64; keeps -inf * 0 out of the entropy sum.
-_FLOOR = -1000.0
 #: Scale of a fp16 gradient tile, so that probabilities down to 2e-9 keep their precision.
 _FP16_SCALE = 2.0**15
-
-
-def _blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, total, size):
-        yield start, min(start + size, total)
-
-
-def _weight_block(weight: Tensor, v0: int, v1: int, dtype: torch.dtype) -> Tensor:
-    block = weight[v0:v1]
-    return block if block.dtype == dtype else block.to(dtype)
 
 
 def _scale_rows(x: Tensor, a: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -51,205 +42,10 @@ def _scale_rows(x: Tensor, a: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
         factor = a.abs().amax().clamp(min=1e-30) if len(a) else None
         a = a if factor is None else a / factor
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    step = len(x) if x.is_cuda else max(1, _ROW_ELEMENTS // max(1, x.shape[1]))
-    for r0, r1 in _blocks(len(x), max(1, step)):  # no full-size temporary in a's dtype
+    step = len(x) if x.is_cuda else max(1, ROW_ELEMENTS // max(1, x.shape[1]))
+    for r0, r1 in blocks(len(x), max(1, step)):  # no full-size temporary in a's dtype
         out[r0:r1].copy_(x[r0:r1] * a[r0:r1, None])
     return out, factor
-
-
-class _Logits:
-    """Makes blocks of raw logits for some tokens, in float32 where the hardware makes that cheap."""
-
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, precision: str) -> None:
-        self.operand = logits_gemm_dtype(x.dtype, x.device, precision)
-        self.x, self.weight, self.bias = x.to(self.operand), weight, bias
-        self.acc = accumulate_dtype(x.dtype)
-        self.model_dtype = x.dtype
-        self.match = precision == "match" and x.dtype.itemsize == 2
-        # cuBLAS hands out its float32 accumulators on request; CPU GEMMs have no such output
-        self.wide = x.is_cuda and self.operand.itemsize == 2 and not self.match
-        self.dtype = self.acc if self.wide else self.operand
-
-    def block(self, v0: int, v1: int, out: Tensor) -> None:
-        """Write ``x @ weight[v0:v1].T`` (N, v1 - v0), in ``self.dtype`` and without bias, to ``out``."""
-        w = _weight_block(self.weight, v0, v1, self.operand).t()
-        if self.wide:
-            torch.mm(self.x, w, out_dtype=self.acc, out=out)
-        else:
-            torch.mm(self.x, w, out=out)
-
-    def load(self, source: Tensor, z: Tensor, v0: int, v1: int) -> None:
-        """Copy rows of a block to the float32 (float64) buffer ``z`` and add the bias."""
-        if z.data_ptr() != source.data_ptr():
-            z.copy_(source)
-        if self.bias is not None:
-            z.add_(self.bias[v0:v1])
-        if self.match:
-            z.copy_(z.to(self.model_dtype))
-
-
-def target_logits(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, precision: str) -> Tensor:
-    """Raw logits of the labels by an indexed dot product in float32 (float64). x (N, H), labels (N,) -> (N,)."""
-    n, hidden = x.shape
-    acc = accumulate_dtype(x.dtype)
-    out = torch.empty(n, dtype=acc, device=x.device)
-    for r0, r1 in _blocks(n, max(1, _ROW_ELEMENTS // max(1, hidden))):
-        w = weight.index_select(0, labels[r0:r1]).to(x.dtype).to(acc)
-        torch.sum(w.mul_(x[r0:r1]), dim=1, out=out[r0:r1])
-    if bias is not None:
-        out += bias.index_select(0, labels)
-    return out.to(x.dtype).to(acc) if precision == "match" else out
-
-
-@dataclass
-class _BlockSums:
-    """Sums over one block of the vocabulary without the target, relative to ``k`` (``None``: the target logit). Each (N,)."""
-
-    e: Tensor
-    ez: Tensor | None = None
-    ee: Tensor | None = None
-    z: Tensor | None = None
-    beaten: Tensor | None = None
-    k: Tensor | None = None
-
-
-def _scan_block(
-    logits: _Logits,
-    head: HeadSpec,
-    options: CoreOptions,
-    source: Tensor,  # (N, W) raw logits v0..v1
-    destination: Tensor | None,  # (N, W) gets exp(z - k) * (1 - tanh^2), 0 at the target; may be ``source``
-    zy: Tensor,  # (N,) target logits
-    k: Tensor,  # (N,) zy, but finite
-    labels: Tensor,  # (N,)
-    v0: int,
-    v1: int,
-) -> _BlockSums:
-    n, width = source.shape
-    gpu, want, acc = source.is_cuda, options.outputs, zy.dtype
-
-    def new(name: str) -> Tensor | None:
-        return torch.empty(n, dtype=acc, device=zy.device) if name in want else None
-
-    sums = _BlockSums(torch.empty_like(zy), new("entropy"), new("log_sum_sq_probs"), new("mean_logits"))
-    if "is_top1" in want:
-        sums.beaten = torch.empty(n, dtype=torch.bool, device=zy.device)
-    step = max(1, n if gpu else options.cache_elements // width)
-    in_place = gpu and source.dtype == acc
-    buffer = source if in_place else torch.empty((min(step, n), width), dtype=acc, device=zy.device)
-    second = torch.empty_like(buffer) if sums.ez is not None or sums.ee is not None else None
-
-    for r0, r1 in _blocks(n, step):
-        z, offset = buffer[: r1 - r0], k[r0:r1]
-        column = labels[r0:r1, None] - v0
-        inside = (column >= 0) & (column < width)
-        column = column.clamp_(0, width - 1)
-        overflowed = inside  # of the first attempt
-        for attempt in range(2):
-            logits.load(source[r0:r1], z, v0, v1)
-            squared = head.transform_(z)
-            if attempt == 0 and sums.z is not None:
-                torch.sum(z, dim=1, out=sums.z[r0:r1])
-            z.scatter_(1, column, torch.where(inside, -math.inf, z.gather(1, column)))
-            if attempt == 0 and sums.beaten is not None:
-                sums.beaten[r0:r1] = _beaten(z, zy[r0:r1], labels[r0:r1], v0)
-            if gpu:  # a look at the sums would synchronise, so every row's maximum is taken
-                top = z.amax(dim=1)
-                offset = torch.where(top - offset > RAISE_ABOVE, top, offset)
-            elif attempt == 1:
-                offset = torch.where(overflowed, z.amax(dim=1), offset)
-            z.sub_(offset[:, None])
-            if second is None:
-                z.exp_()
-            else:
-                work = second[: r1 - r0]
-                if sums.ez is not None:
-                    torch.clamp(z, min=_FLOOR, out=work)
-                z.exp_()
-                if sums.ez is not None:
-                    torch.sum(work.mul_(z), dim=1, out=sums.ez[r0:r1])
-                if sums.ee is not None:
-                    torch.sum(torch.mul(z, z, out=work), dim=1, out=sums.ee[r0:r1])
-            torch.sum(z, dim=1, out=sums.e[r0:r1])
-            if gpu or attempt == 1:
-                break
-            overflowed = ~(sums.e[r0:r1] <= math.exp(RAISE_ABOVE))
-            if not bool(overflowed.any()):
-                break
-        if gpu or attempt == 1:
-            sums.k = k.clone() if sums.k is None else sums.k
-            sums.k[r0:r1] = offset
-        if destination is not None:
-            if squared is not None:
-                z.addcmul_(z, squared, value=-1)
-            if not (in_place and destination is source):
-                destination[r0:r1].copy_(z)
-    return sums
-
-
-def _beaten(z: Tensor, zy: Tensor, labels: Tensor, v0: int) -> Tensor:
-    """Whether some entry of a row beats its target: larger, or equal with a smaller index. z (N, W) -> (N,) bool."""
-    top = z.amax(dim=1)
-    beaten = top > zy
-    if z.is_cuda or bool((top == zy).any()):
-        index = torch.arange(v0, v0 + z.shape[1], device=z.device)
-        beaten |= ((z == zy[:, None]) & (index < labels[:, None])).any(dim=1)
-    return beaten
-
-
-def _combine(
-    parts: list[_BlockSums], zy: Tensor, k: Tensor, ty: Tensor | None, vocab: int
-) -> tuple[RowStats, list[Tensor | None]]:
-    """Totals over all blocks, and for each block the factor (N,) from its offset to the common one (``None``: 1)."""
-    factors: list[Tensor | None] = [None] * len(parts)
-    if any(p.k is not None for p in parts):
-        offsets = torch.stack([k if p.k is None else p.k for p in parts])
-        k = offsets.amax(dim=0)
-        for i, p in enumerate(parts):
-            shift = offsets[i] - k
-            factors[i] = f = shift.exp()
-            if p.ez is not None:
-                p.ez = (p.ez + torch.where(f > 0, shift, 0) * p.e) * f
-            if p.ee is not None:
-                p.ee = p.ee * f * f
-            p.e = p.e * f
-
-    def total(name: str) -> Tensor | None:
-        columns = [getattr(p, name) for p in parts]
-        return None if columns[0] is None else torch.stack(columns).sum(dim=0)
-
-    r = total("e")
-    assert r is not None
-    offset = zy - k
-    target = offset.exp()
-    denominator = r + target
-    at_target = offset == 0
-    log_denom = torch.where(at_target, r.log1p(), denominator.log())
-    stats = RowStats(
-        logps=torch.where(at_target, -log_denom, offset - log_denom),
-        k=k,
-        sum_others=r,
-        log_denom=log_denom,
-        target_offset=offset,
-        target_slope=ty,
-    )
-    if (ez := total("ez")) is not None:
-        stats.entropy = log_denom - (ez + target * offset.clamp(min=_FLOOR)) / denominator
-    if (ee := total("ee")) is not None:
-        stats.log_sum_sq_probs = (ee + target * target).log() - 2 * log_denom
-    if (z := total("z")) is not None:
-        stats.mean_logits = z / vocab
-    if parts[0].beaten is not None:
-        stats.is_top1 = ~torch.stack([p.beaten for p in parts]).any(dim=0)  # type: ignore[misc]
-    return stats, factors
-
-
-def _target_logit_and_slope(
-    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, head: HeadSpec, precision: str
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    zy = target_logits(x, weight, bias, labels, precision)
-    squared = head.transform_(zy)
-    return zy, zy.clamp(min=-1e30), None if squared is None else 1 - squared
 
 
 def score(
@@ -272,7 +68,7 @@ def score(
     if unit_dhidden:
         dhidden = torch.zeros(x.shape, dtype=accumulate_dtype(x.dtype), device=x.device)
     chunks = []
-    for r0, r1 in _blocks(max(1, len(x)), rows):
+    for r0, r1 in blocks(max(1, len(x)), rows):
         rows_of_tile = None if tile is None else tile[r0:r1]
         rows_of_dhidden = None if dhidden is None else dhidden[r0:r1]
         chunks.append(_score_rows(x[r0:r1], weight, bias, labels[r0:r1], head, options, width, rows_of_tile, rows_of_dhidden))
@@ -293,8 +89,8 @@ def _score_rows(
     dhidden: Tensor | None,  # (N, H) zeros, gets d logps / d hidden
 ) -> RowStats:
     n, vocab = len(x), len(weight)
-    logits = _Logits(x, weight, bias, options.precision)
-    zy, k, ty = _target_logit_and_slope(x, weight, bias, labels, head, options.precision)
+    logits = Logits(x, weight, bias, options.precision)
+    zy, k, ty = target_logit_and_slope(x, weight, bias, labels, head, options.precision)
     grad_dtype = gemm_dtype(x.dtype, x.device)
     in_tile = tile is not None and tile.dtype == logits.dtype
     scratch = None if in_tile else torch.empty((n, width), dtype=logits.dtype, device=x.device)
@@ -302,8 +98,8 @@ def _score_rows(
     if dhidden is not None and (logits.dtype != grad_dtype or grad_dtype == torch.float16):
         g_block = torch.empty((n, width), dtype=_g_dtype(grad_dtype), device=x.device)
     running = k
-    parts: list[_BlockSums] = []
-    for v0, v1 in _blocks(vocab, width):
+    parts: list[BlockSums] = []
+    for v0, v1 in blocks(vocab, width):
         w = v1 - v0
         destination: Tensor | None
         if tile is not None:
@@ -314,7 +110,7 @@ def _score_rows(
             source = scratch[:, :w]
             destination = None if dhidden is None else source if g_block is None else g_block[:, :w]
         logits.block(v0, v1, source)
-        part = _scan_block(logits, head, options, source, destination, zy, k, labels, v0, v1)
+        part = scan_block(logits, head, options, source, destination, zy, k, labels, v0, v1)
         parts.append(part)
         if dhidden is not None:
             assert destination is not None
@@ -324,7 +120,7 @@ def _score_rows(
                 dhidden.mul_((running - new).exp()[:, None])
                 destination.mul_((here - new).exp()[:, None].to(destination.dtype))
                 running = new
-            w_block = _weight_block(weight, v0, v1, grad_dtype)
+            w_block = weight_block(weight, v0, v1, grad_dtype)
             if grad_dtype == torch.float16:  # exp(z - k) reaches e^30: bring each row into fp16's range for its GEMM
                 peak = destination.amax(dim=1).clamp_(min=1e-30) / _FP16_SCALE
                 product = torch.zeros_like(dhidden)
@@ -332,10 +128,10 @@ def _score_rows(
                 dhidden.addcmul_(product, peak[:, None])
             else:
                 mm_accumulate(dhidden, destination.to(grad_dtype), w_block)
-    stats, factors = _combine(parts, zy, k, ty, vocab)
+    stats, factors = combine(parts, zy, k, ty, vocab)
     if dhidden is not None:
         at_target, scale = _at_target(stats), -head.slope * (-stats.log_denom).exp()
-        for r0, r1 in _blocks(n, max(1, _ROW_ELEMENTS // max(1, x.shape[1]))):
+        for r0, r1 in blocks(n, max(1, ROW_ELEMENTS // max(1, x.shape[1]))):
             w_y = weight.index_select(0, labels[r0:r1]).to(x.dtype)
             dhidden[r0:r1].sub_(w_y * at_target[r0:r1, None]).mul_(scale[r0:r1, None])
     if tile is not None:
@@ -350,7 +146,7 @@ def _g_dtype(dtype: torch.dtype) -> torch.dtype:
 def _finish_tile(tile: Tensor, stats: RowStats, factors: list[Tensor | None], labels: Tensor, width: int) -> None:
     """Bring all blocks of a tile to the common offset; on a GPU, write ``-R`` at the targets (see ``_add_targets``)."""
     if any(f is not None for f in factors):
-        for (v0, v1), factor in zip(_blocks(tile.shape[1], width), factors, strict=True):
+        for (v0, v1), factor in zip(blocks(tile.shape[1], width), factors, strict=True):
             if factor is None:
                 continue
             if tile.is_cuda:
@@ -390,7 +186,7 @@ def _add_targets(
     float32, and there the target stays in the tile: adding to rows of dW would need atomics in an order that changes.
     """
     if dhidden is not None:
-        for r0, r1 in _blocks(len(x), max(1, _ROW_ELEMENTS // x.shape[1])):
+        for r0, r1 in blocks(len(x), max(1, ROW_ELEMENTS // x.shape[1])):
             w = weight.index_select(0, labels[r0:r1]).to(x.dtype).to(dhidden.dtype)
             dhidden[r0:r1].addcmul_(w, values[r0:r1, None])
     if head_gradient is not None:
@@ -428,24 +224,24 @@ def tile_gradients(
         return block if block.dtype == grad_dtype else block.to(grad_dtype)
 
     whole = row_factor is None and tile.dtype == grad_dtype and weight.dtype == grad_dtype
-    spans = [(0, vocab)] if whole else list(_blocks(vocab, VOCAB_BLOCK))
+    spans = [(0, vocab)] if whole else list(blocks(vocab, VOCAB_BLOCK))
     if dhidden is not None:
         if whole and not x.is_cuda:
             dhidden.copy_(torch.mm(tile, weight)) if tile.dtype != dhidden.dtype else torch.mm(tile, weight, out=dhidden)
         else:
             dhidden.zero_()
             for v0, v1 in spans:
-                mm_accumulate(dhidden, operand(v0, v1), _weight_block(weight, v0, v1, grad_dtype))
+                mm_accumulate(dhidden, operand(v0, v1), weight_block(weight, v0, v1, grad_dtype))
         dhidden.mul_(scale[:, None])
     if head_gradient is not None and head_gradient.weight is not None:
         ax, factor = _scale_rows(x, scale, grad_dtype)
         # accumulating in blocks keeps the GEMM's result small before it is added in float32
-        for v0, v1 in [(0, vocab)] if whole and not head_gradient.accumulate else _blocks(vocab, VOCAB_BLOCK):
+        for v0, v1 in [(0, vocab)] if whole and not head_gradient.accumulate else blocks(vocab, VOCAB_BLOCK):
             head_gradient.add_weight(v0, v1, operand(v0, v1), ax, factor)
     if head_gradient is not None and head_gradient.bias is not None:
         bias_scale = scale if row_factor is None else scale * row_factor
-        step = len(x) if tile.is_cuda else max(1, _ROW_ELEMENTS // vocab)
-        for r0, r1 in _blocks(len(x), max(1, step)):
+        step = len(x) if tile.is_cuda else max(1, ROW_ELEMENTS // vocab)
+        for r0, r1 in blocks(len(x), max(1, step)):
             head_gradient.bias.addmv_(tile[r0:r1].to(head_gradient.acc).t(), bias_scale[r0:r1].to(head_gradient.acc))
     if not x.is_cuda:
         _add_targets(x, weight, labels, at_target, dhidden, head_gradient)
@@ -478,7 +274,7 @@ def recompute_gradients(
     if entropy_coefficients is not None:
         assert stats.entropy is not None
         log_p = stats.target_offset - stats.log_denom
-        mixed = entropy_coefficients * (log_p.clamp(min=_FLOOR) + stats.entropy) * stats.target_offset.exp()
+        mixed = entropy_coefficients * (log_p.clamp(min=FLOOR) + stats.entropy) * stats.target_offset.exp()
         at_target = c * at_target + mixed
     if stats.target_slope is not None:
         at_target = at_target * stats.target_slope
@@ -491,12 +287,12 @@ def recompute_gradients(
         scale = scale / normal_scale
     if dhidden is not None:
         dhidden.zero_()
-    token_chunks = list(_blocks(max(1, n), rows))
+    token_chunks = list(blocks(max(1, n), rows))
     several = len(token_chunks) > 1
-    makers = [_Logits(x[r0:r1], weight, bias, options.precision) for r0, r1 in token_chunks]
+    makers = [Logits(x[r0:r1], weight, bias, options.precision) for r0, r1 in token_chunks]
     scratch = torch.empty((min(rows, n), width), dtype=makers[0].dtype, device=x.device)
     tile = torch.empty((min(rows, n), width), dtype=g_dtype, device=x.device)
-    for v0, v1 in _blocks(vocab, width):
+    for v0, v1 in blocks(vocab, width):
         span = v1 - v0
         dweight: Tensor | None = None  # float32 block, where several chunks of tokens add to rows that are written once
         if head_gradient is not None and head_gradient.weight is not None and several and not head_gradient.accumulate:
@@ -507,7 +303,7 @@ def recompute_gradients(
             logits.block(v0, v1, source)
             step = max(1, r1 - r0 if x.is_cuda else options.cache_elements // span)
             buffer = torch.empty((min(step, r1 - r0), span), dtype=logits.acc, device=x.device)
-            for s0, s1 in _blocks(r1 - r0, step):
+            for s0, s1 in blocks(r1 - r0, step):
                 z, here = buffer[: s1 - s0], slice(r0 + s0, r0 + s1)
                 logits.load(source[s0:s1], z, v0, v1)
                 squared = head.transform_(z)
@@ -516,7 +312,7 @@ def recompute_gradients(
                     z.exp_()
                 else:
                     assert stats.entropy is not None
-                    log_p = (z - stats.log_denom[here, None]).clamp_(min=_FLOOR)
+                    log_p = (z - stats.log_denom[here, None]).clamp_(min=FLOOR)
                     mix = log_p.add_(stats.entropy[here, None]).mul_(entropy_coefficients[here, None])
                     z.exp_().mul_(mix.add_(c[here, None]))
                 if squared is not None:
@@ -533,7 +329,7 @@ def recompute_gradients(
                 g[s0:s1].copy_(z)
             g = g.to(grad_dtype)
             if dhidden is not None:
-                mm_accumulate(dhidden[r0:r1], g, _weight_block(weight, v0, v1, grad_dtype))
+                mm_accumulate(dhidden[r0:r1], g, weight_block(weight, v0, v1, grad_dtype))
             if head_gradient is not None and head_gradient.weight is not None:
                 ax, factor = _scale_rows(x[r0:r1], scale[r0:r1], grad_dtype)
                 if dweight is None:
