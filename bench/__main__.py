@@ -1,0 +1,5 @@
+"""``python -m logitless.bench``"""
+
+from .cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,149 @@
+"""The command line: ``python -m logitless.bench`` and ``logitless bench``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import register_all
+from .cases import DTYPES, LOGITS, SUITES, Case, Shape, parse_shape
+from .registry import PROVIDERS
+from .report import show, write_files
+from .runner import Outcome, default_providers, planned_steps, run_case
+
+DEFAULT_SUITES = ("dpo", "memory")
+DEFAULT_OUT = Path("bench/out")
+_ROUNDS = {"cpu": (3, 7), "cuda": (10, 30)}
+#: Tables are not squeezed when the output is a file.
+_FILE_WIDTH = 150
+
+
+class UsageError(Exception):
+    """A wrong argument; the message names what is accepted."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m logitless.bench",
+        description="Time, peak memory and error of log-probs and preference losses of a language-model head. Every result "
+        "is checked against float64, and a figure is only printed next to the error of the result that it timed.",
+    )
+    parser.add_argument(
+        "--suite", nargs="+", default=[], metavar="NAME", help=f"default: {' '.join(DEFAULT_SUITES)}, run as --quick would"
+    )
+    parser.add_argument("--shape", default="", metavar="KEY=VALUE,...", help="replaces values of the suites' shapes")
+    parser.add_argument("--providers", nargs="+", default=[], metavar="NAME", help="default: those of each suite")
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help="for JSON and PNG; default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller shapes (but for the headline)")
+    parser.add_argument("--rounds", type=int, default=None, metavar="N", help="timed steps of each provider")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda; default: %(default)s")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the memory processes")
+    parser.add_argument("--list", action="store_true", help="say what there is, and stop")
+    return parser
+
+
+def _names(kind: str, given: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Names given apart or joined by commas, each once and known."""
+    names = list(dict.fromkeys(name for text in given for name in text.split(",") if name))
+    known = list(known)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UsageError(f"unknown {kind} {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
+    return names
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise UsageError(f"unknown device {name!r}; known: auto, cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device 'cuda' is asked for, but torch sees no CUDA device")
+    return torch.device(name)
+
+
+def _list(console: Console, device: torch.device) -> None:
+    console.print("[bold]suites[/bold]")
+    for suite in SUITES.values():
+        console.print(f"  {suite.name:10} {suite.help} ({suite.base})", highlight=False)
+    console.print(f"[bold]providers[/bold] on {device.type}, at the headline shape")
+    for name, provider in PROVIDERS.items():
+        reasons = provider.why_not(Case("", min(provider.tasks), Shape()), device)
+        state = f"unavailable: {'; '.join(reasons)}" if reasons else f"computes {', '.join(sorted(provider.tasks))}"
+        console.print(f"  {name:20} {state}", highlight=False)
+    console.print("[bold]shape keys[/bold]")
+    console.print("  " + ", ".join(Shape.__dataclass_fields__), highlight=False)
+    console.print(f"  dtype: {', '.join(DTYPES)}; logits: {', '.join(LOGITS)}", highlight=False)
+
+
+def _run(
+    console: Console, plan: Sequence[tuple[Case, list[str]]], device: torch.device, rounds: int, memory: bool
+) -> list[Outcome]:
+    total = sum(planned_steps(case, names, device, rounds) for case, names in plan)
+    columns = (TextColumn("{task.description:45}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), TimeElapsedColumn())
+    outcomes = []
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+
+        def progress(text: str, steps: int) -> None:
+            bar.update(task, description=text, advance=steps)
+
+        for case, names in plan:
+            outcome = run_case(case, names, device, rounds=rounds, memory=memory, progress=progress)
+            outcomes.append(outcome)
+            show(console, outcome)
+    return outcomes
+
+
+def _main(arguments: argparse.Namespace, console: Console) -> int:
+    register_all()
+    suites = _names("suite", arguments.suite, SUITES)
+    quick = arguments.quick or not suites  # a run that nobody chose must not take an hour
+    chosen = _names("provider", arguments.providers, PROVIDERS)
+    try:
+        overrides: dict[str, Any] = parse_shape(arguments.shape)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    device = _device(arguments.device)
+    if arguments.list:
+        _list(console, device)
+        return 0
+    rounds = arguments.rounds if arguments.rounds is not None else _ROUNDS[device.type][0 if quick else 1]
+    if rounds < 1:
+        raise UsageError(f"--rounds must be at least 1, got {rounds}")
+    plan = [
+        (case, chosen or default_providers(name, quick))
+        for name in suites or DEFAULT_SUITES
+        for case in SUITES[name].make(overrides, quick)
+    ]
+    outcomes = _run(console, plan, device, rounds, memory=not arguments.no_memory)
+    for path in write_files(arguments.out, outcomes, device, quick=quick, rounds=rounds):
+        console.print(f"wrote {path}", highlight=False)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark.
+
+    Args:
+        argv: arguments, without the program's name; default those of the process.
+
+    Returns:
+        int: 0, or 2 for a wrong argument. A provider that fails is a row of the table, not an exit code.
+    """
+    arguments = _parser().parse_args(argv)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_FILE_WIDTH)
+    try:
+        return _main(arguments, console)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,244 @@
+"""Runs a case: availability, memory, checks against float64, interleaved timing. A provider that fails becomes a row."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .cases import SUITES, Case, Inputs, make_inputs
+from .memory import Memory, measure
+from .reference import Errors, Reference, check, compute_reference, token_error
+from .registry import PROVIDERS, Provider, Result, Work
+
+OK, WRONG, FAILED, UNAVAILABLE = "ok", "wrong", "failed", "unavailable"
+
+
+def shorten(error: BaseException, limit: int = 160) -> str:
+    """The first line of an error with its kind, cut to ``limit`` characters."""
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+@dataclass
+class Row:
+    """One provider on one case.
+
+    Attributes:
+        status: ``ok``, ``wrong`` (the check failed), ``failed`` (it raised or ran out of memory) or ``unavailable``.
+        message: why, unless ``ok``.
+        seconds: one value a round; dropped unless ``ok``, as is ``extra_bytes``.
+        errors: the larger ones of the first and the last step.
+        extra_bytes: peak memory above the inputs, ``None`` if it was not measured.
+        note: why it was not.
+    """
+
+    provider: str
+    status: str = OK
+    message: str = ""
+    schedule: str = ""
+    seconds: list[float] = field(default_factory=list)
+    errors: Errors | None = None
+    extra_bytes: int | None = None
+    note: str = ""
+    roofline: bool = False
+
+    @property
+    def median(self) -> float | None:
+        """Seconds a step; ``None`` for a row that earned no figure."""
+        return statistics.median(self.seconds) if self.status == OK and self.seconds else None
+
+    def fail(self, status: str, message: str) -> None:
+        """Turn into a row that says so. Its figures go: none stands next to a result that is not right."""
+        self.status, self.message, self.seconds, self.extra_bytes = status, message, [], None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "provider": self.provider,
+            "status": self.status,
+            "message": self.message,
+            "schedule": self.schedule,
+            "seconds": self.seconds,
+            "median_seconds": self.median,
+            "min_seconds": min(self.seconds, default=None),
+            "max_seconds": max(self.seconds, default=None),
+            "extra_bytes": self.extra_bytes,
+            "note": self.note,
+            "errors": None if self.errors is None else self.errors.as_dict(),
+            "roofline": self.roofline,
+        }
+
+
+@dataclass
+class Outcome:
+    """A case and its rows."""
+
+    case: Case
+    rows: list[Row]
+
+    def ratio(self, row: Row) -> float | None:
+        """Time over that of the bare GEMMs."""
+        roofline = next((r.median for r in self.rows if r.roofline), None)
+        return row.median / roofline if row.median is not None and roofline else None
+
+    def row(self, provider: str) -> Row | None:
+        return next((r for r in self.rows if r.provider == provider), None)
+
+    def as_dict(self) -> dict[str, Any]:
+        rows = [{**row.as_dict(), "ratio_to_gemm": self.ratio(row)} for row in self.rows]
+        return {**self.case.as_dict(), "scored_tokens": self.case.shape.scored, "gemms": self.case.gemms, "rows": rows}
+
+
+def default_providers(suite: str, quick: bool) -> list[str]:
+    """The providers of a suite, in the order of the registry.
+
+    Whole trainers and the rest never meet in one table.
+    """
+    chosen = SUITES[suite].providers
+    return [
+        name
+        for name, provider in PROVIDERS.items()
+        if (name in chosen if chosen else provider.quick or not quick) and ("train" in provider.tasks) == (suite == "train")
+    ]
+
+
+@dataclass
+class _Entry:
+    provider: Provider
+    row: Row
+    work: Work | None = None
+    last: Result | None = None
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _reference(case: Case, inputs: Inputs) -> Reference:
+    if case.task == "train":
+        from .providers_train import train_reference
+
+        return train_reference(case, inputs)
+    return compute_reference(case, inputs)
+
+
+def planned_steps(case: Case, names: Iterable[str], device: torch.device, rounds: int) -> int:
+    """How often :func:`run_case` will report progress."""
+    return 1 + len([n for n in names if not PROVIDERS[n].reasons(case, device)]) * (rounds + 2)
+
+
+def run_case(
+    case: Case,
+    names: Iterable[str],
+    device: torch.device,
+    *,
+    rounds: int,
+    memory: bool = True,
+    progress: Callable[[str, int], None] = lambda text, steps: None,
+) -> Outcome:
+    """Measure memory, check, and time every provider of a case; errors of providers become rows.
+
+    Args:
+        case: what to run.
+        names: providers, in the order of the table.
+        device: where.
+        rounds: timed steps of each provider. They take turns, so that a slow spell of the machine falls on all of them.
+        memory: whether to measure peak memory in processes of their own.
+        progress: told what happens next and how many planned steps are done with it.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # of the case before, which the memory processes would have to share the device with
+    entries, rows = [], []
+    for name in names:
+        provider = PROVIDERS[name]
+        row = Row(name, roofline=provider.roofline)
+        rows.append(row)
+        reasons = provider.reasons(case, device)
+        if reasons:
+            row.fail(UNAVAILABLE, "; ".join(reasons))
+        else:
+            entries.append(_Entry(provider, row))
+    for entry in entries:  # before anything large is held here, and to learn who would not fit
+        progress(f"{case.task}: memory of {entry.row.provider}", 1)
+        if memory and not entry.provider.roofline:
+            _apply_memory(entry.row, measure(entry.provider, case, device))
+    progress(f"{case.task}: float64 reference", 1)
+    inputs = make_inputs(case, device)
+    reference = _reference(case, inputs)
+    for entry in entries:
+        progress(f"{case.task}: check of {entry.row.provider}", 1)
+        if entry.row.status == OK:
+            _guard(entry, lambda e: _first_step(e, case, inputs, reference))
+    for i in range(rounds):
+        shift = i % max(1, len(entries))
+        for entry in entries[shift:] + entries[:shift]:  # nobody always follows the same neighbour
+            progress(f"{case.task}: round {i + 1} of {rounds}", 1)
+            if entry.row.status == OK:
+                _guard(entry, lambda e: _timed_step(e, device))
+    for entry in entries:
+        if entry.row.status == OK:
+            _guard(entry, lambda e: _check(e, case, inputs, reference))
+        entry.work = entry.last = None
+    return Outcome(case, rows)
+
+
+def _apply_memory(row: Row, memory: Memory) -> None:
+    row.extra_bytes, row.note = memory.extra_bytes, memory.message
+    if memory.fatal:
+        row.fail(FAILED, memory.message)
+
+
+def _guard(entry: _Entry, action: Callable[[_Entry], None]) -> None:
+    """Whatever a provider raises is its row's business."""
+    try:
+        action(entry)
+    except Exception as error:
+        entry.row.fail(FAILED, shorten(error))
+    if entry.row.status != OK:
+        entry.work = entry.last = None
+
+
+def _first_step(entry: _Entry, case: Case, inputs: Inputs, reference: Reference) -> None:
+    """Build, warm up, and let nobody pass whose result is wrong."""
+    entry.work = entry.provider.build(case, inputs)
+    entry.last = entry.work.step()
+    entry.row.schedule = entry.last.schedule
+    _check(entry, case, inputs, reference)
+    if entry.row.errors is not None and entry.row.errors.token_logps is None and entry.row.status == OK:
+        entry.row.errors.token_logps = token_error(case, inputs, entry.work, reference)
+
+
+def _check(entry: _Entry, case: Case, inputs: Inputs, reference: Reference) -> None:
+    if entry.provider.roofline or entry.last is None:
+        return
+    errors = check(case, inputs, entry.last, reference)
+    entry.row.errors = errors if entry.row.errors is None else entry.row.errors.worst(errors)
+    entry.last = None
+    if entry.row.errors.failed:
+        entry.row.fail(WRONG, "; ".join(entry.row.errors.failed))
+
+
+def _timed_step(entry: _Entry, device: torch.device) -> None:
+    assert entry.work is not None
+    entry.last = None
+    gc.collect()
+    _synchronize(device)
+    start = time.perf_counter()
+    result = entry.work.step()
+    _synchronize(device)
+    entry.row.seconds.append(time.perf_counter() - start)
+    entry.last = result
+
+
+def is_number(value: float | None) -> bool:
+    """Whether there is a value that can be printed and compared."""
+    return value is not None and math.isfinite(value)
