@@ -133,6 +133,7 @@ class Loss:
         needs_reference: whether the loss is undefined without reference log-probabilities.
         uses_nll: whether ``fn`` reads ``nll_sums`` (``nll_labels`` is an error otherwise).
         uses_confidence: whether ``fn`` reads ``confidence``.
+        optional_reference: whether ``fn`` can do with a reference and without.
     """
 
     fn: Callable[..., Tensor | LossResult]
@@ -141,6 +142,7 @@ class Loss:
     needs_reference: bool = False
     uses_nll: bool = False
     uses_confidence: bool = False
+    optional_reference: bool = False
 
     def __post_init__(self) -> None:
         if not callable(self.fn):

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from logitless.kernels.backends import Backend, Call, choose_backend
 from logitless.kernels.dtypes import accumulate_dtype, tile_dtype
 from logitless.kernels.head_grad import HeadGradient, scaled_to_dtype
-from logitless.kernels.op import gather_rows, scatter_rows
+from logitless.kernels.op import gather_rows, once_differentiable, scatter_rows
 from logitless.kernels.plan import DEFERRED_SCALE, FORWARD_ONLY, RECOMPUTE, Plan, Step, plan
 from logitless.kernels.settings import current_settings
 from logitless.kernels.stats import RowStats
@@ -52,8 +51,10 @@ class _Runner:
         wide = acc if hidden.device.type == "mps" else torch.float64
         self.evaluation = Evaluation(job, len(job.entries.sequence_sizes), wide, hidden.device)
         n = len(job.entries.rows)
-        self.dhidden = torch.empty((n, hidden.shape[1]), dtype=acc, device=hidden.device) if needs[0] else None
         self.head_gradient = self._new_head_gradient() if needs[1] or needs[2] else None
+        self.dhidden: Tensor | None = None
+        if needs[0] and self.head_gradient is not None:  # with a frozen head, scoring makes it
+            self.dhidden = torch.empty((n, hidden.shape[1]), dtype=acc, device=hidden.device)
         self.second: HeadGradient | None = None
         self.fresh = True  # nothing is in head_gradient yet
         self.tokens: dict[str, Tensor] = {
@@ -191,7 +192,15 @@ class _Runner:
         ref = None if references[0] is None else torch.cat([r for r in references if r is not None])
         c = self.evaluation.coefficients(step, joined, ref, True)
         assert c is not None
-        scalar = (c * unit).sum() / (unit * unit).sum()
+        scalar = (c * unit).sum() / (unit * unit).sum().clamp(min=torch.finfo(unit.dtype).tiny)  # all weights may be 0
+        excess = (c - scalar * unit).abs().max() - 1e-4 * c.abs().max()
+        if c.is_cuda:
+            torch._assert_async(~(excess > 0))
+        elif excess > 0:
+            raise ValueError(
+                f"margin={self.job.terms[0].loss.margin!r} is declared, but the loss depends on more than the difference of "
+                "chosen and rejected log-probabilities: declare margin=None"
+            )
         scalar = scalar.to(joined.logps.dtype)
         if self.dhidden is not None:
             self.dhidden[step.start : step.stop].mul_(scalar)
@@ -209,9 +218,12 @@ class _Runner:
         unit = torch.where(sequences == pair[0], 1.0, -1.0).double()
         if entries.weights is not None:
             unit = unit * entries.weights[span]
+        if entries.counted is not None:  # tokens of the NLL alone are not in the margin
+            unit = torch.where(entries.counted[span], unit, 0)
         if term.loss.margin == "mean":
+            sizes = entries.counted_sizes()
             for s in pair:
-                unit = torch.where(sequences == s, unit / max(1, entries.sequence_sizes[s]), unit)
+                unit = torch.where(sequences == s, unit / max(1, sizes[s]), unit)
         return unit
 
 
@@ -284,7 +296,7 @@ class _FusedLoss(torch.autograd.Function):
             dh = scatter_rows(ctx.shape, ctx.dtype, rows, dhidden, factor=grad, distinct=ctx.distinct)
         if ctx.needs[1]:
             if dweight.dtype == ctx.head_dtypes[0] and not grad.is_cuda and float(grad) == 1.0:
-                dw = dweight
+                dw = dweight.clone() if keep_graph else dweight
             else:
                 dw = scaled_to_dtype(dweight, grad, ctx.head_dtypes[0], in_place=not keep_graph)
         if ctx.needs[2]:

@@ -77,7 +77,7 @@ def make_entries(
     if nll_labels is not None:
         other = nll_labels.reshape(-1).long()
         wanted = other != ignore_index
-        check_label_range(other, wanted, vocab_size, ignore_index)
+        check_label_range(other, wanted, vocab_size, ignore_index, "nll_labels")
         has_nll = torch.zeros(num_sequences, dtype=torch.bool)
         has_nll[list(nll_sequences)] = True
         wanted &= has_nll.to(where.device)[where]  # labels of sequences without an NLL term are not scored

@@ -43,7 +43,7 @@ class Evaluation:
         def sums(values: Tensor) -> Tensor:
             # tokens of a sequence are neighbours, so this adds in a fixed order on every device
             if len(sequences) == 0:
-                return values.new_zeros(0)
+                return values[:0]
             return torch.segment_reduce(values, "sum", lengths=sizes, initial=0, unsafe=True)  # checks would synchronise
 
         def part(values: Tensor | None) -> Tensor | None:
@@ -51,24 +51,23 @@ class Evaluation:
 
         counted, nll, weights = part(entries.counted), part(entries.nll), part(entries.weights)
         factor = None if counted is None else counted.to(self.wide)
-        if weights is not None:
-            factor = weights.to(self.wide) if factor is None else factor * weights.to(self.wide)
+        if weights is not None:  # tokens of the NLL alone may have any weight, or none
+            factor = weights.to(self.wide) if counted is None else torch.where(counted, weights.to(self.wide), 0)
         with torch.enable_grad():
             leaf = stats.logps.to(self.wide).requires_grad_(needs_grad)
-            logps = sums(leaf if factor is None else leaf * factor)
+            logps = sums(_weighted(leaf, factor))
             nll_sums = sums(-leaf if nll is None else torch.where(nll, -leaf, 0))
             lengths = sums(torch.ones_like(leaf) if counted is None else counted.to(self.wide)).detach()
             ref = None
             if ref_token_logps is not None:
-                wide_ref = ref_token_logps.to(self.wide)
-                ref = sums(wide_ref if factor is None else wide_ref * factor)
+                ref = sums(_weighted(ref_token_logps.to(self.wide), factor))
             confidence = None
             if self.confidence:
                 assert stats.log_sum_sq_probs is not None
                 aligned = leaf.detach() - stats.log_sum_sq_probs.to(self.wide)
                 aligned = aligned if counted is None else torch.where(counted, aligned, 0)
                 confidence = sums(aligned) / lengths.clamp(min=1)
-            total = self._terms(sequences, logps, lengths, nll_sums, ref, confidence)
+            total = self._terms(sequences, logps, lengths, nll_sums, ref, confidence, leaf)
             gradient = None
             if needs_grad:
                 (gradient,) = torch.autograd.grad(total, leaf, allow_unused=True)
@@ -89,9 +88,10 @@ class Evaluation:
         nll_sums: Tensor,
         ref: Tensor | None,
         confidence: Tensor | None,
+        leaf: Tensor,
     ) -> Tensor:
         local = {s: i for i, s in enumerate(sequences)}
-        total = logps.sum() * 0
+        total = logps[:0].sum()  # 0, with a graph
         for number, term in enumerate(self.job.terms):
             leaders = self.index_of_group[number]
             units = sorted(leaders[s] for s in sequences if s in leaders)
@@ -116,11 +116,8 @@ class Evaluation:
                 totals=self.totals[number],
             )
             result = term.loss(batch)
-            if tuple(result.losses.shape) != (len(units),):
-                raise ValueError(
-                    f"the loss function returned losses of shape {tuple(result.losses.shape)}; it must return one loss a "
-                    f"{'sequence' if term.loss.group == 'sequence' else 'pair'}: ({len(units)},)"
-                )
+            _check_result(result, len(units))
+            _check_leaves(result.losses, leaf)
             total = total + result.losses.sum() * (term.weight / term.num_units)
             self.parts[number].append((units, _detached(result)))
         return total
@@ -128,6 +125,45 @@ class Evaluation:
     def results(self) -> list[LossResult]:
         """The results of each term, with its units back in the caller's order."""
         return [_in_order(parts, self.wide, self.device) for parts in self.parts]
+
+
+def _weighted(logps: Tensor, factor: Tensor | None) -> Tensor:
+    """``logps * factor`` with 0 where the factor is 0, whatever stands there. Each (n,)."""
+    return logps if factor is None else torch.where(factor != 0, logps * factor, 0)
+
+
+def _check_result(result: LossResult, count: int) -> None:
+    """What a loss function returned: one value a group, in tensors."""
+    named: dict[str, object] = {"losses": result.losses}
+    for name in ("chosen_rewards", "rejected_rewards"):
+        if getattr(result, name) is not None:
+            named[name] = getattr(result, name)
+    named.update({f"metrics[{name!r}]": value for name, value in result.metrics.items()})
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"the loss function returned {name} of type {type(value).__name__}; it must be a torch.Tensor")
+        if tuple(value.shape) != (count,) or not value.is_floating_point():
+            raise ValueError(
+                f"the loss function returned {name} of shape {tuple(value.shape)} and {value.dtype}; it must be floating point "
+                f"with one value a group, that is one loss a pair or one loss a sequence: ({count},)"
+            )
+
+
+def _check_leaves(losses: Tensor, leaf: Tensor) -> None:
+    """Only log-probabilities get gradients: a parameter inside of a loss function would be left out silently."""
+    seen, todo = set(), [losses.grad_fn] if losses.grad_fn is not None else []
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and variable is not leaf:
+            raise ValueError(
+                f"the loss function uses a tensor of shape {tuple(variable.shape)} that requires a gradient, which it would "
+                "not get: detach it, or write the loss with linear_logps or sequence_logps"
+            )
+        todo += [parent for parent, _ in node.next_functions if parent is not None]
 
 
 def _detached(result: LossResult) -> LossResult:

@@ -19,6 +19,11 @@ def _token_mean(values: Tensor, where: Tensor) -> Tensor:
     return kept.sum() / where.sum().clamp(min=1)
 
 
+def _mean(values: Tensor) -> Tensor:
+    """The mean; 0 of nothing."""
+    return values.sum() / max(1, len(values))
+
+
 def _members(entries: Entries, sequences: list[int]) -> Tensor:
     """Which counted tokens belong to these sequences. (N,) bool."""
     table = torch.zeros(max(1, len(entries.sequence_sizes)), dtype=torch.bool, device=entries.rows.device)
@@ -39,18 +44,23 @@ def _token_metrics(report: Report, entries: Entries, chosen: list[int], rejected
 
 
 def pair_metrics(report: Report, entries: Entries, term: Term, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
-    """Metrics of a pair loss; ``chosen`` and ``rejected`` (P,) are the log-probabilities to log."""
+    """Metrics of a pair loss; ``chosen`` and ``rejected`` (P,) are the log-probabilities to log. Of a loss of your own on
+    single sequences: those that need no pairs.
+    """
     result, half = report.results[0], term.num_units
     metrics = _token_metrics(report, entries, list(term.sequences[:half]), list(term.sequences[half:]))
-    metrics["logps/chosen"], metrics["logps/rejected"] = chosen.mean(), rejected.mean()
+    if term.loss.group == "sequence":
+        del metrics["logits/chosen"], metrics["logits/rejected"]
+    else:
+        metrics["logps/chosen"], metrics["logps/rejected"] = _mean(chosen), _mean(rejected)
     if result.chosen_rewards is not None and result.rejected_rewards is not None:
         margins = result.chosen_rewards - result.rejected_rewards
-        metrics["rewards/chosen"] = result.chosen_rewards.mean()
-        metrics["rewards/rejected"] = result.rejected_rewards.mean()
-        metrics["rewards/accuracies"] = (margins > 0).float().mean()
-        metrics["rewards/margins"] = margins.mean()
+        metrics["rewards/chosen"] = _mean(result.chosen_rewards)
+        metrics["rewards/rejected"] = _mean(result.rejected_rewards)
+        metrics["rewards/accuracies"] = _mean((margins > 0).double())
+        metrics["rewards/margins"] = _mean(margins)
     for name, values in result.metrics.items():
-        metrics[name] = values.mean()
+        metrics[name] = _mean(values)
     return {name: value.to(report.logps.dtype) for name, value in metrics.items()}
 
 

@@ -34,8 +34,9 @@ class PreferenceOutput:
 
     Attributes:
         loss: 0-dim, float32 (float64 for float64 input).
+        logps: (S,) log-probability of each sequence: the (weighted) sum over its scored tokens.
         chosen_logps, rejected_logps: (P,) log-probabilities that the loss is a function of: sums over scored tokens, or for
-            losses of length-normalised log-probabilities (SimPO, ORPO, CPO ``ipo``) their means.
+            losses of length-normalised log-probabilities (SimPO, ORPO, CPO ``ipo``) their means. Empty for a sequence loss.
         chosen_rewards, rejected_rewards: (P,) implicit rewards, as TRL logs them.
         ref_logps: (S,) reference log-probabilities, where they were given or computed here.
         metrics: 0-dim tensors under TRL's names; empty unless the module was made with ``metrics=True``.
@@ -43,6 +44,7 @@ class PreferenceOutput:
     """
 
     loss: Tensor
+    logps: Tensor
     chosen_logps: Tensor
     rejected_logps: Tensor
     chosen_rewards: Tensor
@@ -63,7 +65,7 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str] | Mapping[str, Any]) -> str:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {sorted(choices)}, got {value!r}")
     return str(value)
 
@@ -115,7 +117,7 @@ class FusedLinearLoss(nn.Module):
         ignore_index: int = -100,
     ) -> None:
         super().__init__()
-        loss = Loss(fn, group, margin, needs_reference, uses_nll)  # type: ignore[arg-type]
+        loss = Loss(fn, group, margin, needs_reference, uses_nll, optional_reference=True)  # type: ignore[arg-type]
         self._configure(loss, metrics=metrics, ignore_index=ignore_index)
 
     def _configure(self, loss: Loss, *, metrics: bool, ignore_index: int, mean_logps: bool = False) -> None:
@@ -161,7 +163,7 @@ class FusedLinearLoss(nn.Module):
         """
         batch = _Batch.check(self, hidden, weight, labels, bias, head, cu_seqlens, token_weights, nll_labels)
         reference = batch.reference(self.loss, ref_logps, ref_hidden, ref_weight, ref_bias)
-        inputs = {} if ref_logps is None else {"ref_logps": reference.logps}
+        inputs = {} if reference.logps is None else {"ref_logps": reference.logps}
         term = Term(self.loss, tuple(range(batch.num_sequences)), 1.0, inputs)
         loss, report, entries = batch.run([term], reference.states, self.metrics)
         return self._output(loss, report, entries, term, ref_logps)
@@ -172,13 +174,13 @@ class FusedLinearLoss(nn.Module):
     def _output(self, loss: Tensor, report: Report, entries: Entries, term: Term, ref_logps: Tensor | None) -> PreferenceOutput:
         result = report.results[0]
         logps = report.logps / report.lengths.clamp(min=1) if self._mean_logps else report.logps
+        acc, empty = logps.dtype, logps.new_zeros(0)
         half = len(logps) // 2
-        chosen, rejected = logps[:half], logps[half:]
-        acc = logps.dtype
-        empty = logps.new_zeros(0)
+        chosen, rejected = (empty, empty) if self.loss.group == "sequence" else (logps[:half], logps[half:])
         metrics = pair_metrics(report, entries, term, chosen, rejected) if self.metrics else {}
         return PreferenceOutput(
             loss=loss,
+            logps=report.logps,
             chosen_logps=chosen,
             rejected_logps=rejected,
             chosen_rewards=empty if result.chosen_rewards is None else result.chosen_rewards.to(acc),
@@ -191,7 +193,7 @@ class FusedLinearLoss(nn.Module):
 
 @dataclass
 class _ReferenceInputs:
-    logps: Tensor
+    logps: Tensor | None
     states: Reference | None
 
 
@@ -272,8 +274,7 @@ class _Batch:
             n for n, t in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("ref_bias", ref_bias)) if t is not None
         ]
         device = self.hidden.device
-        own = type(self.module) is FusedLinearLoss
-        if not loss.needs_reference and not own and (given or ref_logps is not None):
+        if not (loss.needs_reference or loss.optional_reference) and (given or ref_logps is not None):
             name = given[0] if given else "ref_logps"
             raise ValueError(f"{name} is given, but this loss does not use a reference")
         if ref_logps is not None and given:
@@ -285,7 +286,7 @@ class _Batch:
         if ref_logps is not None:
             return _ReferenceInputs(check_per_sequence("ref_logps", ref_logps, self.num_sequences, device), None)
         if ref_hidden is None or ref_weight is None:
-            return _ReferenceInputs(torch.empty(0), None)
+            return _ReferenceInputs(None, None)
         check_head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
         if ref_hidden.shape[:-1] != self.hidden.shape[:-1]:
             raise ValueError(
@@ -295,7 +296,7 @@ class _Batch:
             raise ValueError(f"ref_weight must have {len(self.weight)} rows like weight, got {len(ref_weight)}")
         states = ref_hidden.detach().to(compute_dtype(ref_hidden)).reshape(-1, ref_hidden.shape[-1])
         bias = None if ref_bias is None else ref_bias.detach()
-        return _ReferenceInputs(torch.empty(0), Reference(states, ref_weight.detach(), bias))
+        return _ReferenceInputs(None, Reference(states, ref_weight.detach(), bias))
 
     @torch.compiler.disable
     def run(self, terms: list[Term], states: Reference | None, metrics: bool) -> tuple[Tensor, Report, Entries]:
@@ -360,7 +361,7 @@ def sequence_output(
     loss: Tensor, report: Report, entries: Entries, term: Term, ref_logps: Tensor | None, want_metrics: bool
 ) -> KTOOutput:
     desirable = term.inputs["desirable"]
-    rewards = report.results[0].metrics["rewards"].to(report.logps.dtype)
+    rewards = report.results[0].metrics.get("rewards", report.logps).to(report.logps.dtype)  # no sequences, no metrics
     metrics = sequence_metrics(report, entries, term, rewards) if want_metrics else {}
     ref = report.ref_logps if ref_logps is None else ref_logps.detach()
     return KTOOutput(loss, report.logps, rewards, desirable, ref, metrics, report.plan)

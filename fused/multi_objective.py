@@ -83,9 +83,21 @@ class FusedLinearMultiObjectiveLoss(FusedLinearLoss):
         Args:
             objectives: by name. Sequences that none of them uses are not scored.
         """
-        if not objectives:
-            raise ValueError("objectives must not be empty")
+        if not isinstance(objectives, Mapping) or not objectives:
+            raise TypeError(f"objectives must be a non-empty mapping of names to Objective, got {type(objectives).__name__}")
         for name, objective in objectives.items():
+            where = f"objectives[{name!r}]"
+            if not isinstance(objective, Objective):
+                raise TypeError(f"{where} must be an Objective, got {type(objective).__name__}")
+            module = objective.loss
+            if not isinstance(module, FusedLinearLoss) or isinstance(module, FusedLinearMultiObjectiveLoss):
+                raise TypeError(f"{where}.loss must be a loss module with one loss, got {type(module).__name__}")
+            if module.ignore_index != self.ignore_index:
+                raise ValueError(f"{where}.loss has ignore_index={module.ignore_index}, the sum has {self.ignore_index}")
+            if module.metrics:
+                raise ValueError(f"{where}.loss has metrics=True; a sum of objectives computes none")
+            if objective.ref_logps is not None and not (module.loss.needs_reference or module.loss.optional_reference):
+                raise ValueError(f"{where}.ref_logps is given, but its loss does not use a reference")
             if getattr(objective.loss, "ld_alpha", None) is not None:
                 raise ValueError(f"objectives[{name!r}].loss uses ld_alpha; pass token_weights instead")
         losses = [o.loss.loss for o in objectives.values()]
@@ -97,7 +109,10 @@ class FusedLinearMultiObjectiveLoss(FusedLinearLoss):
             states = batch.reference(asking, None, ref_hidden, ref_weight, ref_bias).states
         for name, objective in objectives.items():
             where = f"objectives[{name!r}]"
-            sequences = tuple(int(s) for s in torch.as_tensor(objective.sequences).reshape(-1).tolist())
+            indices = torch.as_tensor(objective.sequences).reshape(-1)
+            if indices.numel() and indices.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"{where}.sequences must be integer indices, got {indices.dtype}")
+            sequences = tuple(int(s) for s in indices.tolist())
             loss = objective.loss.loss
             bad = [s for s in sequences if not 0 <= s < batch.num_sequences]
             if not sequences or bad or len(set(sequences)) != len(sequences):

@@ -76,12 +76,17 @@ class FusedLinearDPOLoss(FusedLinearLoss):
     ) -> None:
         nn.Module.__init__(self)
         beta = check_number("beta", beta, 0.0, open_low=True)
+        if not isinstance(loss_type, (str, list, tuple)) or not loss_type:
+            raise ValueError(f"loss_type must name one loss type or several, got {loss_type!r}")
         types = [loss_type] if isinstance(loss_type, str) else list(loss_type)
-        if not types:
-            raise ValueError("loss_type must name at least one loss type")
         for name in types:
             check_choice("loss_type", name, dpo_family.DPO_LOSSES)
+        if loss_weights is not None and not isinstance(loss_weights, (list, tuple)):
+            raise TypeError(f"loss_weights must be a list of numbers, one a loss_type, got {loss_weights!r}")
         weights = [1.0] * len(types) if loss_weights is None else [check_number("loss_weights", w) for w in loss_weights]
+        for name, flag in (("use_weighting", use_weighting), ("reference_free", reference_free)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be a bool, got {flag!r}")
         if len(weights) != len(types):
             raise ValueError(f"loss_weights must have {len(types)} values, one a loss_type, got {len(weights)}")
         kinds = set(types)
@@ -92,6 +97,10 @@ class FusedLinearDPOLoss(FusedLinearLoss):
             raise ValueError(f"label_smoothing must be in [0, 0.5) for loss_type='robust', got {label_smoothing}")
         if "exo_pair" in kinds and not 0 < label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in (0, 1) for loss_type='exo_pair', got {label_smoothing}")
+        if use_weighting and kinds & dpo_family.BATCH_COUPLED:
+            raise ValueError(
+                f"use_weighting is not defined for loss_type={sorted(kinds & dpo_family.BATCH_COUPLED)}, which sort the pairs"
+            )
         check_choice("f_divergence_type", f_divergence_type, dpo_family.F_DIVERGENCES)
         if f_divergence_type != "reverse_kl" and not kinds <= dpo_family.DIVERGENT:
             raise ValueError(
@@ -312,7 +321,7 @@ class FusedLinearKTOLoss(FusedLinearLoss):
         batch = _Batch.check(self, hidden, weight, labels, bias, head, cu_seqlens, token_weights, None)
         inputs = self.inputs(desirable, kl, batch.num_sequences, hidden.device)
         reference = batch.reference(self.loss, ref_logps, ref_hidden, ref_weight, ref_bias)
-        if ref_logps is not None:
+        if reference.logps is not None:
             inputs["ref_logps"] = reference.logps
         term = Term(self.loss, tuple(range(batch.num_sequences)), 1.0, inputs)
         loss, report, entries = batch.run([term], reference.states, self.metrics)

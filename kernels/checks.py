@@ -76,7 +76,7 @@ def check_labels(labels: Tensor, hidden: Tensor, name: str = "labels") -> None:
         raise ValueError(f"{name} is on {labels.device} but hidden is on {hidden.device}: move one of them")
 
 
-def check_label_range(labels: Tensor, scored: Tensor, vocab_size: int, ignore_index: int) -> None:
+def check_label_range(labels: Tensor, scored: Tensor, vocab_size: int, ignore_index: int, name: str = "labels") -> None:
     """Every scored label is in [0, vocab_size): an error on a CPU, an asynchronous device assertion on a GPU."""
     bad = scored & ((labels < 0) | (labels >= vocab_size))
     if labels.is_cuda:
@@ -84,7 +84,7 @@ def check_label_range(labels: Tensor, scored: Tensor, vocab_size: int, ignore_in
     elif bool(bad.any()):
         values = labels[bad]
         raise ValueError(
-            f"labels must be in [0, {vocab_size}) or ignore_index={ignore_index}, got {int(values[0])} "
+            f"{name} must be in [0, {vocab_size}) or ignore_index={ignore_index}, got {int(values[0])} "
             f"({values.numel()} such labels)"
         )
 
@@ -98,7 +98,7 @@ def check_spec(head: HeadSpec | None) -> HeadSpec:
 
 
 def check_outputs(outputs: Iterable[str]) -> frozenset[str]:
-    names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    names = (outputs,) if isinstance(outputs, str) else tuple(outputs) if isinstance(outputs, Iterable) else (outputs,)
     unknown = [name for name in names if name not in OUTPUTS]
     if unknown or not names:
         raise ValueError(f"outputs must be a non-empty subset of {OUTPUTS}, got {names!r}")

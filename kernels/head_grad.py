@@ -53,7 +53,7 @@ class HeadGradient:
         if self.accumulate:
             for r in range(0, len(x), step):
                 part = slice(r, r + step)
-                self.weight.index_add_(0, labels[part], x[part] * values[part, None].to(self.acc))
+                self.weight.index_add_(0, labels[part], (x[part] * values[part, None]).to(self.acc))
             return
         # A rounded row must be added to once, with the sum of all its tokens: group them by label.
         order = torch.argsort(labels, stable=True)
@@ -68,7 +68,7 @@ class HeadGradient:
             tokens, chosen = order[start : ends[last - 1]], rows[first:last]
             block = self.weight[chosen].to(self.acc)
             place = torch.repeat_interleave(torch.arange(last - first, device=x.device), counts[first:last])
-            block.index_add_(0, place, x[tokens] * values[tokens, None].to(self.acc))
+            block.index_add_(0, place, (x[tokens] * values[tokens, None]).to(self.acc))
             self.weight[chosen] = block.to(self.weight.dtype)
             first = last
 

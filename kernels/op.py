@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import once_differentiable as torch_once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from .backends import Call, choose_backend
@@ -164,12 +165,14 @@ def _backward(
         return torch.empty(0, dtype=acc, device=hidden.device)
 
     with torch.autocast(hidden.device.type, enabled=False):
-        dhidden = torch.empty((n, hidden.shape[1]), dtype=acc, device=hidden.device) if needs[0] else None
+        recomputed = not deferred or g is not None
+        dhidden = None
+        if needs[0] and recomputed:
+            dhidden = torch.empty((n, hidden.shape[1]), dtype=acc, device=hidden.device)
         head_gradient = None
         if needs[1] or needs[2]:
             # every block of dW is written once here, and the upstream gradient is in it: no float32 buffer is needed
             head_gradient = HeadGradient(weight, bias, need_weight=needs[1], need_bias=needs[2], accumulate=False)
-        recomputed = not deferred or g is not None
         if recomputed:
             stats = RowStats(
                 logps=empty(),
@@ -196,12 +199,12 @@ def _backward(
             )
         dh, dw, db = empty(), empty(), empty()
         if needs[0]:
-            assert dhidden is not None
             if deferred:
                 factor = torch.zeros_like(sum_others[rows]) if c is None else c
                 unit = unit if len(unit) == n else unit[rows]
-                dh = scatter_rows(hidden.shape, hidden.dtype, rows, unit, factor, dhidden if recomputed else None)
+                dh = scatter_rows(hidden.shape, hidden.dtype, rows, unit, factor, dhidden)
             else:
+                assert dhidden is not None
                 dh = scatter_rows(hidden.shape, hidden.dtype, rows, dhidden)
         if head_gradient is not None:
             if head_gradient.weight is not None:
@@ -272,6 +275,24 @@ def _backward_flops(
     if needs[0] and not (needs[1] or needs[2]) and grad_entropy is None:
         return 0  # deferred scale: the forward pass has done the work
     return 2 * scored * weight.numel() * (1 + int(needs[0]) + int(needs[1]))
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse ``create_graph=True``, whose graph would lack this node: torch's decorator of that name drops it silently
+    when the incoming gradient does not require one.
+    """
+    first_order = torch_once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "logitless has first derivatives only: create_graph=True (a gradient penalty, a Hessian) is not supported; "
+                "use reference_logps for that"
+            )
+        return first_order(ctx, *grads)
+
+    return checked
 
 
 class _Options(NamedTuple):

@@ -203,6 +203,8 @@ def plan(
         extra += vh * ((acc if accumulate else 0) + weight_dtype.itemsize)
         if sum(s.schedule == DEFERRED_SCALE for s in steps) > 1:
             extra += max(0, acc * vh - tile_budget)
+    # blocks of a fixed size that no budget shrinks: rows being widened, and a GEMM's product on its way to float32
+    extra += 3 * min(num_tokens * hidden_size, _CACHE_ELEMENTS) * acc + min(vocab_size, VOCAB_BLOCK) * hidden_size * acc
     if train_bias:
         extra += 3 * acc * vocab_size
     return Plan(

@@ -61,10 +61,13 @@ def settings(
 ) -> Iterator[Settings]:
     """Set the memory budget, backend or precision for a block of code; what is not given stays as it is.
 
+    Holds for this thread, and for the backward pass of what is computed in the block; other threads have settings of their own.
+
     Args:
         memory_budget: bytes that the tiles of one call may take (default 512 MiB).
         backend: ``"auto"`` (the first that can serve the call) or the name of a registered backend.
-        precision: of the logits. ``"auto"`` keeps them in float32 where the hardware makes that cheap; ``"match"`` rounds
+        precision: of the logits. ``"auto"`` keeps them in float32 where that is cheap (not on CPUs,
+            whose bf16 GEMM rounds); ``"match"`` rounds
             them to the model's dtype, to match an inference engine; ``"float32"`` keeps them in float32 whatever it costs.
 
     Raises:

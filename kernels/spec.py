@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,10 +73,14 @@ class HeadSpec:
             >>> HeadSpec.from_config(SimpleNamespace(model_type="granite", logits_scaling=8.0)).logit_scale
             0.125
         """
+        if config is None or isinstance(config, Mapping):
+            raise TypeError(f"config must be a model config with attributes, got {type(config).__name__}")
         get_text_config = getattr(config, "get_text_config", None)
         text = get_text_config() if callable(get_text_config) else config
         scale = next((s for name in _MULTIPLIERS if (s := getattr(text, name, None)) is not None), None)
         if scale is None and (divisor := getattr(text, "logits_scaling", None)) is not None:
+            if not divisor:
+                raise ValueError(f"config.logits_scaling must not be 0, got {divisor!r}")
             scale = divisor if getattr(text, "model_type", None) == "hyperclovax" else 1 / divisor
         return cls(
             logit_scale=1.0 if scale is None else scale,

@@ -83,7 +83,11 @@ class BlockSums:
     ez: Tensor | None = None
     ee: Tensor | None = None
     z: Tensor | None = None
-    beaten: Tensor | None = None
+    #: For the argmax, as the GEMM made them: the target (-inf where it is not in this block), and the largest logit before
+    #: and after it in the vocabulary.
+    target: Tensor | None = None
+    before: Tensor | None = None
+    after: Tensor | None = None
     k: Tensor | None = None
 
 
@@ -107,7 +111,7 @@ def scan_block(
 
     sums = BlockSums(torch.empty_like(zy), new("entropy"), new("log_sum_sq_probs"), new("mean_logits"))
     if "is_top1" in want:
-        sums.beaten = torch.empty(n, dtype=torch.bool, device=zy.device)
+        sums.target, sums.before, sums.after = (torch.empty_like(zy) for _ in range(3))
     step = max(1, n if gpu else options.cache_elements // width)
     in_place = gpu and source.dtype == acc
     buffer = source if in_place else torch.empty((min(step, n), width), dtype=acc, device=zy.device)
@@ -124,9 +128,11 @@ def scan_block(
             squared = head.transform_(z)
             if attempt == 0 and sums.z is not None:
                 torch.sum(z, dim=1, out=sums.z[r0:r1])
-            z.scatter_(1, column, torch.where(inside, -math.inf, z.gather(1, column)))
-            if attempt == 0 and sums.beaten is not None:
-                sums.beaten[r0:r1] = _beaten(z, zy[r0:r1], labels[r0:r1], v0)
+            target = z.gather(1, column)
+            z.scatter_(1, column, torch.where(inside, -math.inf, target))
+            if attempt == 0 and sums.target is not None and sums.before is not None and sums.after is not None:
+                sums.target[r0:r1] = torch.where(inside, target, -math.inf)[:, 0]
+                sums.before[r0:r1], sums.after[r0:r1] = _largest_beside(z, labels[r0:r1], v0)
             if gpu:  # a look at the sums would synchronise, so every row's maximum is taken
                 top = z.amax(dim=1)
                 offset = torch.where(top - offset > RAISE_ABOVE, top, offset)
@@ -161,14 +167,19 @@ def scan_block(
     return sums
 
 
-def _beaten(z: Tensor, zy: Tensor, labels: Tensor, v0: int) -> Tensor:
-    """Whether some entry of a row beats its target: larger, or equal with a smaller index. z (N, W) -> (N,) bool."""
-    top = z.amax(dim=1)
-    beaten = top > zy
-    if z.is_cuda or bool((top == zy).any()):
+def _largest_beside(z: Tensor, labels: Tensor, v0: int) -> tuple[Tensor, Tensor]:
+    """The largest logit before and after the target of each row, -inf where there is none. z (N, W), its target masked."""
+    top, at = z.max(dim=1)
+    is_before = at + v0 < labels
+    before, after = torch.where(is_before, top, -math.inf), torch.where(is_before, -math.inf, top)
+    # Where the block holds the target, the largest on the other side of it may be equal: only then does it matter.
+    inside = (labels >= v0) & (labels < v0 + z.shape[1]) & ~is_before
+    if z.is_cuda or bool(inside.any()):
+        rows = slice(None) if z.is_cuda else inside
         index = torch.arange(v0, v0 + z.shape[1], device=z.device)
-        beaten |= ((z == zy[:, None]) & (index < labels[:, None])).any(dim=1)
-    return beaten
+        side = z[rows].masked_fill(index >= labels[rows, None], -math.inf).amax(dim=1)
+        before[rows] = torch.maximum(before[rows], side)
+    return before, after
 
 
 def combine(
@@ -213,8 +224,9 @@ def combine(
         stats.log_sum_sq_probs = (ee + target * target).log() - 2 * log_denom
     if (z := total("z")) is not None:
         stats.mean_logits = z / vocab
-    if parts[0].beaten is not None:
-        stats.is_top1 = ~torch.stack([p.beaten for p in parts]).any(dim=0)  # type: ignore[misc]
+    if parts[0].target is not None:
+        target, before, after = (torch.stack([getattr(p, n) for p in parts]).amax(dim=0) for n in ("target", "before", "after"))
+        stats.is_top1 = (target > before) & (target >= after)
     return stats, factors
 
 

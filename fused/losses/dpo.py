@@ -124,8 +124,8 @@ def apo_down(s: Scores, o: DPOOptions) -> Tensor:
 def discopop(s: Scores, o: DPOOptions) -> Tensor:
     """DiscoPOP's log-ratio modulated loss, https://huggingface.co/papers/2406.08414 eq. 5."""
     h = o.beta * s.delta
-    mix = torch.sigmoid(h / o.discopop_tau)
-    return -F.logsigmoid(h) * (1 - mix) + torch.exp(-h) * mix
+    # exp(-h) overflows where its weight vanishes, so the two are multiplied in the exponent
+    return -F.logsigmoid(h) * torch.sigmoid(-h / o.discopop_tau) + torch.exp(F.logsigmoid(h / o.discopop_tau) - h)
 
 
 def sft(s: Scores, o: DPOOptions) -> Tensor:

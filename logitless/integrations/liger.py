@@ -16,9 +16,14 @@ from torch import Tensor, nn
 
 from logitless.fused.batch import Loss, LossResult, Pairs
 from logitless.fused.losses import dpo as dpo_family
-from logitless.fused.losses import simple
-from logitless.fused.modules import FusedLinearLoss, PreferenceOutput
-from logitless.fused.preference import FusedLinearDPOLoss, FusedLinearKTOLoss
+from logitless.fused.modules import FusedLinearLoss, PreferenceOutput, check_number
+from logitless.fused.preference import (
+    FusedLinearCPOLoss,
+    FusedLinearDPOLoss,
+    FusedLinearKTOLoss,
+    FusedLinearORPOLoss,
+    FusedLinearSimPOLoss,
+)
 
 _DPO_TYPES = (
     "sigmoid",
@@ -36,6 +41,7 @@ _DPO_TYPES = (
 
 def _with_nll(loss: Loss, alpha: float, mean: bool) -> Loss:
     """The loss on mean log-probabilities if asked for, plus ``alpha`` times the token-mean NLL of the chosen sequences."""
+    alpha = check_number("alpha", alpha, 0.0)
 
     def fn(pairs: Pairs) -> LossResult:
         nll = pairs.chosen_nll()
@@ -150,7 +156,7 @@ class LigerFusedLinearCPOLoss(_Preference):
         average_log_prob: bool = False,
         chunk_size: int = 1,
     ) -> None:
-        base = simple.cpo(beta=beta, cpo_alpha=0.0, loss_type="sigmoid", label_smoothing=label_smoothing, alpha=0.0)
+        base = FusedLinearCPOLoss(beta, 0.0, label_smoothing=label_smoothing).loss
         loss = _with_nll(base, alpha if compute_nll_loss else 0.0, average_log_prob)
         super().__init__(loss, ignore_index, average_log_prob, compute_nll_loss)
 
@@ -174,7 +180,7 @@ class LigerFusedLinearSimPOLoss(_Preference):
         gamma: float = 0.5,
         chunk_size: int = 1,
     ) -> None:
-        base = simple.simpo(beta=beta, gamma=gamma, label_smoothing=label_smoothing, alpha=0.0)
+        base = FusedLinearSimPOLoss(beta, gamma, label_smoothing).loss
         super().__init__(_with_nll(base, alpha if compute_nll_loss else 0.0, False), ignore_index, True, compute_nll_loss)
 
     def forward(
@@ -194,7 +200,7 @@ class LigerFusedLinearORPOLoss(_Preference):
         compiled: bool = True,
         chunk_size: int = 1,
     ) -> None:
-        base = simple.orpo(beta=beta)
+        base = FusedLinearORPOLoss(beta).loss
 
         def fn(pairs: Pairs) -> LossResult:
             result = base(pairs)
