@@ -16,6 +16,7 @@ from logitless.kernels.checks import (
     check_ignore_index,
     check_labels,
     check_spec,
+    check_token_weights,
     compute_dtype,
 )
 from logitless.kernels.plan import Plan
@@ -247,12 +248,7 @@ class _Batch:
                 f"labels must hold an even number of sequences, chosen first and then rejected, got {num_sequences}"
             )
         if token_weights is not None:
-            if not isinstance(token_weights, Tensor) or not token_weights.is_floating_point():
-                raise TypeError("token_weights must be a floating-point torch.Tensor")
-            if token_weights.shape != labels.shape:
-                raise ValueError(
-                    f"token_weights must have shape {tuple(labels.shape)} like labels, got {tuple(token_weights.shape)}"
-                )
+            check_token_weights(token_weights, labels)
             if token_weights.requires_grad:
                 raise ValueError("token_weights must not require a gradient: detach it, or use sequence_logps")
         if nll_labels is not None:

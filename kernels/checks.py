@@ -13,7 +13,7 @@ from .stats import OUTPUTS
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def _tensor(name: str, value: object) -> None:
+def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
@@ -29,8 +29,8 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
     """Shapes, dtypes and devices of hidden states (..., H), weight (V, H) and bias (V,)."""
     names = [prefix + name for name in ("hidden", "weight", "bias")]
-    _tensor(names[0], hidden)
-    _tensor(names[1], weight)
+    check_tensor(names[0], hidden)
+    check_tensor(names[1], weight)
     if weight.dim() != 2:
         raise ValueError(f"{names[1]} must have shape [vocab, hidden], got {tuple(weight.shape)}")
     if weight.shape[0] < 1 or weight.shape[1] < 1:
@@ -52,11 +52,11 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str 
                 f"dtype, or run under torch.autocast"
             )
     if bias is not None:
-        _tensor(names[2], bias)
+        check_tensor(names[2], bias)
         if tuple(bias.shape) != (weight.shape[0],):
             raise ValueError(f"{names[2]} must have shape [{weight.shape[0]}], got {tuple(bias.shape)}")
-        if not bias.is_floating_point():
-            raise TypeError(f"{names[2]} must be floating point, got {bias.dtype}")
+        if bias.dtype not in _DTYPES:
+            raise TypeError(f"{names[2]} must be floating point (float64, float32, bfloat16 or float16), got {bias.dtype}")
     for name, tensor in zip(names[1:], (weight, bias), strict=True):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device} but {names[0]} is on {hidden.device}: move one of them")
@@ -64,7 +64,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str 
 
 def check_labels(labels: Tensor, hidden: Tensor, name: str = "labels") -> None:
     """Labels are int32 or int64 and shaped like the hidden states without their last dimension."""
-    _tensor(name, labels)
+    check_tensor(name, labels)
     if labels.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, got {labels.dtype}")
     if labels.shape != hidden.shape[:-1]:
@@ -87,6 +87,17 @@ def check_label_range(labels: Tensor, scored: Tensor, vocab_size: int, ignore_in
             f"{name} must be in [0, {vocab_size}) or ignore_index={ignore_index}, got {int(values[0])} "
             f"({values.numel()} such labels)"
         )
+
+
+def check_token_weights(token_weights: Tensor, labels: Tensor) -> None:
+    """Token weights are floating point and shaped like the labels."""
+    check_tensor("token_weights", token_weights)
+    if not token_weights.is_floating_point():
+        raise TypeError(f"token_weights must be floating point, got {token_weights.dtype}")
+    if token_weights.shape != labels.shape:
+        raise ValueError(f"token_weights must have shape {tuple(labels.shape)} like labels, got {tuple(token_weights.shape)}")
+    if token_weights.device != labels.device:
+        raise ValueError(f"token_weights is on {token_weights.device} but labels is on {labels.device}: move one of them")
 
 
 def check_spec(head: HeadSpec | None) -> HeadSpec:
@@ -112,7 +123,7 @@ def check_ignore_index(ignore_index: int) -> None:
 
 def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int, device: torch.device) -> list[int]:
     """``cu_seqlens`` is int32 or int64 of shape [S + 1], rises from 0 to ``num_tokens``. Returns its values."""
-    _tensor("cu_seqlens", cu_seqlens)
+    check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cu_seqlens must be int32 or int64 of shape [num_sequences + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_cu_seqlens
+from .checks import check_cu_seqlens, check_tensor, check_token_weights
 from .op import linear_logps
 from .spec import HeadSpec
 
@@ -25,6 +25,8 @@ def shift(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         >>> x.shape, y.shape
         (torch.Size([2, 4, 16]), torch.Size([2, 4]))
     """
+    check_tensor("hidden", hidden)
+    check_tensor("labels", labels)
     if labels.dim() < 1 or hidden.shape[:-1] != labels.shape:
         raise ValueError(
             f"labels must have shape {tuple(hidden.shape[:-1])} like hidden without its last dimension, got "
@@ -67,8 +69,9 @@ def sequence_logps(
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
-    if token_weights is not None and token_weights.shape != labels.shape:
-        raise ValueError(f"token_weights must have shape {tuple(labels.shape)}, got {tuple(token_weights.shape)}")
+    check_tensor("labels", labels)
+    if token_weights is not None:
+        check_token_weights(token_weights, labels)
     if cu_seqlens is None and labels.dim() != 2:
         raise ValueError(f"labels must have shape [S, T], or be packed with cu_seqlens, got {tuple(labels.shape)}")
     if cu_seqlens is not None and labels.dim() != 1:

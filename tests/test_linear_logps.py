@@ -351,7 +351,7 @@ def test_top1_ties_of_equal_rows_go_to_the_first_in_any_block(dtype, monkeypatch
     shrink_blocks(monkeypatch, 16)
     g = torch.Generator().manual_seed(0)
     w = torch.randn(50, 64, generator=g) * 0.1
-    w[[7, 40]] = w[3]
+    w[[7, 40]] = w[3].clone()
     x = (torch.randn(400, 64, generator=g) + 5 * w[3]).to(dtype)
     w = w.to(dtype)
     top = (x.double() @ w.double().t()).topk(4, dim=-1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -275,3 +277,97 @@ def test_gradients_do_not_get_worse_with_the_number_of_tiles():
         assert steps == tiles if tiles == 1 else steps >= 16
     for one, many in zip(errors[1], errors[64], strict=True):
         assert many < 1.2 * one
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_modules_can_be_pickled_and_copied(name):
+    case = make_case(train="")
+    kwargs = extras(name, 4)
+    expected = LOSSES[name](case.hidden, case.weight, case.labels, **kwargs).loss
+    for other in (pickle.loads(pickle.dumps(LOSSES[name])), copy.deepcopy(LOSSES[name])):
+        assert torch.equal(other(case.hidden, case.weight, case.labels, **kwargs).loss, expected)
+
+
+def test_weights_of_zero_take_whole_sequences_out_in_every_schedule():
+    """A pair whose tokens all weigh 0 has no gradient; it used to be 0 / 0 where the pair exceeds the budget."""
+    for budget in BUDGETS.values():
+        case = make_case(tokens=20)
+        weights = torch.tensor([0.0, 1.0, 0.0, 1.0])[:, None].expand(case.labels.shape).contiguous()
+        with ll.settings(memory_budget=budget):
+            out = LOSSES["simpo"](case.hidden, case.weight, case.labels, token_weights=weights)
+        dx, dw = gradient(out, case)
+        assert torch.isfinite(dw).all()
+        assert (dx[[0, 2]] == 0).all()
+        assert (dx[1] != 0).any()
+
+
+def test_an_impossible_token_does_not_spoil_the_others():
+    """A label of log-probability -inf: the loss is what its formula gives, and weight 0 takes it out."""
+    case = make_case(bias=True, masked=0.0)
+    with torch.no_grad():
+        case.bias[50] = -torch.inf
+        case.labels[case.labels == 50] = 51
+        case.labels[2, 3] = 50
+    out = ll.FusedLinearDPOLoss(loss_type="hinge")(
+        case.hidden, case.weight, case.labels, bias=case.bias, ref_logps=torch.zeros(4)
+    )
+    expected = torch.relu(1 - 0.1 * (out.chosen_logps - out.rejected_logps)).mean()
+    assert out.rejected_logps[0] == -torch.inf
+    assert out.loss == expected
+    weights = torch.ones(case.labels.shape)
+    weights[2, 3] = 0
+    out = LOSSES["dpo"](case.hidden, case.weight, case.labels, bias=case.bias, token_weights=weights, **extras("dpo", 4))
+    assert torch.isfinite(out.loss)
+    assert all(torch.isfinite(g).all() for g in gradient(out, case)[:2])
+
+
+def test_a_loss_function_with_parameters_of_its_own_is_refused():
+    beta = torch.nn.Parameter(torch.tensor(0.5))
+    loss = ll.FusedLinearLoss(lambda pairs: beta * (pairs.rejected_logps - pairs.chosen_logps))
+    for train in ("", "hw"):
+        case = make_case(train=train)
+        with pytest.raises(ValueError, match=r"uses a tensor of shape \(\) that requires a gradient"):
+            loss(case.hidden, case.weight, case.labels)
+
+
+def test_a_margin_that_is_none_is_refused_where_it_would_matter():
+    case = make_case(tokens=20)
+    wrong = ll.FusedLinearLoss(lambda pairs: pairs.chosen_logps - 2 * pairs.rejected_logps, margin="sum")
+    with ll.settings(memory_budget=1), pytest.raises(ValueError, match="margin='sum' is declared"):
+        wrong(case.hidden, case.weight, case.labels)
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (lambda pairs: 0.5, "losses of type float"),
+        (lambda pairs: pairs.chosen_logps.mean(), r"losses of shape \(\)"),
+        (lambda pairs: ll.LossResult(pairs.chosen_logps, metrics={"m": 1.0}), r"metrics\['m'\] of type float"),
+        (lambda pairs: ll.LossResult(pairs.chosen_logps, chosen_rewards=pairs.logps), "chosen_rewards of shape"),
+    ],
+)
+def test_what_a_loss_function_returns_is_checked(result, words):
+    case = make_case()
+    with pytest.raises((TypeError, ValueError), match=words):
+        ll.FusedLinearLoss(result)(case.hidden, case.weight, case.labels)
+
+
+def test_weights_narrower_than_the_hidden_states_train():
+    """A lossless mix of dtypes is computed in the wider one."""
+    case = make_case(dtype=torch.float64)
+    narrow = case.weight.detach().float().requires_grad_()
+    out = LOSSES["simpo"](case.hidden, narrow, case.labels)
+    dx, dw = torch.autograd.grad(out.loss, (case.hidden, narrow))
+    assert dx.dtype == torch.float64
+    assert dw.dtype == torch.float32
+    logps = ll.linear_logps(case.hidden, narrow, case.labels).logps
+    assert torch.autograd.grad(logps.sum(), narrow)[0].dtype == torch.float32
+
+
+def test_gradients_kept_for_a_second_backward_are_the_callers_own():
+    case = make_case()
+    out = LOSSES["simpo"](case.hidden, case.weight, case.labels)
+    (first,) = torch.autograd.grad(out.loss, case.weight, retain_graph=True)
+    expected = first.clone()
+    first.zero_()
+    assert torch.equal(torch.autograd.grad(out.loss, case.weight)[0], expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -178,6 +179,34 @@ def f_divergence_score(logratios: Tensor, kind: str, alpha: float) -> Tensor:
     return logratios
 
 
+def _dpo(
+    pairs: Pairs,
+    loss_types: tuple[str, ...],
+    loss_weights: tuple[float, ...],
+    options: DPOOptions,
+    f_divergence_type: str,
+    f_alpha_divergence_coef: float,
+    use_weighting: bool,
+) -> LossResult:
+    chosen = pairs.chosen_logps - pairs.ref_chosen_logps
+    rejected = pairs.rejected_logps - pairs.ref_rejected_logps
+    seen = [f_divergence_score(r, f_divergence_type, f_alpha_divergence_coef) for r in (chosen, rejected)]
+    scores = Scores(chosen, rejected, seen[0], seen[1], pairs)
+    weights: Tensor | float = 1.0
+    if use_weighting:  # WPO, https://huggingface.co/papers/2406.11827 eq. 2
+        assert pairs.confidence is not None
+        chosen_confidence, rejected_confidence = pairs.split(pairs.confidence)
+        weights = torch.exp(chosen_confidence) * torch.exp(rejected_confidence)
+    losses = torch.zeros_like(chosen)
+    for name, weight in zip(loss_types, loss_weights, strict=True):
+        each = DPO_LOSSES[name](scores, options)
+        if name == "sft" and use_weighting:
+            each = each.mean().expand_as(each)  # TRL weights the batch's NLL by each pair's weight
+        losses = losses + weight * (each * weights)
+    metrics = {"nll_loss": pairs.chosen_nll()} if "sft" in loss_types else {}
+    return LossResult(losses, options.beta * chosen, options.beta * rejected, metrics)
+
+
 def dpo(
     loss_types: Sequence[str],
     loss_weights: Sequence[float],
@@ -190,25 +219,15 @@ def dpo(
 ) -> Loss:
     """The weighted sum of DPO loss types as a :class:`Loss`; arguments as in :class:`logitless.FusedLinearDPOLoss`."""
 
-    def fn(pairs: Pairs) -> LossResult:
-        chosen = pairs.chosen_logps - pairs.ref_chosen_logps
-        rejected = pairs.rejected_logps - pairs.ref_rejected_logps
-        seen = [f_divergence_score(r, f_divergence_type, f_alpha_divergence_coef) for r in (chosen, rejected)]
-        scores = Scores(chosen, rejected, seen[0], seen[1], pairs)
-        weights: Tensor | float = 1.0
-        if use_weighting:  # WPO, https://huggingface.co/papers/2406.11827 eq. 2
-            assert pairs.confidence is not None
-            chosen_confidence, rejected_confidence = pairs.split(pairs.confidence)
-            weights = torch.exp(chosen_confidence) * torch.exp(rejected_confidence)
-        losses = torch.zeros_like(chosen)
-        for name, weight in zip(loss_types, loss_weights, strict=True):
-            each = DPO_LOSSES[name](scores, options)
-            if name == "sft" and use_weighting:
-                each = each.mean().expand_as(each)  # TRL weights the batch's NLL by each pair's weight
-            losses = losses + weight * (each * weights)
-        metrics = {"nll_loss": pairs.chosen_nll()} if "sft" in loss_types else {}
-        return LossResult(losses, options.beta * chosen, options.beta * rejected, metrics)
-
+    fn = partial(  # not a closure: modules can be pickled
+        _dpo,
+        loss_types=tuple(loss_types),
+        loss_weights=tuple(loss_weights),
+        options=options,
+        f_divergence_type=f_divergence_type,
+        f_alpha_divergence_coef=f_alpha_divergence_coef,
+        use_weighting=use_weighting,
+    )
     kinds = set(loss_types)
     margin: Margin | None = None
     if f_divergence_type == "reverse_kl":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,16 +29,25 @@ KTO_LOSSES: dict[str, Callable[[Tensor, Tensor, float, Tensor], Tensor]] = {
 }
 
 
+def _weighted_kto(
+    batch: Sequences, beta: float, desirable_weight: float, undesirable_weight: float, loss_type: str
+) -> LossResult:
+    desirable = batch.inputs["desirable"]
+    logratios = batch.logps - batch.reference
+    z = batch.inputs["kl"].clamp(min=0) if loss_type == "kto" else torch.zeros_like(logratios)
+    # torch.where of two numbers would round them to float32
+    weights = torch.where(desirable, logratios.new_full((), desirable_weight), undesirable_weight)
+    losses = weights * KTO_LOSSES[loss_type](logratios, desirable, beta, z)
+    return LossResult(losses, metrics={"rewards": beta * logratios})
+
+
 def kto(*, beta: float, desirable_weight: float, undesirable_weight: float, loss_type: str) -> Loss:
     """One of :data:`KTO_LOSSES`, weighted by class and averaged over sequences."""
-
-    def fn(batch: Sequences) -> LossResult:
-        desirable = batch.inputs["desirable"]
-        logratios = batch.logps - batch.reference
-        z = batch.inputs["kl"].clamp(min=0) if loss_type == "kto" else torch.zeros_like(logratios)
-        # torch.where of two numbers would round them to float32
-        weights = torch.where(desirable, logratios.new_full((), desirable_weight), undesirable_weight)
-        losses = weights * KTO_LOSSES[loss_type](logratios, desirable, beta, z)
-        return LossResult(losses, metrics={"rewards": beta * logratios})
-
+    fn = partial(  # not a closure: modules can be pickled
+        _weighted_kto,
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+        loss_type=loss_type,
+    )
     return Loss(fn, group="sequence", needs_reference=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +18,17 @@ def alpha_reward(logps: Tensor, alpha: float) -> Tensor:
     return logps if alpha == 0 else -torch.expm1(-alpha * logps) / alpha
 
 
+# Each loss is a function of its numbers, bound by ``partial``: a closure could not be pickled, and so no module that holds it.
+
+
+def _simpo(pairs: Pairs, beta: float, gamma: float, label_smoothing: float, alpha: float) -> LossResult:
+    chosen, rejected = pairs.split(beta * alpha_reward(pairs.mean_logps, alpha))
+    return LossResult(_smoothed(chosen - rejected - gamma, label_smoothing), chosen, rejected)
+
+
 def simpo(*, beta: float, gamma: float, label_smoothing: float, alpha: float) -> Loss:
     """SimPO, https://huggingface.co/papers/2405.14734 eq. 6: ``-logsig(beta * (mean logp difference) - gamma)``."""
-
-    def fn(pairs: Pairs) -> LossResult:
-        chosen, rejected = pairs.split(beta * alpha_reward(pairs.mean_logps, alpha))
-        return LossResult(_smoothed(chosen - rejected - gamma, label_smoothing), chosen, rejected)
-
+    fn = partial(_simpo, beta=beta, gamma=gamma, label_smoothing=label_smoothing, alpha=alpha)
     return Loss(fn, margin="mean" if alpha == 0 else None)
 
 
@@ -48,23 +53,22 @@ CPO_LOSSES: dict[str, Callable[[Tensor, float, float], Tensor]] = {
 }
 
 
+def _cpo(pairs: Pairs, beta: float, cpo_alpha: float, loss_type: str, label_smoothing: float, alpha: float) -> LossResult:
+    chosen, rejected = pairs.split(alpha_reward(pairs.mean_logps if loss_type == "ipo" else pairs.logps, alpha))
+    losses = CPO_LOSSES[loss_type](chosen - rejected, beta, label_smoothing)
+    metrics = {}
+    if cpo_alpha != 0:
+        metrics["nll_loss"] = nll = pairs.chosen_nll()
+        losses = losses + cpo_alpha * nll
+    return LossResult(losses, beta * chosen, beta * rejected, metrics)
+
+
 def cpo(*, beta: float, cpo_alpha: float, loss_type: str, label_smoothing: float, alpha: float) -> Loss:
     """CPO: a loss of the log-prob margin (per-token means for ``ipo``) plus ``cpo_alpha`` times the chosen NLL."""
-    mean = loss_type == "ipo"
-
-    def fn(pairs: Pairs) -> LossResult:
-        chosen, rejected = pairs.split(alpha_reward(pairs.mean_logps if mean else pairs.logps, alpha))
-        losses = CPO_LOSSES[loss_type](chosen - rejected, beta, label_smoothing)
-        metrics = {}
-        if cpo_alpha != 0:
-            nll = pairs.chosen_nll()
-            losses = losses + cpo_alpha * nll
-            metrics["nll_loss"] = nll
-        return LossResult(losses, beta * chosen, beta * rejected, metrics)
-
+    fn = partial(_cpo, beta=beta, cpo_alpha=cpo_alpha, loss_type=loss_type, label_smoothing=label_smoothing, alpha=alpha)
     margin: Margin | None = None
     if cpo_alpha == 0 and alpha == 0:
-        margin = "mean" if mean else "sum"
+        margin = "mean" if loss_type == "ipo" else "sum"
     return Loss(fn, margin=margin, uses_nll=cpo_alpha != 0)
 
 
@@ -78,15 +82,15 @@ def log_odds(mean_logps: Tensor) -> Tensor:
     return x - torch.where(x > -0.6931471805599453, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
 
+def _orpo(pairs: Pairs, beta: float) -> LossResult:
+    chosen, rejected = pairs.split(pairs.mean_logps)
+    difference = log_odds(chosen) - log_odds(rejected)
+    ratio = F.logsigmoid(difference)
+    nll = pairs.chosen_nll()
+    metrics = {"nll_loss": nll, "log_odds_ratio": ratio, "log_odds_chosen": difference}
+    return LossResult(nll - beta * ratio, beta * chosen, beta * rejected, metrics)
+
+
 def orpo(*, beta: float) -> Loss:
     """ORPO, https://huggingface.co/papers/2403.07691 eqs. 6 and 7: NLL of the chosen minus ``beta * logsig(log-odds)``."""
-
-    def fn(pairs: Pairs) -> LossResult:
-        chosen, rejected = pairs.split(pairs.mean_logps)
-        difference = log_odds(chosen) - log_odds(rejected)
-        ratio = F.logsigmoid(difference)
-        nll = pairs.chosen_nll()
-        metrics = {"nll_loss": nll, "log_odds_ratio": ratio, "log_odds_chosen": difference}
-        return LossResult(nll - beta * ratio, beta * chosen, beta * rejected, metrics)
-
-    return Loss(fn, uses_nll=True)
+    return Loss(partial(_orpo, beta=beta), uses_nll=True)
