@@ -215,6 +215,7 @@ class Suite:
         cases: the cases for a base shape; the flag says whether ``--quick`` was given.
         base, quick: the base shape, and what ``--quick`` changes in it.
         providers: names that run by default; empty: all that could.
+        quick_providers: those of ``--quick``, where they are fewer.
     """
 
     name: str
@@ -223,6 +224,7 @@ class Suite:
     base: Shape
     quick: Mapping[str, Any]
     providers: tuple[str, ...] = ()
+    quick_providers: tuple[str, ...] = ()
 
     def make(self, overrides: Mapping[str, Any], quick: bool) -> list[Case]:
         """Its cases, with some values of the shape replaced."""
@@ -296,6 +298,7 @@ SUITES: dict[str, Suite] = {
             Shape(tokens=1024, hidden=256, vocab=32768),
             {"tokens": 512, "vocab": 16384},
             _SWEEP,
+            ("gemm", "torch", "trl", "liger", "logitless"),  # each of them is a process of its own at each length
         ),
         Suite(
             "train",

@@ -101,7 +101,7 @@ def default_providers(suite: str, quick: bool) -> list[str]:
 
     Whole trainers and the rest never meet in one table.
     """
-    chosen = SUITES[suite].providers
+    chosen = (quick and SUITES[suite].quick_providers) or SUITES[suite].providers
     return [
         name
         for name, provider in PROVIDERS.items()
