@@ -109,7 +109,8 @@ def _call(task: str, module: Any, inputs: Inputs, hidden: Tensor, labels: Tensor
     if task == "kto":
         more.update(desirable=inputs.desirable.repeat_interleave(per), kl=inputs.kl)
     out = module(hidden, inputs.weight, labels, **more)
-    return out, out.logps if task == "kto" else torch.cat([out.chosen_logps, out.rejected_logps])
+    single = task in ("kto", "nll")  # losses of single sequences; the others report what they compare, sums or means
+    return out, out.logps if single else torch.cat([out.chosen_logps, out.rejected_logps])
 
 
 def _module(case: Case, inputs: Inputs, **settings: Any) -> Work:
