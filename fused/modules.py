@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -192,6 +193,12 @@ class FusedLinearLoss(nn.Module):
         )
 
 
+@functools.cache
+def _eagerly(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compiler.disable``, at the first call: as a decorator it would add a second to every import of the package."""
+    return torch.compiler.disable(fn)
+
+
 @dataclass
 class _ReferenceInputs:
     logps: Tensor | None
@@ -294,8 +301,11 @@ class _Batch:
         bias = None if ref_bias is None else ref_bias.detach()
         return _ReferenceInputs(None, Reference(states, ref_weight.detach(), bias))
 
-    @torch.compiler.disable
     def run(self, terms: list[Term], states: Reference | None, metrics: bool) -> tuple[Tensor, Report, Entries]:
+        """Hand the call to the engine. Inside compiled code this runs eagerly: the schedule depends on the data."""
+        return _eagerly(_Batch._run)(self, terms, states, metrics)
+
+    def _run(self, terms: list[Term], states: Reference | None, metrics: bool) -> tuple[Tensor, Report, Entries]:
         entries = make_entries(
             self.labels,
             self.bounds,

@@ -17,6 +17,8 @@ if [ ! -x "$environment/bin/python" ]; then
   "$python" -m venv "$environment"
 fi
 pip=("$environment/bin/python" -m pip --disable-pip-version-check)
+# Python compiles what it imports; compiling all of every package first takes longer than the whole installation
+export PIP_NO_COMPILE=1
 
 if ! "$environment/bin/python" -c 'import torch' 2>/dev/null; then
   if [ "$(uname -s)" = Darwin ] || { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }; then

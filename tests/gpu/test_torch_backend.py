@@ -1,0 +1,106 @@
+"""The core and the loss modules on a GPU against float64. ``python -m pytest -m gpu``; elsewhere they are skipped."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+
+import logitless as ll
+
+from ..helpers import Case, gradients, make_case, relative_error, run_op, run_reference
+
+#: ``cpu`` runs the tests of this file without a GPU, to test the tests.
+DEVICE = os.environ.get("LOGITLESS_GPU_TEST_DEVICE", "cuda")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+HEADS = [ll.HeadSpec(), ll.HeadSpec(0.7, None, 1.3), ll.HeadSpec(1.2, 8.0, 0.6)]
+#: Largest error of logps relative to 1 + |logp|, and of gradients, of results that are rounded once.
+TOLERANCES = {
+    torch.float64: (1e-12, 1e-12),
+    torch.float32: (2e-5, 2e-5),
+    torch.bfloat16: (2e-5, 2**-7),
+    torch.float16: (2e-5, 2**-9),
+}
+
+
+def on_device(case: Case) -> Case:
+    def move(t: torch.Tensor | None) -> torch.Tensor | None:
+        return None if t is None else t.detach().to(DEVICE).requires_grad_(t.requires_grad)
+
+    return Case(move(case.hidden), move(case.weight), move(case.bias), case.labels.to(DEVICE), case.head)
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+@pytest.mark.parametrize("head", HEADS, ids=["plain", "scaled", "softcap"])
+@pytest.mark.parametrize("peaked", [0.0, 20.0, -60.0])
+@pytest.mark.parametrize("train", ["h", "hw", "hwb"])
+@pytest.mark.parametrize("budget", [1 << 30, 100_000])
+def test_linear_logps(dtype, head, peaked, train, budget):
+    case = on_device(make_case(dtype=dtype, head=head, peaked=peaked, train=train, bias=True, vocab=20_011, hidden=48))
+    with ll.settings(memory_budget=budget, precision="float32" if DEVICE == "cpu" else "auto"):
+        stats = run_op(case, ll.OUTPUTS)
+    wide = case.double()
+    reference = run_reference(wide)
+    limit, gradient_limit = TOLERANCES[dtype]
+    for name in ("logps", "entropy", "mean_logits", "log_sum_sq_probs"):
+        value, expected = getattr(stats, name), getattr(reference, name)
+        assert ((value.double() - expected).abs() / (1 + expected.abs())).max() <= 4 * limit, name
+    everything = dict(zip("hwb", (wide.hidden, wide.weight, wide.bias), strict=True))
+    for use_entropy in (False, True):
+        loss = stats.logps.sum() + (stats.entropy.sum() if use_entropy else 0)
+        expected_loss = reference.logps.sum() + (reference.entropy.sum() if use_entropy else 0)
+        expected = torch.autograd.grad(expected_loss, [everything[k] for k in "hwb" if k in train], retain_graph=True)
+        for ours, theirs in zip(gradients(loss, case), expected, strict=True):
+            assert relative_error(ours, theirs) <= 4 * gradient_limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("train", ["h", "hw"])
+@pytest.mark.parametrize("budget", [1 << 30, 4_000_000, 300_000])
+@pytest.mark.parametrize(
+    "loss", [ll.FusedLinearDPOLoss(), ll.FusedLinearORPOLoss(), ll.FusedLinearSimPOLoss()], ids=["dpo", "orpo", "simpo"]
+)
+def test_loss_modules(dtype, train, budget, loss):
+    case = on_device(make_case(dtype=dtype, train=train, vocab=9001, hidden=64, tokens=40, scale=0.1))
+    kwargs = {"ref_logps": torch.full((4,), -200.0, device=DEVICE)} if isinstance(loss, ll.FusedLinearDPOLoss) else {}
+    with ll.settings(memory_budget=budget):
+        out = loss(case.hidden, case.weight, case.labels, **kwargs)
+    wide = case.double()
+    expected = loss(wide.hidden, wide.weight, wide.labels, **kwargs)
+    assert out.loss.double().item() == pytest.approx(expected.loss.item(), rel=1e-4)
+    wanted = [wide.hidden, wide.weight][: len(train)]
+    for ours, theirs in zip(gradients(out.loss, case), torch.autograd.grad(expected.loss, wanted), strict=True):
+        assert relative_error(ours, theirs) <= 4 * TOLERANCES[dtype][1]
+
+
+def test_identical_policy_and_reference_give_exactly_ln_2():
+    case = on_device(make_case(dtype=torch.bfloat16, vocab=9001, hidden=64, tokens=40, train="hw"))
+    out = ll.FusedLinearDPOLoss()(
+        case.hidden, case.weight, case.labels, ref_hidden=case.hidden.detach(), ref_weight=case.weight.detach()
+    )
+    assert out.loss.item() == torch.tensor(math.log(2)).item()
+
+
+def test_bitwise_repeatable_over_100_runs():
+    case = on_device(make_case(dtype=torch.bfloat16, vocab=9001, hidden=64, tokens=40, train="hw"))
+    first = None
+    for _ in range(100):
+        out = ll.FusedLinearSimPOLoss()(case.hidden, case.weight, case.labels)
+        run = [out.loss, *gradients(out.loss, case)]
+        first = run if first is None else first
+        assert all(torch.equal(a, b) for a, b in zip(first, run, strict=True))
