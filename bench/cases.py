@@ -263,7 +263,14 @@ def _losses(shape: Shape, quick: bool) -> list[Case]:
 SUITES: dict[str, Suite] = {
     suite.name: suite
     for suite in (
-        Suite("dpo", "the headline: DPO with a trained head at the shape of the targets", _headline, HEADLINE, {}),
+        Suite(
+            "dpo",
+            "the headline: DPO with a trained head at the shape of the targets",
+            _headline,
+            HEADLINE,
+            {},
+            quick_providers=("gemm", "torch", "torch-compile", "trl", "liger", "logitless"),
+        ),
         Suite("op", "log-probs under an arbitrary upstream gradient", _single("op", "logps"), _SMALL, _TINY),
         Suite("losses", "NLL and every preference loss", _losses, replace(_SMALL, tokens=128), _TINY),
         Suite("forward", "forward only", _single("forward", "logps", backward=False), _SMALL, _TINY),
