@@ -14,7 +14,8 @@ from .stats import CoreOptions
 #: Vocabulary entries per block of logits: a block of 768 tokens fits a 32 MiB L3, and the GEMM runs at full speed.
 VOCAB_BLOCK = 8192
 _MIN_BLOCK = 256
-_CACHE_ELEMENTS = 1 << 19
+_CACHE_ELEMENTS = 1 << 20
+_ROW_ELEMENTS = 1 << 19
 _WORKSPACE = 32 << 20
 #: float32 buffers of the element-wise pass, in elements of its cache block: the block, a second one, the soft-cap's square.
 _PASS_BUFFERS = 3
@@ -204,7 +205,7 @@ def plan(
         if sum(s.schedule == DEFERRED_SCALE for s in steps) > 1:
             extra += max(0, acc * vh - tile_budget)
     # blocks of a fixed size that no budget shrinks: rows being widened, and a GEMM's product on its way to float32
-    extra += 3 * min(num_tokens * hidden_size, _CACHE_ELEMENTS) * acc + min(vocab_size, VOCAB_BLOCK) * hidden_size * acc
+    extra += 3 * min(num_tokens * hidden_size, _ROW_ELEMENTS) * acc + min(vocab_size, VOCAB_BLOCK) * hidden_size * acc
     if train_bias:
         extra += 3 * acc * vocab_size
     return Plan(
