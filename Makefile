@@ -9,7 +9,9 @@ ENVIRONMENT := $(or $(ACTIVE),.venv)
 BIN := $(ENVIRONMENT)/bin
 STAMP := build/.ready-$(subst /,_,$(abspath $(ENVIRONMENT)))
 
-.PHONY: bench test lint types format setup clean
+EXT := build/.ext-$(subst /,_,$(abspath $(ENVIRONMENT)))
+
+.PHONY: bench test lint types format setup ext clean
 
 setup: $(STAMP)
 
@@ -17,10 +19,17 @@ $(STAMP): pyproject.toml setup.py scripts/setup.sh
 	PYTHON=$(PYTHON) bash scripts/setup.sh $(ENVIRONMENT)
 	@mkdir -p build && touch $@
 
-bench: setup
+# The C++ kernels, in place; LOGITLESS_EXT=cpu,cuda builds the CUDA ones too.
+ext: $(EXT)
+
+$(EXT): $(STAMP) setup.py $(shell find csrc -type f)
+	LOGITLESS_EXT=$(or $(LOGITLESS_EXT),cpu) LOGITLESS_WERROR=1 $(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
+bench: ext
 	$(BIN)/python -m logitless.bench
 
-test: setup
+test: ext
 	$(BIN)/python -m pytest -q
 
 lint: setup
@@ -30,7 +39,7 @@ lint: setup
 # The folders are packages only once they are installed, so the checker reads what a wheel would hold.
 types: setup
 	rm -rf build/types
-	$(BIN)/python setup.py -q build --build-base build/types-work --build-lib build/types
+	LOGITLESS_EXT=none $(BIN)/python setup.py -q build --build-base build/types-work --build-lib build/types
 	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p logitless
 
 format: setup
@@ -38,4 +47,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,9 +1,21 @@
-"""Maps the top-level folders to packages; everything else is in pyproject.toml."""
+"""Maps the top-level folders to packages and builds the extension; everything else is in pyproject.toml.
 
+LOGITLESS_EXT says which parts of ``csrc/`` are built: ``auto`` (default) what this machine can, ``none``, or ``cpu``, ``cuda``,
+``cpu,cuda``: these, or the installation fails. They are compiled against the torch that is installed, so pip needs
+``--no-build-isolation``. LOGITLESS_CUDA_ARCHS: compute capabilities, default "80;90;100".
+"""
+
+import os
+import platform
 import re
+import shutil
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 version = re.search(r'^__version__ = "(.+)"$', (ROOT / "logitless/__init__.py").read_text(), re.M)[1]
@@ -17,10 +29,168 @@ FOLDERS = {
     "logitless.fused.losses": "fused/losses",
     "logitless.bench": "bench",
 }
+PARTS = ("cpu", "cuda")
+MIN_TORCH = (2, 10)  # the first with the stable interface that csrc is written for
+
+
+def requested() -> list[str]:
+    """The parts that must be built; none of them with ``auto`` and ``none``."""
+    value = os.environ.get("LOGITLESS_EXT", "auto")
+    parts = [] if value in ("auto", "none") else value.split(",")
+    if unknown := [p for p in parts if p not in PARTS]:
+        sys.exit(f"LOGITLESS_EXT must be 'auto', 'none' or a list of {', '.join(PARTS)}; got {unknown[0]!r}")
+    return parts
+
+
+def why_not(part: str) -> str | None:
+    """The reason why a part cannot be built here."""
+    if sys.platform != "linux":
+        return f"csrc is written for Linux; this is {sys.platform}"
+    try:
+        import torch
+    except ImportError:
+        return (
+            "torch cannot be imported. pip builds in an isolated environment unless told otherwise: install torch, "
+            "then run pip install --no-build-isolation"
+        )
+    if tuple(int(x) for x in torch.__version__.split(".")[:2]) < MIN_TORCH:
+        return f"it needs torch >= {'.'.join(map(str, MIN_TORCH))}; this is {torch.__version__}"
+    compiler = (os.environ.get("CXX") or "c++").split()[0]
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler ({compiler}; CXX names another)"
+    if part == "cuda":
+        if torch.version.cuda is None:
+            return f"torch {torch.__version__} is built without CUDA"
+        if nvcc() is None:
+            return "there is no nvcc, on PATH or in CUDA_HOME"
+    return None
+
+
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+
+
+def name_of(part: str) -> str:
+    if part == "cuda":
+        return "logitless.kernels._cuda"  # one binary for every torch since MIN_TORCH
+    import torch
+
+    major, minor = torch.__version__.split(".")[:2]
+    return f"logitless.kernels._cpu_torch{major}_{minor}"
+
+
+def extension(part: str) -> Extension:
+    """A library of torch operators; not a Python module, so it needs no headers of Python."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    headers = [flag for path in include_paths() for flag in ("-isystem", path)]
+    flags = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", *headers]
+    if os.environ.get("LOGITLESS_WERROR"):  # for developers: a compiler unknown to us may warn of more
+        # -Wno: vectors are passed by value between inlined functions only; GCC's own intrinsics look uninitialised to it
+        flags += ["-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+    if part == "cpu":
+        flags += ["-fopenmp"]
+        libraries, link = ["torch_cpu", "c10"], ["-fopenmp"]
+    else:
+        libraries, link = ["torch", "torch_cpu", "cudart"], []
+    return Extension(
+        name_of(part),
+        sources=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / part).glob("*.cpp")),
+        include_dirs=["csrc/include"],
+        library_dirs=[*library_paths(), *cuda_library_dirs(part)],
+        libraries=libraries,
+        extra_compile_args=flags,
+        extra_link_args=link,
+        language="c++",
+        depends=[str(p) for p in (ROOT / "csrc").rglob("*") if p.is_file()],
+    )
+
+
+def cuda_library_dirs(part: str) -> list[str]:
+    if part != "cuda":
+        return []
+    home = Path(nvcc()).resolve().parents[1]
+    return [str(p) for p in (home / "lib64", home / "targets" / f"{platform.machine()}-linux" / "lib") if p.is_dir()]
+
+
+def cuda_architectures() -> list[str]:
+    """nvcc's flags: code for each architecture, and PTX of the newest for those to come."""
+    archs = os.environ.get("LOGITLESS_CUDA_ARCHS", "80;90;100").split(";")
+    newest = max(archs, key=int)
+    return [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs] + [f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+
+class Build(build_ext):
+    """Compiles CUDA sources with nvcc; what nobody asked for may fail, with the reason."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"  # the same for every Python
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return ext.export_symbols
+
+    def build_extension(self, ext: Extension) -> None:
+        part = "cuda" if ext.name.endswith("_cuda") else "cpu"
+        try:
+            if part == "cuda":
+                ext.extra_objects = self._cuda_objects(ext)
+            super().build_extension(ext)
+        except Exception as error:
+            if part in requested():
+                raise
+            tell(part, f"the compiler failed ({error})")
+            ext.optional = True  # the build goes on without its library
+
+    def _cuda_objects(self, ext: Extension) -> list[str]:
+        from torch.utils.cpp_extension import include_paths
+
+        folder = Path(self.build_temp) / "csrc/cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        objects = []
+        for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+            out = folder / (source.stem + ".cu.o")
+            headers = [flag for path in include_paths() for flag in ("-isystem", path)]
+            flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc/include", *headers]
+            subprocess.run([nvcc(), "-c", str(source), "-o", str(out), *flags, *cuda_architectures()], check=True, cwd=ROOT)
+            objects.append(str(out))
+        return objects
+
+
+def tell(part: str, reason: str) -> None:
+    text = (
+        f"logitless: the {part} kernels of csrc are not built: {reason}. The library works without them, on torch's own "
+        f"operators, more slowly. LOGITLESS_EXT={part} makes this an error, LOGITLESS_EXT=none silences it; `logitless env` "
+        "shows what runs."
+    )
+    print(textwrap.fill(text, 100), file=sys.stderr)
+
+
+def extensions() -> list[Extension]:
+    needed = requested()
+    if os.environ.get("LOGITLESS_EXT") == "none":
+        return []
+    found = []
+    for part in needed or PARTS:
+        reason = why_not(part)
+        if reason is None:
+            found.append(extension(part))
+        elif needed:
+            text = f"logitless: LOGITLESS_EXT asks for the {part} kernels, which cannot be built: {reason}."
+            sys.exit(textwrap.fill(text, 100))
+        else:
+            tell(part, reason)
+    return found
+
+
+#: Other commands (metadata, sdist) need not ask what can be built.
+BUILDS = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install", "develop"}
 
 setup(
     version=version,
     packages=list(FOLDERS),
     package_dir=FOLDERS,
     package_data={"logitless": ["py.typed"]},
+    ext_modules=extensions() if BUILDS & set(sys.argv) else [],
+    cmdclass={"build_ext": Build},
 )

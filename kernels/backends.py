@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from . import torch_backend
+from . import cpu_backend, torch_backend
+from .native import why_no_cpu_extension
 from .settings import current_settings
 
 log = logging.getLogger("logitless")
@@ -100,6 +101,20 @@ def _torch_why_not(call: Call) -> list[str]:
     return [] if call.dtype in supported else [f"dtype {call.dtype} is not one of {supported}"]
 
 
+def _cpu_why_not(call: Call) -> list[str]:
+    return _torch_why_not(call) + ([] if call.device.type == "cpu" else [f"device {call.device} is not a CPU"])
+
+
+register_backend(
+    Backend(
+        name="cpu",
+        why_not=_cpu_why_not,
+        why_unavailable=why_no_cpu_extension,
+        score=cpu_backend.score,
+        tile_gradients=cpu_backend.tile_gradients,
+        recompute_gradients=cpu_backend.recompute_gradients,
+    )
+)
 register_backend(
     Backend(
         name="torch",

@@ -22,11 +22,12 @@ from .stats import CoreOptions, RowStats
 from .torch_scan import (
     FLOOR,
     ROW_ELEMENTS,
+    TORCH_PASSES,
     BlockSums,
     Logits,
+    Passes,
     blocks,
     combine,
-    scan_block,
     target_logit_and_slope,
     weight_block,
 )
@@ -58,6 +59,7 @@ def score(
     *,
     tile: Tensor | None = None,  # (N, V) gets G, relative to the returned k
     unit_dhidden: bool = False,
+    passes: Passes = TORCH_PASSES,
 ) -> RowStats:
     """One pass over the logits: ``2 * N * H * V`` FLOP, twice that with ``unit_dhidden``."""
     # One partition for all modes: a GEMM's rounding may depend on its shape, and a token's logps must not depend on whether
@@ -71,7 +73,8 @@ def score(
     for r0, r1 in blocks(max(1, len(x)), rows):
         rows_of_tile = None if tile is None else tile[r0:r1]
         rows_of_dhidden = None if dhidden is None else dhidden[r0:r1]
-        chunks.append(_score_rows(x[r0:r1], weight, bias, labels[r0:r1], head, options, width, rows_of_tile, rows_of_dhidden))
+        here = x[r0:r1], weight, bias, labels[r0:r1], head, options, width, rows_of_tile, rows_of_dhidden
+        chunks.append(_score_rows(*here, passes))
     stats = RowStats.cat(chunks)
     stats.unit_dhidden = dhidden
     return stats
@@ -87,10 +90,11 @@ def _score_rows(
     width: int,
     tile: Tensor | None,  # (N, V), written
     dhidden: Tensor | None,  # (N, H) zeros, gets d logps / d hidden
+    passes: Passes,
 ) -> RowStats:
     n, vocab = len(x), len(weight)
     logits = Logits(x, weight, bias, options.precision)
-    zy, k, ty = target_logit_and_slope(x, weight, bias, labels, head, options.precision)
+    zy, k, ty = target_logit_and_slope(passes.target_logits(x, weight, bias, labels, options.precision), head)
     grad_dtype = gemm_dtype(x.dtype, x.device)
     in_tile = tile is not None and tile.dtype == logits.dtype
     scratch = None if in_tile else torch.empty((n, width), dtype=logits.dtype, device=x.device)
@@ -110,7 +114,7 @@ def _score_rows(
             source = scratch[:, :w]
             destination = None if dhidden is None else source if g_block is None else g_block[:, :w]
         logits.block(v0, v1, source)
-        part = scan_block(logits, head, options, source, destination, zy, k, labels, v0, v1)
+        part = passes.scan_block(logits, head, options, source, destination, zy, k, labels, v0, v1)
         parts.append(part)
         if dhidden is not None:
             assert destination is not None
@@ -247,6 +251,28 @@ def tile_gradients(
         _add_targets(x, weight, labels, at_target, dhidden, head_gradient)
 
 
+def gradient_factors(
+    stats: RowStats,
+    coefficients: Tensor | None,  # (N,) dLoss / dlogps
+    entropy_coefficients: Tensor | None,  # (N,) dLoss / dentropy, with stats.entropy
+    head: HeadSpec,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A row of dLoss / d raw logits is ``scale * exp(z_v - k) * slope_v * (mix[0] + mix[1] * (z_v - k))`` and, at the target,
+    ``scale * at_target``. Returns scale (N,), at_target (N,) and mix (2, N), ``None`` for 1 and 0.
+    """
+    inverse = (-stats.log_denom).exp()
+    c = torch.zeros_like(stats.k) if coefficients is None else coefficients
+    if entropy_coefficients is None:
+        scale, at_target, mix = -c * head.slope * inverse, -stats.sum_others, None
+    else:
+        assert stats.entropy is not None
+        scale = -head.slope * inverse
+        log_p = (stats.target_offset - stats.log_denom).clamp(min=FLOOR)
+        at_target = entropy_coefficients * (log_p + stats.entropy) * stats.target_offset.exp() - c * stats.sum_others
+        mix = torch.stack((c + entropy_coefficients * (stats.entropy - stats.log_denom), entropy_coefficients))
+    return scale, at_target if stats.target_slope is None else at_target * stats.target_slope, mix
+
+
 def recompute_gradients(
     x: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
@@ -260,6 +286,7 @@ def recompute_gradients(
     *,
     dhidden: Tensor | None,  # (N, H) float32 (float64), written
     head_gradient: HeadGradient | None,
+    passes: Passes = TORCH_PASSES,
 ) -> None:
     """Gradients from recomputed logits. The outer loop is over the vocabulary, so each block of dW is finished at once."""
     grad_dtype = gemm_dtype(x.dtype, x.device)
@@ -267,24 +294,14 @@ def recompute_gradients(
     n, vocab = len(x), len(weight)
     logits_size = 4 if x.is_cuda else logits_gemm_dtype(x.dtype, x.device, options.precision).itemsize
     rows, width = block_shape(n, vocab, logits_size + g_dtype.itemsize, options.workspace)
-    inverse = (-stats.log_denom).exp()
-    c = torch.zeros_like(stats.k) if coefficients is None else coefficients
-    scale = -c * head.slope * inverse if entropy_coefficients is None else -head.slope * inverse
-    at_target = -stats.sum_others
-    if entropy_coefficients is not None:
-        assert stats.entropy is not None
-        log_p = stats.target_offset - stats.log_denom
-        mixed = entropy_coefficients * (log_p.clamp(min=FLOOR) + stats.entropy) * stats.target_offset.exp()
-        at_target = c * at_target + mixed
-    if stats.target_slope is not None:
-        at_target = at_target * stats.target_slope
+    scale, at_target, mix = gradient_factors(stats, coefficients, entropy_coefficients, head)
     target_values = at_target * scale
-    if x.is_cuda and grad_dtype != torch.float16:
+    if grad_dtype == torch.float16:  # bring G into fp16's range before its GEMMs
+        normal = (-stats.log_denom).exp() * _FP16_SCALE
+        mix = torch.stack((normal, torch.zeros_like(normal))) if mix is None else mix * normal
+        at_target, scale = at_target * normal, scale / normal
+    elif x.is_cuda:
         scale = scale * _rounding_of(at_target, grad_dtype)
-    normal_scale = inverse * _FP16_SCALE if grad_dtype == torch.float16 else None
-    bias_scale = scale
-    if normal_scale is not None:  # bring G into fp16's range before its GEMMs
-        scale = scale / normal_scale
     if dhidden is not None:
         dhidden.zero_()
     token_chunks = list(blocks(max(1, n), rows))
@@ -301,32 +318,22 @@ def recompute_gradients(
             r1 = min(r1, n)
             source, g = scratch[: r1 - r0, :span], tile[: r1 - r0, :span]
             logits.block(v0, v1, source)
-            step = max(1, r1 - r0 if x.is_cuda else options.cache_elements // span)
-            buffer = torch.empty((min(step, r1 - r0), span), dtype=logits.acc, device=x.device)
-            for s0, s1 in blocks(r1 - r0, step):
-                z, here = buffer[: s1 - s0], slice(r0 + s0, r0 + s1)
-                logits.load(source[s0:s1], z, v0, v1)
-                squared = head.transform_(z)
-                z.sub_(stats.k[here, None])
-                if entropy_coefficients is None:
-                    z.exp_()
-                else:
-                    assert stats.entropy is not None
-                    log_p = (z - stats.log_denom[here, None]).clamp_(min=FLOOR)
-                    mix = log_p.add_(stats.entropy[here, None]).mul_(entropy_coefficients[here, None])
-                    z.exp_().mul_(mix.add_(c[here, None]))
-                if squared is not None:
-                    z.addcmul_(z, squared, value=-1)
-                column = labels[here, None] - v0
-                inside = (column >= 0) & (column < span)
-                column = column.clamp_(0, span - 1)
-                entry = at_target[here, None] if x.is_cuda else torch.zeros((), dtype=z.dtype)
-                z.scatter_(1, column, torch.where(inside, entry, z.gather(1, column)))
-                if head_gradient is not None and head_gradient.bias is not None:
-                    head_gradient.bias[v0:v1].addmv_(z.t().to(head_gradient.acc), bias_scale[here].to(head_gradient.acc))
-                if normal_scale is not None:
-                    z.mul_(normal_scale[here, None])
-                g[s0:s1].copy_(z)
+            here = slice(r0, r1)
+            passes.gradient_block(
+                logits,
+                head,
+                options,
+                source,
+                g,
+                stats.k[here],
+                labels[here],
+                v0,
+                v1,
+                None if mix is None else mix[:, here],
+                at_target[here] if x.is_cuda else None,
+                None if head_gradient is None or head_gradient.bias is None else head_gradient.bias[v0:v1],
+                scale[here],
+            )
             g = g.to(grad_dtype)
             if dhidden is not None:
                 mm_accumulate(dhidden[r0:r1], g, weight_block(weight, v0, v1, grad_dtype))

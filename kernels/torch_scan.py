@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +52,10 @@ class Logits:
             torch.mm(self.x, w, out_dtype=self.acc, out=out)
         else:
             torch.mm(self.x, w, out=out)
+
+    def wide_bias(self) -> Tensor | None:
+        """The bias (V,) in the dtype of the sums."""
+        return None if self.bias is None else self.bias.to(self.acc)
 
     def load(self, source: Tensor, z: Tensor, v0: int, v1: int) -> None:
         """Copy rows of a block to the float32 (float64) buffer ``z`` and add the bias."""
@@ -230,9 +235,62 @@ def combine(
     return stats, factors
 
 
+def gradient_block(
+    logits: Logits,
+    head: HeadSpec,
+    options: CoreOptions,
+    source: Tensor,  # (N, W) raw logits v0..v1
+    destination: Tensor,  # (N, W) gets exp(z - k) * (1 - tanh^2) * (mix[0] + mix[1] * (z - k)), ``at_target`` at the target
+    k: Tensor,  # (N,) final
+    labels: Tensor,  # (N,)
+    v0: int,
+    v1: int,
+    mix: Tensor | None,  # (2, N); None: 1 and 0
+    at_target: Tensor | None,  # (N,); None: 0
+    dbias: Tensor | None,  # (W,), gets the destination's rows times ``scale`` added
+    scale: Tensor,  # (N,)
+) -> None:
+    """The gradient of a block of logits whose statistics are known."""
+    n, width = source.shape
+    step = max(1, n if source.is_cuda else options.cache_elements // width)
+    buffer = torch.empty((min(step, n), width), dtype=logits.acc, device=source.device)
+    for r0, r1 in blocks(n, step):
+        z = buffer[: r1 - r0]
+        logits.load(source[r0:r1], z, v0, v1)
+        squared = head.transform_(z)
+        z.sub_(k[r0:r1, None])
+        if mix is None:
+            z.exp_()
+        else:
+            factor = z.clamp(min=FLOOR).mul_(mix[1, r0:r1, None]).add_(mix[0, r0:r1, None])
+            z.exp_().mul_(factor)
+        if squared is not None:
+            z.addcmul_(z, squared, value=-1)
+        column = labels[r0:r1, None] - v0
+        inside = (column >= 0) & (column < width)
+        column = column.clamp_(0, width - 1)
+        entry = torch.zeros((), dtype=z.dtype, device=z.device) if at_target is None else at_target[r0:r1, None]
+        z.scatter_(1, column, torch.where(inside, entry, z.gather(1, column)))
+        if dbias is not None:
+            dbias.addmv_(z.t().to(dbias.dtype), scale[r0:r1].to(dbias.dtype))
+        destination[r0:r1].copy_(z)
+
+
+class Passes(NamedTuple):
+    """What a backend may do better than plain torch operators within the blockwise algorithm of ``torch_backend``."""
+
+    target_logits: Callable[..., Tensor]
+    scan_block: Callable[..., BlockSums]
+    gradient_block: Callable[..., None]
+
+
+TORCH_PASSES = Passes(target_logits, scan_block, gradient_block)
+
+
 def target_logit_and_slope(
-    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, head: HeadSpec, precision: str
+    raw: Tensor,  # (N,) raw logits of the labels
+    head: HeadSpec,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    zy = target_logits(x, weight, bias, labels, precision)
-    squared = head.transform_(zy)
-    return zy, zy.clamp(min=-1e30), None if squared is None else 1 - squared
+    """The label's logits, what to subtract from logits (finite), and ``1 - tanh^2`` with a soft-cap. Each (N,)."""
+    squared = head.transform_(raw)
+    return raw, raw.clamp(min=-1e30), None if squared is None else 1 - squared

@@ -38,4 +38,4 @@ fi
 constraints=$(mktemp)
 trap 'rm -f "$constraints"' EXIT
 "$environment/bin/python" -c 'import torch; print("torch==" + torch.__version__)' >"$constraints"
-"${pip[@]}" install -q -c "$constraints" -e '.[bench,test,dev]'
+"${pip[@]}" install -q -c "$constraints" -e ".[bench,test,dev]"

@@ -1,0 +1,245 @@
+// dX and dW from the gradient that score_block wrote, by small GEMMs that accumulate in float32. Included by kernels.h.
+
+constexpr int64_t kSlice = 512;  // vocabulary entries that dX takes in at a time
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// (count, columns) rows of bf16 as the small GEMM's B: (count / 2, ld, 2); an odd last row is paired with zeros.
+inline void interleave(const uint16_t* rows, int64_t stride, int64_t count, int64_t columns, int64_t ld, uint16_t* out) {
+  for (int64_t i = 0; i < count; i += 2) {
+    const uint16_t* even = rows + i * stride;
+    const uint16_t* odd = i + 1 < count ? even + stride : nullptr;
+    uint16_t* to = out + i * ld;
+    int64_t j = 0;
+    for (; odd && j + kLanes <= columns; j += kLanes) {
+      const Word low = __builtin_convertvector(load_bits<Half>(even + j), Word);
+      const Word high = __builtin_convertvector(load_bits<Half>(odd + j), Word);
+      store_bits(to + 2 * j, low | (high << 16));
+    }
+    for (; j < columns; ++j) {
+      to[2 * j] = even[j];
+      to[2 * j + 1] = odd ? odd[j] : 0;
+    }
+  }
+}
+
+// One step of the transposition of kLanes vectors of kLanes words: swaps blocks of D off the diagonal.
+template <int D, int... Lane>
+LOGITLESS_INLINE void swap_blocks(Word* rows, std::integer_sequence<int, Lane...>) {
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & D) continue;
+    const Word a = rows[i], b = rows[i + D];
+    rows[i] = __builtin_shufflevector(a, b, ((Lane & D) ? Lane - D + kLanes : Lane)...);
+    rows[i + D] = __builtin_shufflevector(a, b, ((Lane & D) ? Lane + kLanes : Lane + D)...);
+  }
+}
+
+// out (tokens, ld) = gradient (count, tokens)^T, by pairs of entries as words; columns count..ld are zero, ld is even.
+inline void transpose(const uint16_t* gradient, int64_t stride, int64_t count, int64_t tokens, int64_t ld, uint16_t* out) {
+  const auto lanes = std::make_integer_sequence<int, kLanes>();
+  for (int64_t v = 0; v < ld; v += 2 * kLanes) {
+    const int64_t width = least(2 * kLanes, ld - v);
+    for (int64_t t = 0; t < tokens; t += kLanes) {
+      const int64_t some = least(kLanes, tokens - t);
+      Word rows[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        Half pair[2] = {};
+        for (int64_t j = 0; j < 2; ++j) {
+          if (v + 2 * i + j >= count) continue;
+          const uint16_t* from = gradient + (v + 2 * i + j) * stride + t;
+          if (some == kLanes) {
+            pair[j] = load_bits<Half>(from);
+          } else {
+            __builtin_memcpy(&pair[j], from, some * 2);
+          }
+        }
+        rows[i] = __builtin_convertvector(pair[0], Word) | (__builtin_convertvector(pair[1], Word) << 16);
+      }
+      if constexpr (kLanes > 8) swap_blocks<8>(rows, lanes);
+      if constexpr (kLanes > 4) swap_blocks<4>(rows, lanes);
+      swap_blocks<2>(rows, lanes);
+      swap_blocks<1>(rows, lanes);
+      for (int64_t j = 0; j < some; ++j) {
+        uint16_t* to = out + (t + j) * ld + v;
+        if (width == 2 * kLanes) {
+          store_bits(to, rows[j]);
+        } else {
+          __builtin_memcpy(to, &rows[j], width * 2);
+        }
+      }
+    }
+  }
+}
+
+// Which tokens and hidden elements each task has: as near to a square as the threads allow, since each task transposes its
+// tokens' gradient and interleaves its part of the weight.
+struct Grid {
+  int64_t token_step, hidden_step, across;  // tasks: ceil(rows / token_step) * across
+
+  Grid(int64_t rows, int64_t hidden, int64_t threads) {
+    int64_t best_cost = -1;
+    for (int64_t a = 1; a <= threads; ++a) {
+      const int64_t b = (threads + a - 1) / a;
+      const int64_t token_part = round_up((rows + a - 1) / a, kTokenBlock), hidden_part = round_up((hidden + b - 1) / b, kHiddenBlock);
+      const int64_t tasks = ((rows + token_part - 1) / token_part) * ((hidden + hidden_part - 1) / hidden_part);
+      const int64_t rounds = (tasks + threads - 1) / threads;
+      const int64_t tokens = least(token_part, rows), columns = least(hidden_part, hidden);
+      const int64_t cost = rounds * (tokens * columns + 16 * (tokens + columns));
+      if (best_cost < 0 || cost < best_cost) {
+        best_cost = cost;
+        token_step = token_part;
+        hidden_step = hidden_part;
+        across = (hidden + hidden_part - 1) / hidden_part;
+      }
+    }
+  }
+};
+
+inline void grad_hidden(const GradHidden& p, ParallelFor run, SmallGemm gemm, ReleaseGemm release) {
+  if (p.rows == 0 || p.width == 0) return;
+  const Grid grid(p.rows, p.hidden, p.threads);
+  parallel(run, (p.rows + grid.token_step - 1) / grid.token_step * grid.across, [&](int64_t task) {
+    const int64_t t0 = task / grid.across * grid.token_step, h0 = task % grid.across * grid.hidden_step;
+    const int64_t tokens = least(grid.token_step, p.rows - t0), columns = least(grid.hidden_step, p.hidden - h0);
+    const bool direct = p.weight_type == DType::BFloat16;
+    Buffer<uint16_t> b(kSlice * round_up(columns, kHiddenBlock)), a(kTokenBlock * kSlice), rows(direct ? 0 : kSlice * columns);
+    for (int64_t v = 0; v < p.width; v += kSlice) {
+      const int64_t depth = least(kSlice, p.width - v), even = round_up(depth, 2);
+      const uint16_t* w = static_cast<const uint16_t*>(p.weight) + v * p.weight_stride + h0;
+      if (!direct) {
+        for (int64_t i = 0; i < depth; ++i) {
+          to_bf16(p.weight, p.weight_type, (v + i) * p.weight_stride + h0, columns, rows.data() + i * columns);
+        }
+        w = rows.data();
+      }
+      for (int64_t h = 0; h < columns; h += kHiddenBlock) {
+        interleave(w + h, direct ? p.weight_stride : columns, depth, least(kHiddenBlock, columns - h), kHiddenBlock,
+                   b.data() + h * kSlice);
+      }
+      for (int64_t t = 0; t < tokens; t += kTokenBlock) {
+        const int64_t some = least(kTokenBlock, tokens - t);
+        transpose(p.gradient + v * p.rows + t0 + t, p.rows, depth, some, even, a.data());
+        for (int64_t h = 0; h < columns; h += kHiddenBlock) {
+          gemm(some, least(kHiddenBlock, columns - h), even, even, kHiddenBlock, p.hidden, true, a.data(), b.data() + h * kSlice,
+               p.dhidden + (t0 + t) * p.hidden + h0 + h);
+        }
+      }
+    }
+    release();
+  });
+}
+
+LOGITLESS_INLINE void scale_to_bf16(const uint16_t* x, float scale, int64_t count, uint16_t* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Vec<float> v = bf16_to_float(load_bits<Half>(x + i)) * scale;
+    store_bits(out + i, float_to_bf16(v));
+  }
+  const BF16* rest = reinterpret_cast<const BF16*>(x + i);
+  if (i < count) store_some<float>(reinterpret_cast<BF16*>(out + i), load_some<float>(rest, int(count - i)) * scale, int(count - i));
+}
+
+LOGITLESS_INLINE void add_scaled(const uint16_t* x, float scale, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int some = int(least(kLanes, count - i));
+    const Vec<float> v = load_some<float>(reinterpret_cast<const BF16*>(x + i), some) * scale;
+    store_some<float>(to + i, load_some<float>(to + i, some) + v, some);
+  }
+}
+
+// scale * x in bf16, in blocks of kHiddenBlock columns, each as the small GEMM's B: (rows / 2, kHiddenBlock, 2).
+inline void pack_rows(const PackRows& p, ParallelFor run) {
+  const int64_t even = round_up(p.rows, 2);
+  parallel(run, (p.hidden + kHiddenBlock - 1) / kHiddenBlock, [&](int64_t block) {
+    const int64_t h = block * kHiddenBlock, columns = least(kHiddenBlock, p.hidden - h);
+    uint16_t* out = p.out + h * even;
+    uint16_t pair[2][kHiddenBlock] = {};
+    for (int64_t t = 0; t < even; t += 2) {
+      for (int64_t i = 0; i < 2; ++i) {
+        if (t + i < p.rows) {
+          scale_to_bf16(p.x + (t + i) * p.x_stride + h, p.scale[t + i], columns, pair[i]);
+        } else {
+          __builtin_memset(pair[i], 0, sizeof(pair[i]));
+        }
+      }
+      interleave(pair[0], kHiddenBlock, 2, kHiddenBlock, kHiddenBlock, out + t * kHiddenBlock);
+    }
+  });
+}
+
+// The tokens of each label of a block of the vocabulary, in order.
+class ByLabel {
+ public:
+  ByLabel(const int64_t* labels, int64_t rows, int64_t first, int64_t width) : starts_(width + 2), tokens_(rows) {
+    for (int64_t t = 0; t < rows; ++t) {
+      if (inside(labels[t] - first, width)) ++starts_[labels[t] - first + 2];
+    }
+    for (int64_t v = 2; v < width + 2; ++v) starts_[v] += starts_[v - 1];
+    for (int64_t t = 0; t < rows; ++t) {
+      if (inside(labels[t] - first, width)) tokens_[starts_[labels[t] - first + 1]++] = t;
+    }
+  }
+
+  // f(row, token) for rows v0..v1
+  template <class F>
+  void each(int64_t v0, int64_t v1, F&& f) {
+    for (int64_t v = v0; v < v1; ++v) {
+      for (int64_t i = starts_[v]; i < starts_[v + 1]; ++i) f(v, tokens_[i]);
+    }
+  }
+
+ private:
+  static bool inside(int64_t v, int64_t width) { return v >= 0 && v < width; }
+  Buffer<int64_t> starts_, tokens_;
+};
+
+inline float dot_with(const uint16_t* g, const float* scale, int64_t count) {
+  Vec<float> total{};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int some = int(least(kLanes, count - i));
+    total += load_some<float>(reinterpret_cast<const BF16*>(g + i), some) * load_some<float>(scale + i, some);
+  }
+  return sum_lanes<float>(total);
+}
+
+inline void grad_weight(const GradWeight& p, ParallelFor run, SmallGemm gemm, ReleaseGemm release) {
+  const int64_t even = round_up(p.rows, 2);
+  ByLabel by_label(p.labels, p.rows, p.first, p.width);
+  parallel(run, (p.width + kUnitRows - 1) / kUnitRows, [&](int64_t task) {
+    const int64_t v = task * kUnitRows, height = least(kUnitRows, p.width - v);
+    const uint16_t* a = p.gradient + v * p.rows;
+    if (p.dbias) {
+      for (int64_t i = 0; i < height; ++i) p.dbias[v + i] += dot_with(a + i * p.rows, p.scale, p.rows);
+      by_label.each(v, v + height, [&](int64_t row, int64_t t) { p.dbias[row] += p.values[t]; });
+    }
+    if (!p.dweight) return;
+    Buffer<uint16_t> padded(even == p.rows ? 0 : height * even);
+    if (even != p.rows) {  // the GEMM reads pairs: an odd row gets a zero
+      for (int64_t i = 0; i < height; ++i) __builtin_memcpy(padded.data() + i * even, a + i * p.rows, p.rows * 2);
+      a = padded.data();
+    }
+    alignas(64) float scratch[kUnitRows * kHiddenBlock];
+    for (int64_t h = 0; h < p.hidden; h += kHiddenBlock) {
+      const int64_t columns = least(kHiddenBlock, p.hidden - h);
+      float* c = p.accumulate ? static_cast<float*>(p.dweight) + v * p.hidden + h : scratch;
+      const int64_t ldc = p.accumulate ? p.hidden : kHiddenBlock;
+      if (even == 0) {
+        if (!p.accumulate) __builtin_memset(scratch, 0, sizeof(scratch));
+      }
+      for (int64_t t = 0; t < even; t += kDepth) {
+        gemm(height, columns, least(kDepth, even - t), even, kHiddenBlock, ldc, p.accumulate || t > 0, a + t,
+             p.packed + h * even + t * kHiddenBlock, c);
+      }
+      by_label.each(v, v + height, [&](int64_t row, int64_t t) {
+        add_scaled(p.x + t * p.x_stride + h, p.values[t], columns, c + (row - v) * ldc);
+      });
+      if (!p.accumulate) {
+        for (int64_t i = 0; i < height; ++i) {
+          with_type<float>(p.dweight, p.dweight_type, (v + i) * p.hidden + h,
+                           [&](auto* row) { narrow<float>(scratch + i * kHiddenBlock, row, columns); });
+        }
+      }
+    }
+    release();
+  });
+}

@@ -1,0 +1,227 @@
+"""The log-prob core in C++ on CPUs.
+
+bfloat16 goes through oneDNN's small GEMM: logits live in the cache, in float32, and only the gradient tile reaches memory,
+vocabulary-major, as the dW GEMM reads it. Whatever that GEMM does not take (other dtypes, an odd hidden size, a CPU without it)
+is done by the blockwise algorithm of ``torch_backend``, its element-wise passes in C++.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import torch_backend
+from .head_grad import HeadGradient
+from .native import SPAN, has_bf16_gemm, new_sums, packed_rows_size, packed_tokens_size
+from .native_scan import NATIVE_PASSES, block_sums, head_numbers, output_bits, rounding, target_logits
+from .spec import HeadSpec
+from .stats import CoreOptions, RowStats
+from .torch_backend import gradient_factors
+from .torch_scan import blocks, combine, target_logit_and_slope
+
+_ops = torch.ops.logitless
+_MIN_TOKENS = 64
+
+
+def _takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether the small GEMM serves this call; it reads pairs of neighbours in rows of both operands."""
+    if x.dtype != torch.bfloat16 or weight.dtype == torch.float64:
+        return False
+    return x.shape[1] % 2 == 0 and x.shape[1] > 0 and weight.stride(1) == 1 and has_bf16_gemm()
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _pack_tokens(x: Tensor) -> Tensor:
+    packed = torch.empty(packed_tokens_size(*x.shape), dtype=x.dtype)
+    _ops.pack_tokens(x, packed)
+    return packed
+
+
+def _block(n: int, hidden: int, workspace: int, per_token: int) -> tuple[int, int]:
+    """Tokens and vocabulary entries at a time: half of the workspace for packed tokens, half for the gradient of a block."""
+    tokens = min(n, max(_MIN_TOKENS, workspace // (2 * hidden * per_token)))
+    return max(1, tokens), max(SPAN, workspace // (4 * max(1, tokens)) // SPAN * SPAN)
+
+
+def score(
+    x: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor,  # (N,)
+    head: HeadSpec,
+    options: CoreOptions,
+    *,
+    tile: Tensor | None = None,  # (N, V)
+    unit_dhidden: bool = False,
+) -> RowStats:
+    """See ``torch_backend.score``. The tile is opaque: ``tile_gradients`` reads it as (V, N)."""
+    if not _takes(x, weight):
+        return torch_backend.score(
+            x, weight, bias, labels, head, options, tile=tile, unit_dhidden=unit_dhidden, passes=NATIVE_PASSES
+        )
+    x, bias = _rows(x), None if bias is None else bias.float()
+    tokens, width = _block(len(x), x.shape[1], options.workspace, 2)
+    dhidden = torch.zeros(x.shape, dtype=torch.float32) if unit_dhidden else None
+    if tile is not None:
+        tokens = max(1, len(x))  # a tile is one block
+    parts = []
+    for r0, r1 in blocks(max(1, len(x)), tokens):
+        r1 = min(r1, len(x))
+        rows = None if dhidden is None else dhidden[r0:r1]
+        parts.append(_score(x[r0:r1], weight, bias, labels[r0:r1], head, options, tile, rows, width))
+    stats = RowStats.cat(parts)
+    stats.unit_dhidden = dhidden
+    return stats
+
+
+def _score(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    head: HeadSpec,
+    options: CoreOptions,
+    tile: Tensor | None,
+    dhidden: Tensor | None,  # (N, H) zeros, gets d logps / d hidden
+    width: int,
+) -> RowStats:
+    n, vocab = len(x), len(weight)
+    zy, k, slope = target_logit_and_slope(target_logits(x, weight, bias, labels, options.precision), head)
+    packed, sums, raised = _pack_tokens(x), new_sums(n, x.device), k.clone()
+    how = *head_numbers(head), output_bits(options.outputs), rounding(x.dtype, options.precision)
+
+    def scan(v0: int, v1: int, gradient: Tensor | None) -> None:
+        _ops.score_block(packed, weight[v0:v1], bias, labels, raised, sums, None, gradient, *how[:3], v0, *how[3:])
+
+    if dhidden is None:
+        scan(0, vocab, None if tile is None else tile.view(-1))
+    else:
+        buffer = torch.empty(min(width, vocab) * n, dtype=x.dtype)
+        for v0, v1 in blocks(vocab, width):
+            before, gradient = raised.clone(), buffer[: (v1 - v0) * n]
+            scan(v0, v1, gradient)
+            if not torch.equal(before, raised):
+                dhidden.mul_((before - raised).exp_()[:, None])
+            _ops.grad_hidden(gradient, weight[v0:v1], dhidden)
+    changed = None if torch.equal(raised, k) else raised
+    stats, _ = combine([block_sums(sums, options, zy.dtype, changed)], zy, k, slope, vocab)
+    if dhidden is not None:
+        scale, at_target, _ = gradient_factors(stats, torch.ones_like(zy), None, head)
+        _ops.finish_rows(dhidden, scale, scale * at_target, weight, labels)
+    return stats
+
+
+def tile_gradients(
+    x: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (N,)
+    tile: Tensor,  # (N, V), as ``score`` left it
+    stats: RowStats,
+    coefficients: Tensor,  # (N,) dLoss / dlogps
+    head: HeadSpec,
+    *,
+    dhidden: Tensor | None,  # (N, H) float32, written
+    head_gradient: HeadGradient | None,
+) -> None:
+    """See ``torch_backend.tile_gradients``."""
+    if not _takes(x, weight):
+        torch_backend.tile_gradients(
+            x, weight, labels, tile, stats, coefficients, head, dhidden=dhidden, head_gradient=head_gradient
+        )
+        return
+    gradient = tile.view(-1)
+    scale, at_target, _ = gradient_factors(stats, coefficients, None, head)
+    target = scale * at_target
+    if dhidden is not None:
+        dhidden.zero_()
+        _ops.grad_hidden(gradient, weight, dhidden)
+        _ops.finish_rows(dhidden, scale, target, weight, labels)
+    if head_gradient is not None:
+        _add_head_gradient(head_gradient, gradient, _rows(x), scale, target, labels, 0, len(weight))
+
+
+def _add_head_gradient(
+    head_gradient: HeadGradient,
+    gradient: Tensor,  # (W * N,), vocabulary-major
+    x: Tensor,  # (N, H)
+    scale: Tensor,  # (N,)
+    target: Tensor,  # (N,)
+    labels: Tensor,  # (N,)
+    v0: int,
+    v1: int,
+    into: Tensor | None = None,  # (W, H) float32, added to instead of the head's dW
+) -> None:
+    packed, dweight, accumulate = None, into, True
+    if head_gradient.weight is not None:
+        packed = torch.empty(packed_rows_size(*x.shape), dtype=x.dtype)
+        _ops.pack_rows(x, scale, packed)
+        if into is None:
+            dweight, accumulate = head_gradient.weight[v0:v1], head_gradient.accumulate
+    dbias = None if head_gradient.bias is None else head_gradient.bias[v0:v1]
+    _ops.grad_weight(gradient, packed, x, scale, target, labels, v0, v1 - v0, accumulate, dweight, dbias)
+
+
+def recompute_gradients(
+    x: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor,  # (N,)
+    stats: RowStats,
+    coefficients: Tensor | None,  # (N,)
+    entropy_coefficients: Tensor | None,  # (N,)
+    head: HeadSpec,
+    options: CoreOptions,
+    *,
+    dhidden: Tensor | None,  # (N, H) float32, written
+    head_gradient: HeadGradient | None,
+) -> None:
+    """See ``torch_backend.recompute_gradients``."""
+    if not _takes(x, weight):
+        given: tuple[Any, ...] = (x, weight, bias, labels, stats, coefficients, entropy_coefficients, head, options)
+        torch_backend.recompute_gradients(*given, dhidden=dhidden, head_gradient=head_gradient, passes=NATIVE_PASSES)
+        return
+    x, bias = _rows(x), None if bias is None else bias.float()
+    n, hidden = x.shape
+    scale, at_target, mix = gradient_factors(stats, coefficients, entropy_coefficients, head)
+    target = scale * at_target
+    tokens, width = _block(n, hidden, options.workspace, 4)
+    chunks = [slice(r0, min(r1, n)) for r0, r1 in blocks(max(1, n), tokens)]
+    packed = _pack_tokens(x) if len(chunks) == 1 else None
+    buffer = torch.empty(min(width, len(weight)) * min(tokens, n), dtype=x.dtype)
+    if dhidden is not None:
+        dhidden.zero_()
+    for v0, v1 in blocks(len(weight), width):
+        block = None  # float32, where several chunks of tokens add to rows that are written once
+        if head_gradient is not None and head_gradient.weight is not None and len(chunks) > 1 and not head_gradient.accumulate:
+            block = torch.zeros((v1 - v0, hidden), dtype=torch.float32)
+        for rows in chunks:
+            here, w = x[rows], weight[v0:v1]
+            gradient = buffer[: (v1 - v0) * len(here)]
+            _ops.score_block(
+                _pack_tokens(here) if packed is None else packed,
+                w,
+                bias,
+                labels[rows],
+                stats.k[rows],
+                None,
+                None if mix is None else mix[:, rows].contiguous(),
+                gradient,
+                *head_numbers(head),
+                v0,
+                0,
+                rounding(x.dtype, options.precision),
+            )
+            if dhidden is not None:
+                _ops.grad_hidden(gradient, w, dhidden[rows])
+            if head_gradient is not None:
+                _add_head_gradient(head_gradient, gradient, here, scale[rows], target[rows], labels[rows], v0, v1, block)
+        if block is not None:
+            assert head_gradient is not None and head_gradient.weight is not None
+            head_gradient.weight[v0:v1] = block
+    if dhidden is not None:
+        _ops.finish_rows(dhidden, scale, target, weight, labels)

@@ -1,0 +1,177 @@
+"""Operators of the compiled extension: one schema each, served by a C++ and a CUDA implementation from ``csrc/``.
+
+All write into tensors that the caller hands in, allocate nothing and synchronise nothing. n tokens, w vocabulary entries
+``first..first+w``, acc = float32 (float64 for float64 inputs).
+
+``indexed_dot``
+    ``out[i] = x[i] . weight[labels[i]] + bias[labels[i]]``. x (n, H), weight (V, H), bias (V,), labels (n,) int64, out (n,)
+    acc. The weight is rounded to x's dtype first; ``match`` rounds the result to it.
+
+``tile_pass``
+    Element-wise over raw logits ``source`` (n, w), rows of any stride: ``r = source + bias`` (rounded by ``rounding``: 0
+    not, 1 to bfloat16, 2 to float16), ``z = T(r)`` as in HeadSpec (softcap 0: none), ``e = exp(z - k)``. ``destination``
+    (n, w), which may share memory with ``source`` (a 16-bit one may start where a row of 32-bit logits starts), gets ``e *
+    (1 - tanh^2)``, and ``at_target`` (n,) acc (or 0) at the label. With ``sums`` (7, n) float64 (rows: SUMS), adds this
+    block to them, the label's entry left out of e, ez and ee; ``z`` has all entries, ``target`` is the label's logit,
+    ``before`` and ``after`` the largest on its left and right. Which rows of ``sums`` are wanted: bits of ``outputs`` (1
+    ez, 2 z, 4 target, before and after, 8 ee); the others are left as they are. Where ``z - k`` is too large, ``k`` (n,)
+    acc is raised to the row's maximum, the sums so far are brought to it, and so is the row written. Without ``sums``,
+    ``k`` is final, and the entries are multiplied by ``mix[0] + mix[1] * max(z - k, -1000)``; mix (2, n) acc.
+
+``pair_loss``
+    Sequences lie pair by pair, chosen then rejected: sequence j has tokens ``offsets[j]:offsets[j+1]`` of ``logps`` (N,)
+    acc, offsets (2p+1,) int64. ``sequence_logps[j]`` (2p,) float64 = sum of weights * logps (0 where a weight is 0),
+    divided by the length if ``mean``. delta = chosen - rejected, minus the same of ``ref_logps`` (2p,) float64. ``losses``
+    (p,) float64 by ``kind``, see PAIR_LOSSES. ``coefficients`` (N,) acc = ``scale`` * dlosses / dlogps.
+
+``scale_scatter``
+    ``out[rows[i]] = values[i] * factor`` for distinct rows, in out's dtype. values (n, H) acc, factor (1,) or (n,) acc, out
+    (P, H).
+
+``scaled_convert``
+    ``out = source * factor`` in out's dtype. source, out of one shape, contiguous; factor (1,) acc.
+
+On CPUs only, for bfloat16 x with an even H, built on oneDNN's small GEMM (bfloat16 in, float32 out). A weight of another
+dtype is rounded to bfloat16, block by block in the cache:
+
+``pack_tokens``, ``pack_rows``
+    Bring x (n, H) into the order in which the GEMM reads it: for ``score_block``, and multiplied by ``scale`` (n,) for
+    ``grad_weight``. out: packed_tokens_size, packed_rows_size elements.
+
+``score_block``
+    ``tile_pass`` on the logits of packed tokens and weight rows ``first..first+w`` (w, H), float32 and never in memory.
+    ``gradient`` (w, n) bfloat16 is the transposed destination, 0 at the label. A sum does not depend on how the vocabulary
+    is cut into blocks if all are multiples of SPAN.
+
+``grad_hidden``
+    ``dhidden += gradient.T @ weight``. gradient (w, n), weight (w, H) bfloat16, dhidden (n, H) float32.
+
+``finish_rows``
+    ``values = values * scale + target * weight[labels]``, row by row. values (n, H) float32, scale, target (n,) float32.
+
+``grad_weight``
+    ``dweight = gradient @ (scale * x)`` plus ``values[i] * x[i]`` at row ``labels[i] - first``, which is exact; float32
+    dweight (w, H) is added to where ``accumulate``, float32 or bfloat16 written otherwise. ``dbias`` (w,) float32 gets
+    ``gradient @ scale`` and the values added.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+#: Vocabulary entries whose sums ``score_block`` keeps together.
+SPAN = 256
+#: Rows of ``sums``.
+SUMS = ("e", "ez", "ee", "z", "target", "before", "after")
+#: Kinds of ``pair_loss``: smoothed -logsigmoid of beta * delta - gamma; relu(1 - beta * delta); (delta - 1 / (2 beta))^2.
+PAIR_LOSSES = ("sigmoid", "hinge", "ipo")
+
+SCHEMAS = {
+    "indexed_dot": "(Tensor x, Tensor weight, Tensor? bias, Tensor labels, bool match, Tensor(a!) out) -> ()",
+    "tile_pass": (
+        "(Tensor source, Tensor(a!)? destination, Tensor? bias, Tensor labels, Tensor(b!) k, Tensor(c!)? sums, Tensor? mix, "
+        "Tensor? at_target, float logit_scale, float softcap, float temperature, int first, int outputs, int rounding) -> ()"
+    ),
+    "pair_loss": (
+        "(Tensor logps, Tensor? weights, Tensor offsets, Tensor? ref_logps, int kind, bool mean, float beta, float gamma, "
+        "float label_smoothing, float scale, Tensor(a!) losses, Tensor(b!) sequence_logps, Tensor(c!)? coefficients) -> ()"
+    ),
+    "scale_scatter": "(Tensor values, Tensor rows, Tensor factor, Tensor(a!) out) -> ()",
+    "scaled_convert": "(Tensor source, Tensor factor, Tensor(a!) out) -> ()",
+    "pack_tokens": "(Tensor x, Tensor(a!) out) -> ()",
+    "pack_rows": "(Tensor x, Tensor scale, Tensor(a!) out) -> ()",
+    "score_block": (
+        "(Tensor packed, Tensor weight, Tensor? bias, Tensor labels, Tensor(a!) k, Tensor(b!)? sums, Tensor? mix, "
+        "Tensor(c!)? gradient, float logit_scale, float softcap, float temperature, int first, int outputs, int rounding) -> ()"
+    ),
+    "grad_hidden": "(Tensor gradient, Tensor weight, Tensor(a!) dhidden) -> ()",
+    "finish_rows": "(Tensor(a!) values, Tensor scale, Tensor target, Tensor weight, Tensor labels) -> ()",
+    "grad_weight": (
+        "(Tensor gradient, Tensor? packed, Tensor x, Tensor scale, Tensor values, Tensor labels, int first, int width, "
+        "bool accumulate, Tensor(a!)? dweight, Tensor(b!)? dbias) -> ()"
+    ),
+}
+
+_library = torch.library.Library("logitless", "FRAGMENT")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema)
+
+
+def _round_up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def packed_tokens_size(tokens: int, hidden: int) -> int:
+    """Elements of ``pack_tokens``' output."""
+    return _round_up(tokens, 16) * hidden
+
+
+def packed_rows_size(tokens: int, hidden: int) -> int:
+    """Elements of ``pack_rows``' output."""
+    return _round_up(tokens, 2) * _round_up(hidden, 64)
+
+
+def new_sums(tokens: int, device: torch.device) -> Tensor:
+    """Sums of nothing (7, n)."""
+    sums = torch.zeros((len(SUMS), tokens), dtype=torch.float64, device=device)
+    sums[SUMS.index("target") :] = -torch.inf
+    return sums
+
+
+def _torch_version() -> str:
+    return ".".join(torch.__version__.split(".")[:2])
+
+
+class _Extension:
+    """One compiled library, loaded when first asked for."""
+
+    def __init__(self, stem: str) -> None:
+        self.library: ctypes.CDLL | None = None
+        self.reasons = self._load(stem)
+
+    def _load(self, stem: str) -> list[str]:
+        path = Path(__file__).with_name(stem + ".so")
+        if not path.exists():
+            others = sorted(p.name for p in path.parent.glob(stem.rpartition("_torch")[0] + "*.so"))
+            if others:
+                found = ", ".join(others)
+                return [f"the extension was built for another torch ({found}); this is {torch.__version__}: `make ext`"]
+            return ["the extension is not built: `make ext`, or install with a C++ compiler and pip's --no-build-isolation"]
+        try:
+            torch.ops.load_library(str(path))
+            self.library = ctypes.CDLL(str(path))
+        except (OSError, RuntimeError) as error:
+            return [f"{path.name} does not load: {error}"]
+        return []
+
+
+@functools.cache
+def _cpu() -> _Extension:
+    # it uses more than torch's stable interface, so each minor version has a library of its own
+    return _Extension(f"_cpu_torch{_torch_version().replace('.', '_')}")
+
+
+def why_no_cpu_extension() -> list[str]:
+    """Every reason why the C++ operators cannot run here."""
+    return _cpu().reasons
+
+
+def cpu_instruction_set() -> str:
+    """The instruction set that the C++ operators use here: ``avx512``, ``avx2`` or ``generic``."""
+    library = _cpu().library
+    assert library is not None
+    library.logitless_cpu_isa.restype = ctypes.c_char_p
+    name: bytes = library.logitless_cpu_isa()
+    return name.decode()
+
+
+@functools.cache
+def has_bf16_gemm() -> bool:
+    """Whether oneDNN multiplies small bfloat16 matrices into float32 here."""
+    library = _cpu().library
+    return library is not None and bool(library.logitless_cpu_has_bf16_gemm())

@@ -1,0 +1,128 @@
+"""The element-wise passes of ``torch_backend`` by compiled operators: one read and one write of a block for all outputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import torch_scan
+from .dtypes import accumulate_dtype
+from .native import new_sums
+from .spec import HeadSpec
+from .stats import CoreOptions
+from .torch_scan import BlockSums, Logits, Passes
+
+_ops = torch.ops.logitless
+#: Bits of ``tile_pass``' outputs.
+_BITS = {"entropy": 1, "mean_logits": 2, "is_top1": 4, "log_sum_sq_probs": 8}
+_ROUNDING = {torch.bfloat16: 1, torch.float16: 2}
+
+
+def output_bits(outputs: frozenset[str]) -> int:
+    return sum(_BITS[name] for name in outputs)
+
+
+def head_numbers(head: HeadSpec) -> tuple[float, float, float]:
+    return head.logit_scale, head.softcap or 0.0, head.temperature
+
+
+def rounding(dtype: torch.dtype, precision: str) -> int:
+    """Which rounding of the logits ``precision`` asks for, with hidden states of that dtype."""
+    return _ROUNDING.get(dtype, 0) if precision == "match" else 0
+
+
+def block_sums(sums: Tensor, options: CoreOptions, dtype: torch.dtype, k: Tensor | None) -> BlockSums:
+    """From the operators' layout. sums (7, n) float64, k (n,) where it was raised."""
+    e, ez, ee, z, target, before, after = sums.to(dtype)
+    want = options.outputs
+    top = (target, before, after) if "is_top1" in want else (None, None, None)
+    return BlockSums(
+        e,
+        ez if "entropy" in want else None,
+        ee if "log_sum_sq_probs" in want else None,
+        z if "mean_logits" in want else None,
+        *top,
+        k=k,
+    )
+
+
+def target_logits(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, precision: str) -> Tensor:
+    """See ``torch_scan.target_logits``."""
+    if x.stride(1) != 1 or weight.stride(1) != 1:  # the operator reads rows
+        return torch_scan.target_logits(x, weight, bias, labels, precision)
+    out = torch.empty(len(x), dtype=accumulate_dtype(x.dtype), device=x.device)
+    bias = None if bias is None else bias.to(out.dtype)
+    _ops.indexed_dot(x, weight, bias, labels, precision == "match", out)
+    return out
+
+
+def scan_block(
+    logits: Logits,
+    head: HeadSpec,
+    options: CoreOptions,
+    source: Tensor,
+    destination: Tensor | None,
+    zy: Tensor,
+    k: Tensor,
+    labels: Tensor,
+    v0: int,
+    v1: int,
+) -> BlockSums:
+    """See ``torch_scan.scan_block``."""
+    sums, raised = new_sums(len(source), source.device), k.clone()
+    _ops.tile_pass(
+        source,
+        destination,
+        logits.wide_bias(),
+        labels,
+        raised,
+        sums,
+        None,
+        None,
+        *head_numbers(head),
+        v0,
+        output_bits(options.outputs),
+        _ROUNDING[logits.model_dtype] if logits.match else 0,
+    )
+    # to look whether any was raised would synchronise a GPU
+    changed = source.is_cuda or not torch.equal(raised, k)
+    return block_sums(sums, options, zy.dtype, raised if changed else None)
+
+
+def gradient_block(
+    logits: Logits,
+    head: HeadSpec,
+    options: CoreOptions,
+    source: Tensor,
+    destination: Tensor,
+    k: Tensor,
+    labels: Tensor,
+    v0: int,
+    v1: int,
+    mix: Tensor | None,
+    at_target: Tensor | None,
+    dbias: Tensor | None,
+    scale: Tensor,
+) -> None:
+    """See ``torch_scan.gradient_block``."""
+    _ops.tile_pass(
+        source,
+        destination,
+        logits.wide_bias(),
+        labels,
+        k,
+        None,
+        None if mix is None else mix.contiguous(),
+        at_target,
+        *head_numbers(head),
+        v0,
+        0,
+        _ROUNDING[logits.model_dtype] if logits.match else 0,
+    )
+    if dbias is not None:
+        step = len(destination) if destination.is_cuda else max(1, options.cache_elements // destination.shape[1])
+        for r in range(0, len(destination), step):
+            dbias.addmv_(destination[r : r + step].to(dbias.dtype).t(), scale[r : r + step].to(dbias.dtype))
+
+
+NATIVE_PASSES = Passes(target_logits, scan_block, gradient_block)
