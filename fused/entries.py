@@ -78,7 +78,7 @@ def make_entries(
         other = nll_labels.reshape(-1).long()
         wanted = other != ignore_index
         check_label_range(other, wanted, vocab_size, ignore_index, "nll_labels")
-        has_nll = torch.zeros(num_sequences, dtype=torch.bool)
+        has_nll = torch.zeros(num_sequences, dtype=torch.bool, device="cpu")
         has_nll[list(nll_sequences)] = True
         wanted &= has_nll.to(where.device)[where]  # labels of sequences without an NLL term are not scored
         extra = (wanted & (other != flat)).nonzero()[:, 0]  # tokens that only the NLL term scores
@@ -89,9 +89,9 @@ def make_entries(
     sizes = torch.bincount(sequences, minlength=num_sequences).tolist()
     order = sorted(range(len(groups)), key=lambda g: (-sum(sizes[s] for s in groups[g]), g))
     chosen = [list(groups[g]) for g in order]
-    place = torch.full((num_sequences,), -1, dtype=torch.long)
+    place = torch.full((num_sequences,), -1, dtype=torch.long, device="cpu")
     flat_order = [s for group in chosen for s in group]
-    place[flat_order] = torch.arange(len(flat_order))
+    place[flat_order] = torch.arange(len(flat_order), device="cpu")
     position = place.to(rows.device)[sequences]
     if len(flat_order) < num_sequences:  # sequences that no objective uses are not scored
         used = (position >= 0).nonzero()[:, 0]

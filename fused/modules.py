@@ -17,6 +17,7 @@ from logitless.kernels.checks import (
     check_ignore_index,
     check_labels,
     check_spec,
+    check_tensor,
     check_token_weights,
     compute_dtype,
 )
@@ -61,9 +62,15 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
-        bounds = f"{'(' if open_low else '['}{low}, {high}]"
-        raise ValueError(f"{name} must be a finite number in {bounds}, got {value!r}")
+        bounds = "" if low == -math.inf and high == math.inf else f" in {'(' if open_low else '['}{low}, {high}]"
+        raise ValueError(f"{name} must be a finite number{bounds}, got {value!r}")
     return float(value)
+
+
+def check_bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
+    return value
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str] | Mapping[str, Any]) -> str:
@@ -124,7 +131,8 @@ class FusedLinearLoss(nn.Module):
 
     def _configure(self, loss: Loss, *, metrics: bool, ignore_index: int, mean_logps: bool = False) -> None:
         check_ignore_index(ignore_index)
-        self.loss, self.metrics, self.ignore_index, self._mean_logps = loss, bool(metrics), ignore_index, mean_logps
+        self.loss, self.metrics = loss, check_bool("metrics", metrics)
+        self.ignore_index, self._mean_logps = ignore_index, mean_logps
 
     def forward(
         self,
@@ -168,12 +176,12 @@ class FusedLinearLoss(nn.Module):
         inputs = {} if reference.logps is None else {"ref_logps": reference.logps}
         term = Term(self.loss, tuple(range(batch.num_sequences)), 1.0, inputs)
         loss, report, entries = batch.run([term], reference.states, self.metrics)
-        return self._output(loss, report, entries, term, ref_logps)
+        return self._output(loss, report, entries, term)
 
     def token_weights(self, entries: Entries) -> None:
         """Adjust the weights of the scored tokens; LD-DPO does."""
 
-    def _output(self, loss: Tensor, report: Report, entries: Entries, term: Term, ref_logps: Tensor | None) -> PreferenceOutput:
+    def _output(self, loss: Tensor, report: Report, entries: Entries, term: Term) -> PreferenceOutput:
         result = report.results[0]
         logps = report.logps / report.lengths.clamp(min=1) if self._mean_logps else report.logps
         acc, empty = logps.dtype, logps.new_zeros(0)
@@ -187,7 +195,7 @@ class FusedLinearLoss(nn.Module):
             rejected_logps=rejected,
             chosen_rewards=empty if result.chosen_rewards is None else result.chosen_rewards.to(acc),
             rejected_rewards=empty if result.rejected_rewards is None else result.rejected_rewards.to(acc),
-            ref_logps=report.ref_logps if ref_logps is None else ref_logps.detach(),
+            ref_logps=term.inputs.get("ref_logps", report.ref_logps),
             metrics=metrics,
             plan=report.plan,
         )
@@ -290,6 +298,9 @@ class _Batch:
             return _ReferenceInputs(check_per_sequence("ref_logps", ref_logps, self.num_sequences, device), None)
         if ref_hidden is None or ref_weight is None:
             return _ReferenceInputs(None, None)
+        check_tensor("ref_hidden", ref_hidden)
+        if ref_hidden.device != device:
+            raise ValueError(f"ref_hidden is on {ref_hidden.device} but hidden is on {device}: move one of them")
         check_head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
         if ref_hidden.shape[:-1] != self.hidden.shape[:-1]:
             raise ValueError(
@@ -363,13 +374,11 @@ class KTOOutput:
         return self.rewards[~self.desirable]
 
 
-def sequence_output(
-    loss: Tensor, report: Report, entries: Entries, term: Term, ref_logps: Tensor | None, want_metrics: bool
-) -> KTOOutput:
+def sequence_output(loss: Tensor, report: Report, entries: Entries, term: Term, want_metrics: bool) -> KTOOutput:
     desirable = term.inputs["desirable"]
     rewards = report.results[0].metrics.get("rewards", report.logps).to(report.logps.dtype)  # no sequences, no metrics
     metrics = sequence_metrics(report, entries, term, rewards) if want_metrics else {}
-    ref = report.ref_logps if ref_logps is None else ref_logps.detach()
+    ref = term.inputs.get("ref_logps", report.ref_logps)
     return KTOOutput(loss, report.logps, rewards, desirable, ref, metrics, report.plan)
 
 

@@ -109,7 +109,10 @@ class FusedLinearMultiObjectiveLoss(FusedLinearLoss):
             states = batch.reference(asking, None, ref_hidden, ref_weight, ref_bias).states
         for name, objective in objectives.items():
             where = f"objectives[{name!r}]"
-            indices = torch.as_tensor(objective.sequences).reshape(-1)
+            try:
+                indices = torch.as_tensor(objective.sequences, device="cpu").reshape(-1)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise TypeError(f"{where}.sequences must be integer indices, got {objective.sequences!r}") from error
             if indices.numel() and indices.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"{where}.sequences must be integer indices, got {indices.dtype}")
             sequences = tuple(int(s) for s in indices.tolist())
@@ -123,7 +126,7 @@ class FusedLinearMultiObjectiveLoss(FusedLinearLoss):
                 raise ValueError(f"{where}.sequences must be chosen ones and then as many rejected ones, got {len(sequences)}")
             inputs: dict[str, Tensor] = {}
             if isinstance(objective.loss, FusedLinearKTOLoss):
-                inputs = objective.loss.inputs(objective.desirable, objective.kl, len(sequences), device)
+                inputs = objective.loss.inputs(objective.desirable, objective.kl, len(sequences), device, f"{where}.")
             elif objective.desirable is not None or objective.kl is not None:
                 raise ValueError(f"{where}: desirable and kl are used by FusedLinearKTOLoss only")
             if objective.ref_logps is not None:

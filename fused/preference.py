@@ -19,6 +19,7 @@ from .modules import (
     FusedLinearLoss,
     KTOOutput,
     _Batch,
+    check_bool,
     check_choice,
     check_number,
     check_per_sequence,
@@ -84,9 +85,9 @@ class FusedLinearDPOLoss(FusedLinearLoss):
         if loss_weights is not None and not isinstance(loss_weights, (list, tuple)):
             raise TypeError(f"loss_weights must be a list of numbers, one a loss_type, got {loss_weights!r}")
         weights = [1.0] * len(types) if loss_weights is None else [check_number("loss_weights", w) for w in loss_weights]
-        for name, flag in (("use_weighting", use_weighting), ("reference_free", reference_free)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name} must be a bool, got {flag!r}")
+        check_bool("use_weighting", use_weighting)
+        check_bool("reference_free", reference_free)
+        check_bool("length_normalize", length_normalize)
         if len(weights) != len(types):
             raise ValueError(f"loss_weights must have {len(types)} values, one a loss_type, got {len(weights)}")
         kinds = set(types)
@@ -120,7 +121,7 @@ class FusedLinearDPOLoss(FusedLinearLoss):
         loss = dpo_family.dpo(
             types,
             weights,
-            dpo_family.DPOOptions(beta, label_smoothing, bool(length_normalize), tau),
+            dpo_family.DPOOptions(beta, label_smoothing, length_normalize, tau),
             f_divergence_type=f_divergence_type,
             f_alpha_divergence_coef=f_alpha,
             use_weighting=use_weighting,
@@ -134,8 +135,9 @@ class FusedLinearDPOLoss(FusedLinearLoss):
             return
         sizes = entries.counted_sizes()
         half = len(sizes) // 2
-        shared = torch.tensor([min(sizes[i % half], sizes[i % half + half]) for i in range(len(sizes))])
-        within = entries.ranks < shared.to(entries.ranks.device)[entries.sequences]
+        shorter = [min(sizes[i % half], sizes[i % half + half]) for i in range(len(sizes))]
+        shared = torch.tensor(shorter, device=entries.ranks.device)
+        within = entries.ranks < shared[entries.sequences]
         ld = within.double() + self.ld_alpha * (~within).double()  # torch.where of two numbers would round them to float32
         entries.weights = ld if entries.weights is None else entries.weights * ld
 
@@ -279,21 +281,21 @@ class FusedLinearKTOLoss(FusedLinearLoss):
         )
         self._configure(loss, metrics=metrics, ignore_index=ignore_index)
 
-    def inputs(self, desirable: Any, kl: Any, count: int, device: torch.device) -> dict[str, Tensor]:
-        """Check ``desirable`` and ``kl``."""
-        inputs = {"desirable": check_per_sequence("desirable", desirable, count, device, boolean=True)}
+    def inputs(self, desirable: Any, kl: Any, count: int, device: torch.device, prefix: str = "") -> dict[str, Tensor]:
+        """Check ``desirable`` and ``kl``; errors name them with the prefix."""
+        inputs = {"desirable": check_per_sequence(prefix + "desirable", desirable, count, device, boolean=True)}
+        name = prefix + "kl"
         if self.loss_type != "kto":
             if kl is not None:
-                raise ValueError(f"kl is not used by loss_type={self.loss_type!r}; it must be None")
+                raise ValueError(f"{name} is not used by loss_type={self.loss_type!r}; it must be None")
             return inputs
         if kl is None:
-            raise ValueError("kl is needed by loss_type='kto': the mean KL-pair log-ratio, or 0.0 to leave it out")
-        if isinstance(kl, float) and device.type != "mps":
-            kl = torch.tensor(kl, dtype=torch.float64)  # as_tensor would round it to float32
-        value = torch.as_tensor(kl, device=device).detach()
+            raise ValueError(f"{name} is needed by loss_type='kto': the mean KL-pair log-ratio, or 0.0 to leave it out")
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        value = kl.detach() if isinstance(kl, Tensor) else torch.full((), check_number(name, kl), dtype=wide, device=device)
         if value.numel() != 1 or not (value.is_floating_point() or value.dtype in (torch.int32, torch.int64)):
-            raise ValueError(f"kl must be one number, got {value.dtype} of shape {tuple(value.shape)}")
-        inputs["kl"] = value.reshape(()).to(torch.float64 if value.dtype == torch.float64 else torch.float32)
+            raise ValueError(f"{name} must be one number, got {value.dtype} of shape {tuple(value.shape)}")
+        inputs["kl"] = value.reshape(()).to(device, wide if value.dtype == torch.float64 else torch.float32)
         return inputs
 
     def forward(  # type: ignore[override]
@@ -316,7 +318,8 @@ class FusedLinearKTOLoss(FusedLinearLoss):
 
         Args:
             desirable: whether each sequence is desirable. Bool.
-            kl: mean log-ratio of the KL pairs; detached, and clamped at 0 from below, here. For ``"kto"`` only.
+            kl: mean log-ratio of the KL pairs; detached, and clamped at 0 from below, here. For ``"kto"`` only. A Python number
+                must be finite. A tensor is not looked at, which would wait for its device: its NaN becomes the loss's.
         """
         batch = _Batch.check(self, hidden, weight, labels, bias, head, cu_seqlens, token_weights, None)
         inputs = self.inputs(desirable, kl, batch.num_sequences, hidden.device)
@@ -325,4 +328,4 @@ class FusedLinearKTOLoss(FusedLinearLoss):
             inputs["ref_logps"] = reference.logps
         term = Term(self.loss, tuple(range(batch.num_sequences)), 1.0, inputs)
         loss, report, entries = batch.run([term], reference.states, self.metrics)
-        return sequence_output(loss, report, entries, term, ref_logps, self.metrics)
+        return sequence_output(loss, report, entries, term, self.metrics)

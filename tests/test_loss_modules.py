@@ -11,7 +11,7 @@ import torch
 
 import logitless as ll
 
-from .helpers import make_case, relative_error
+from .helpers import gradients, make_case, plain_logps, relative_error, run_reference
 
 BUDGETS = {"gradient_in_forward": 1 << 30, "small tiles": 60_000, "one token a tile": 1}
 LOSSES = {
@@ -259,24 +259,35 @@ def test_bitwise_repeatable_in_every_schedule():
 
 
 def test_gradients_do_not_get_worse_with_the_number_of_tiles():
-    """bf16, 1 tile against 64: dX and dW stay within 1.5 times what plain PyTorch loses, and alike."""
-    errors = {}
-    for tiles in (1, 64):
-        case = make_case(sequences=128, tokens=6, hidden=64, vocab=2048, dtype=torch.bfloat16, scale=0.05, masked=0.0)
-        wide = case.double()
-        ref = torch.zeros(128)
-        budget = 1 << 30 if tiles == 1 else int(12 * 2048 * 2 * 4 / 3) + 50
+    """bf16: dX and dW of 64 tiles are as exact as of one, and no worse than plain PyTorch's.
+
+    What a bf16 accumulator loses on 64 tiles makes dW's error 3.8 times that of one tile.
+    """
+
+    def case():
+        return make_case(sequences=128, tokens=6, hidden=64, vocab=2048, dtype=torch.bfloat16, scale=0.05, masked=0.0)
+
+    def dpo(logps):
+        chosen, rejected = logps.sum(-1).chunk(2)
+        return -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
+
+    wide, plain = case().double(), case()
+    expected = gradients(dpo(run_reference(wide).logps), wide)
+
+    def errors(values):
+        return [relative_error(a, b) for a, b in zip(values, expected, strict=True)]
+
+    found = {}
+    for tiles, budget in ((1, 1 << 30), (64, 96 << 10)):  # a tile of 18 rows: one pair of 12 tokens
+        one = case()
         with ll.settings(memory_budget=budget):
-            small = ll.FusedLinearDPOLoss()
-            if tiles == 64:  # the single tile that would replace the accumulator is out of the question here
-                case.weight.requires_grad_()
-            out = small(case.hidden, case.weight, case.labels, ref_logps=ref)
-        expected = ll.FusedLinearDPOLoss()(wide.hidden, wide.weight, wide.labels, ref_logps=ref)
-        errors[tiles] = [relative_error(a, b) for a, b in zip(gradient(out, case), gradient(expected, wide), strict=True)]
-        steps = len(out.plan.steps)
-        assert steps == tiles if tiles == 1 else steps >= 16
-    for one, many in zip(errors[1], errors[64], strict=True):
-        assert many < 1.2 * one
+            out = ll.FusedLinearDPOLoss()(one.hidden, one.weight, one.labels, ref_logps=torch.zeros(128))
+        assert len(out.plan.steps) == tiles
+        assert {step.schedule for step in out.plan.steps} == {"gradient_in_forward"}
+        found[tiles] = errors(gradient(out, one))
+    for single, many, its in zip(found[1], found[64], errors(gradients(dpo(plain_logps(plain)), plain)), strict=True):
+        assert many <= 1.05 * single
+        assert max(single, many) <= its
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -371,3 +382,73 @@ def test_gradients_kept_for_a_second_backward_are_the_callers_own():
     expected = first.clone()
     first.zero_()
     assert torch.equal(torch.autograd.grad(out.loss, case.weight)[0], expected)
+
+
+def test_a_kl_tensor_that_is_nan_reaches_the_loss_and_is_not_looked_at():
+    """As in TRL: a look would wait for the device, and a step that overflowed in fp16 is for the loss scaler to skip."""
+    case = make_case()
+    out = LOSSES["kto"](case.hidden, case.weight, case.labels, **extras("kto", 4) | {"kl": torch.tensor(torch.nan)})
+    assert out.loss.isnan()
+    assert all(g.isnan().any() for g in gradient(out, case))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_default_device_elsewhere_changes_nothing(name, budget):
+    """Every tensor made on the way says where it belongs; on ``"meta"``, one that does not has no numbers."""
+    results = []
+    for default in ("cpu", "meta"):
+        case, kwargs = make_case(sequences=6, tokens=12, bias=True, vocab=211), extras(name, 6)
+        with ll.settings(memory_budget=BUDGETS[budget]), torch.device(default):
+            out = LOSSES[name](case.hidden, case.weight, case.labels, bias=case.bias, **kwargs)
+            results.append([out.loss, *gradient(out, case)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def with_a_reference_and_metrics(case):
+    return ll.FusedLinearDPOLoss(metrics=True)(
+        case.hidden, case.weight, case.labels, ref_hidden=case.hidden.detach(), ref_weight=case.weight.detach()
+    )
+
+
+def with_nll_labels(case):
+    return ll.FusedLinearORPOLoss(metrics=True)(case.hidden, case.weight, case.labels, nll_labels=case.labels.clamp(min=0))
+
+
+def kto_with_metrics(case):
+    module = ll.FusedLinearKTOLoss(metrics=True)
+    return module(
+        case.hidden, case.weight, case.labels, case.labels[:, 0] >= 0, ref_logps=case.hidden.detach()[:, 0, 0], kl=0.1
+    )
+
+
+def several_objectives(case):
+    objectives = {"a": ll.Objective(LOSSES["simpo"], [0, 2]), "b": ll.Objective(LOSSES["cpo"], range(1, 3), weight=0.5)}
+    return ll.FusedLinearMultiObjectiveLoss()(case.hidden, case.weight, case.labels, objectives)
+
+
+def packed(case):
+    flat = case.hidden.flatten(0, 1), case.weight, case.labels.flatten()
+    return LOSSES["simpo"](*flat, cu_seqlens=case.labels.new_tensor([0, 7, 14, 20, 28]))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        with_a_reference_and_metrics,
+        with_nll_labels,
+        kto_with_metrics,
+        several_objectives,
+        pytest.param(packed, marks=pytest.mark.xfail(strict=True, reason="sequence_index uses the default device")),
+    ],
+)
+def test_a_default_device_elsewhere_changes_no_kind_of_call(call):
+    results = []
+    for default in ("cpu", "meta"):
+        case = make_case()
+        with torch.device(default):
+            out = call(case)
+            results.append([out.loss, *getattr(out, "metrics", {}).values(), *gradient(out, case)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)

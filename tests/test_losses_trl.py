@@ -22,19 +22,18 @@ from torch import Tensor, nn
 
 import logitless as ll
 
+from .tiny import make_model, make_tokenizer, text
+
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 accelerate = pytest.importorskip("accelerate")
 datasets = pytest.importorskip("datasets")
-tokenizers = pytest.importorskip("tokenizers")
-transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl")
 cpo = pytest.importorskip("trl.experimental.cpo")
 orpo = pytest.importorskip("trl.experimental.orpo")
 utils = pytest.importorskip("trl.trainer.utils")
 
 ROUND = 2.0**-23  # distance from 1 to the next float32
-WORDS = [f"w{i}" for i in range(60)]
 #: Model and precision of most tests.
 SETUPS = [("untied", "float32"), ("tied", "float32"), ("bias", "float32"), ("untied", "float64")]
 setups = pytest.mark.parametrize(("kind", "precision"), SETUPS, ids=["-".join(s) for s in SETUPS])
@@ -43,46 +42,12 @@ LENGTHS = [(3, 4, 4), (5, 2, 19), (2, 11, 1), (7, 6, 8)]
 NOT_COMPARED = {"num_tokens"}
 
 
-# TRL's side: tiny models, trainers, one call of `compute_loss`
-
-
-def make_model(kind: str, seed: int, hidden: int = 16) -> nn.Module:
-    common = {
-        "vocab_size": len(WORDS) + 3,
-        "hidden_size": hidden,
-        "intermediate_size": 24,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": None,
-        "initializer_range": 0.35,
-        "tie_word_embeddings": kind == "tied",
-    }
-    config = {"untied": "LlamaConfig", "tied": "Qwen2Config", "bias": "PhiConfig"}[kind]
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**common))
-    if kind == "bias":
-        nn.init.normal_(model.lm_head.bias)
-    return model
-
-
-def make_tokenizer() -> Any:
-    vocab = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+# TRL's side: trainers, one call of `compute_loss`
 
 
 def rows(task: str) -> list[dict[str, Any]]:
     rng = random.Random(0)
-
-    def text(count: int) -> str:
-        return " ".join(rng.choice(WORDS) for _ in range(count))
-
-    pairs = [{"prompt": text(p), "chosen": " " + text(c), "rejected": " " + text(r)} for p, c, r in LENGTHS]
+    pairs = [{"prompt": text(rng, p), "chosen": " " + text(rng, c), "rejected": " " + text(rng, r)} for p, c, r in LENGTHS]
     if task != "kto":
         return pairs
     sides = [(0, "chosen"), (1, "rejected"), (2, "chosen"), (3, "rejected"), (3, "chosen")]

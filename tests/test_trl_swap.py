@@ -19,20 +19,20 @@ from torch.utils.flop_counter import FlopCounterMode
 import logitless as ll
 from logitless.integrations import trl as swap
 
+from .tiny import VOCAB, make_model, make_tokenizer, text
+
 datasets = pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
-tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl")
 utils = pytest.importorskip("trl.trainer.utils")
 
 ROUND = 2.0**-23  # distance from 1 to the next float32
 STEPS = 20
-HIDDEN, VOCAB = 32, 320
+HIDDEN = 32
 OWN = utils._ChunkedLogProbFunction
 OWN_USE_TRITON = utils._use_triton
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-WORDS = [start + end for start in "bdfkl" for end in ("a", "ed", "ir", "og", "un")]
 
 
 @pytest.fixture(autouse=True)
@@ -46,57 +46,19 @@ def _restored() -> Iterator[None]:
 
 def sentences() -> list[dict[str, str]]:
     rng = random.Random(0)
-
-    def text(low: int, high: int) -> str:
-        return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
-
-    return [{"prompt": text(2, 6), "chosen": " " + text(3, 9), "rejected": " " + text(3, 9)} for _ in range(80)]
-
-
-def tiny_config(kind: str) -> transformers.PretrainedConfig:
-    common = {
-        "vocab_size": VOCAB,
-        "hidden_size": HIDDEN,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": None,
-        "initializer_range": 0.2,
-    }
-    if kind == "llama":
-        return transformers.LlamaConfig(**common)
-    if kind == "qwen2":
-        return transformers.Qwen2Config(**common, tie_word_embeddings=True)
-    return transformers.Gemma2Config(**common, head_dim=8, final_logit_softcapping=2.0, attn_implementation="eager")
+    lengths = [(rng.randint(2, 6), rng.randint(3, 9), rng.randint(3, 9)) for _ in range(80)]
+    return [{"prompt": text(rng, p), "chosen": " " + text(rng, c), "rejected": " " + text(rng, r)} for p, c, r in lengths]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Saves a tokenizer trained on the sentences, and a model with random weights, and returns the folder."""
-    corpus = [text for row in sentences() for text in row.values()]
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        corpus,
-        tokenizers.trainers.BpeTrainer(
-            vocab_size=VOCAB, special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet, show_progress=False
-        ),
-    )
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
+    """Saves a model with random weights, and returns the folder."""
     saved: dict[str, Path] = {}
 
     def save(kind: str) -> Path:
         if kind not in saved:
             saved[kind] = tmp_path_factory.mktemp(kind)
-            tokenizer.save_pretrained(saved[kind])
-            torch.manual_seed(0)
-            transformers.AutoModelForCausalLM.from_config(tiny_config(kind)).save_pretrained(saved[kind])
+            make_model(kind, 0, HIDDEN).save_pretrained(saved[kind])
         return saved[kind]
 
     return save
@@ -128,7 +90,7 @@ def make_trainer(kind: str, path: Path, out: Path, lora: bool = False, **options
         "seed": 3,
     } | options
     rows = sentences()
-    extra: dict[str, Any] = {"processing_class": transformers.AutoTokenizer.from_pretrained(path)}
+    extra: dict[str, Any] = {"processing_class": make_tokenizer()}
     if lora:
         extra["peft_config"] = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     if kind == "dpo":
@@ -181,7 +143,7 @@ def rows_scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize(("kind", "model"), [("dpo", "llama"), ("kto", "llama"), ("dpo", "qwen2"), ("kto", "gemma2")])
+@pytest.mark.parametrize(("kind", "model"), [("dpo", "untied"), ("kto", "untied"), ("dpo", "tied"), ("kto", "softcap")])
 def test_twenty_steps_log_the_same_losses_norms_and_metrics(checkpoint, tmp_path, kind, model, lora, rows_scored):
     path = checkpoint(model)
     theirs = make_trainer(kind, path, tmp_path / "theirs", lora)
@@ -196,7 +158,7 @@ def test_twenty_steps_log_the_same_losses_norms_and_metrics(checkpoint, tmp_path
 
 
 def test_gradient_checkpointing_changes_nothing(checkpoint, tmp_path):
-    path = checkpoint("llama")
+    path = checkpoint("untied")
     expected = history(make_trainer("dpo", path, tmp_path / "plain", max_steps=5))
     with swap.patch():
         trainer = make_trainer("dpo", path, tmp_path / "gc", max_steps=5, gradient_checkpointing=True)
@@ -206,7 +168,7 @@ def test_gradient_checkpointing_changes_nothing(checkpoint, tmp_path):
 
 
 def test_bf16_autocast_trains(checkpoint, tmp_path, rows_scored):
-    path = checkpoint("llama")
+    path = checkpoint("untied")
     expected = history(make_trainer("dpo", path, tmp_path / "theirs", max_steps=3, bf16=True))
     with swap.patch():
         found = history(make_trainer("dpo", path, tmp_path / "ours", max_steps=3, bf16=True))
@@ -217,7 +179,7 @@ def test_bf16_autocast_trains(checkpoint, tmp_path, rows_scored):
 
 
 def test_trainer_made_before_the_patch_runs_on_it_and_only_while_it_holds(checkpoint, tmp_path, rows_scored):
-    trainer = make_trainer("dpo", checkpoint("llama"), tmp_path, max_steps=1)
+    trainer = make_trainer("dpo", checkpoint("untied"), tmp_path, max_steps=1)
     inputs = next(iter(trainer.get_train_dataloader()))
     trainer.compute_loss(trainer.model, inputs)
     assert rows_scored == []
@@ -232,7 +194,7 @@ def test_trainer_made_before_the_patch_runs_on_it_and_only_while_it_holds(checkp
 
 @pytest.mark.parametrize(("lora", "passes"), [(True, 4), (False, 8)], ids=["frozen head", "trained head"])
 def test_head_costs_4_passes_when_frozen_on_scored_tokens_only(checkpoint, tmp_path, lora, passes):
-    trainer = make_trainer("dpo", checkpoint("llama"), tmp_path, lora, max_steps=1)
+    trainer = make_trainer("dpo", checkpoint("untied"), tmp_path, lora, max_steps=1)
     inputs = next(iter(trainer.get_train_dataloader()))
     with swap.patch(), FlopCounterMode(display=False) as counter:
         trainer.compute_loss(trainer.model, inputs).backward()
@@ -243,7 +205,7 @@ def test_head_costs_4_passes_when_frozen_on_scored_tokens_only(checkpoint, tmp_p
 
 
 def test_grpo_logs_the_same(checkpoint, tmp_path, rows_scored):
-    path = checkpoint("llama")
+    path = checkpoint("untied")
 
     def run(out: Path) -> list[dict[str, float]]:
         torch.set_num_threads(1)
@@ -272,7 +234,7 @@ def test_grpo_logs_the_same(checkpoint, tmp_path, rows_scored):
             reward_funcs=lambda completions, **_: [float(c.count("d")) for c in completions],
             args=args,
             train_dataset=datasets.Dataset.from_list([{"prompt": row["prompt"]} for row in sentences()]),
-            processing_class=transformers.AutoTokenizer.from_pretrained(path),
+            processing_class=make_tokenizer(),
         )
         trainer.train()
         return [log for log in trainer.state.log_history if "loss" in log]
@@ -423,7 +385,7 @@ def test_no_token_at_all_gives_zero_gradients_not_none():
 
 
 def test_microbatch_with_every_label_masked_is_a_differentiable_zero(checkpoint):
-    model = load(checkpoint("llama"), heads=True)
+    model = load(checkpoint("untied"), heads=True)
     ids = torch.randint(2, VOCAB, (2, 7))
     with swap.patch():
         out = model(input_ids=ids, labels=torch.full_like(ids, -100), fused_lm_head=True)
@@ -434,7 +396,7 @@ def test_microbatch_with_every_label_masked_is_a_differentiable_zero(checkpoint)
 
 
 def test_masked_positions_are_never_read(checkpoint):
-    model = load(checkpoint("llama"), heads=True)
+    model = load(checkpoint("untied"), heads=True)
     ids = torch.randint(2, VOCAB, (2, 7))
     labels = ids.masked_fill(torch.arange(7) < 4, -100)
 
@@ -451,7 +413,7 @@ def test_masked_positions_are_never_read(checkpoint):
 
 
 def test_frozen_head_is_scored_forward_only_without_gradients(checkpoint):
-    model = load(checkpoint("llama"), heads=True).requires_grad_(False)
+    model = load(checkpoint("untied"), heads=True).requires_grad_(False)
     ids = torch.randint(2, VOCAB, (2, 7))
     with swap.patch(), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids, fused_lm_head=True)
@@ -460,7 +422,7 @@ def test_frozen_head_is_scored_forward_only_without_gradients(checkpoint):
 
 
 def test_settings_hold(checkpoint):
-    model = load(checkpoint("llama"), heads=True)
+    model = load(checkpoint("untied"), heads=True)
     ids = torch.randint(2, VOCAB, (2, 7))
     with swap.patch(), pytest.raises(ValueError, match="backend"), ll.settings(backend="no such"):
         model(input_ids=ids, labels=ids, fused_lm_head=True)
@@ -496,7 +458,7 @@ def test_zero3_shards_are_gathered_in_forward_and_backward(checkpoint, monkeypat
     ids = torch.randint(2, VOCAB, (2, 7), generator=torch.Generator().manual_seed(0))
 
     def run(shard: bool) -> tuple[list[Tensor], list[str]]:
-        model = load(checkpoint("llama"), heads=True)
+        model = load(checkpoint("untied"), heads=True)
         head = model.get_output_embeddings()
         head.bias = nn.Parameter(torch.linspace(-1, 1, VOCAB))
         head.requires_grad_(not frozen)

@@ -67,6 +67,15 @@ class _Preference(nn.Module):
         self.ignore_index, self.mean_logps, self.nll = ignore_index, mean_logps, nll
         self.fused = FusedLinearLoss(loss.fn, margin=loss.margin, uses_nll=True, metrics=True, ignore_index=ignore_index)
 
+    def forward(
+        self,
+        lin_weight: Tensor,  # (V, H)
+        _input: Tensor,  # (2P, T, H)
+        target: Tensor,  # (2P, T)
+        bias: Tensor | None = None,  # (V,)
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self.call(lin_weight, _input, target, bias)
+
     def call(
         self, weight: Tensor, hidden: Tensor, target: Tensor, bias: Tensor | None, **arguments: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -160,11 +169,6 @@ class LigerFusedLinearCPOLoss(_Preference):
         loss = _with_nll(base, alpha if compute_nll_loss else 0.0, average_log_prob)
         super().__init__(loss, ignore_index, average_log_prob, compute_nll_loss)
 
-    def forward(
-        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return self.call(lin_weight, _input, target, bias)
-
 
 class LigerFusedLinearSimPOLoss(_Preference):
     """Liger's SimPO: ``loss(lin_weight, _input, target, bias)``; arguments as in Liger 0.8.5, the NLL term included."""
@@ -182,11 +186,6 @@ class LigerFusedLinearSimPOLoss(_Preference):
     ) -> None:
         base = FusedLinearSimPOLoss(beta, gamma, label_smoothing).loss
         super().__init__(_with_nll(base, alpha if compute_nll_loss else 0.0, False), ignore_index, True, compute_nll_loss)
-
-    def forward(
-        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return self.call(lin_weight, _input, target, bias)
 
 
 class LigerFusedLinearORPOLoss(_Preference):
