@@ -90,7 +90,7 @@ def extension(part: str) -> Extension:
         # -Wno: vectors are passed by value between inlined functions only; GCC's own intrinsics look uninitialised to it
         flags += ["-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-maybe-uninitialized"]
     if part == "cpu":
-        flags += ["-fopenmp"]
+        flags += ["-fopenmp", "-ffp-contract=off"]  # see fma in csrc/include/logitless/cpu/vec.h
         libraries, link = ["torch_cpu", "c10"], ["-fopenmp"]
     else:
         libraries, link = ["torch", "torch_cpu", "cudart"], []

@@ -256,7 +256,7 @@ class _FusedLoss(torch.autograd.Function):
             train_bias=needs[2],
             margin=margin,
             device=hidden.device,
-            outputs=frozenset(outputs),
+            outputs=outputs | {"logps"},
         )
         backend = choose_backend(Call(hidden.device, hidden.dtype, weight.dtype), current_settings().backend)
         with torch.autocast(hidden.device.type, enabled=False):

@@ -10,7 +10,7 @@ from torch import Tensor
 from .spec import HeadSpec
 from .stats import OUTPUTS
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -40,9 +40,9 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str 
             f"{names[0]} must have shape [..., {weight.shape[1]}] to match {names[1]} {tuple(weight.shape)}, "
             f"got {tuple(hidden.shape)}"
         )
-    if hidden.dtype not in _DTYPES:
+    if hidden.dtype not in DTYPES:
         raise TypeError(f"{names[0]} must be float64, float32, bfloat16 or float16, got {hidden.dtype}")
-    if weight.dtype not in _DTYPES:
+    if weight.dtype not in DTYPES:
         raise TypeError(f"{names[1]} must be float64, float32, bfloat16 or float16, got {weight.dtype}")
     if weight.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
         wider = torch.promote_types(weight.dtype, hidden.dtype)
@@ -55,7 +55,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str 
         check_tensor(names[2], bias)
         if tuple(bias.shape) != (weight.shape[0],):
             raise ValueError(f"{names[2]} must have shape [{weight.shape[0]}], got {tuple(bias.shape)}")
-        if bias.dtype not in _DTYPES:
+        if bias.dtype not in DTYPES:
             raise TypeError(f"{names[2]} must be floating point (float64, float32, bfloat16 or float16), got {bias.dtype}")
     for name, tensor in zip(names[1:], (weight, bias), strict=True):
         if tensor is not None and tensor.device != hidden.device:

@@ -96,7 +96,7 @@ def _score(
     how = *head_numbers(head), output_bits(options.outputs), rounding(x.dtype, options.precision)
 
     def scan(v0: int, v1: int, gradient: Tensor | None) -> None:
-        _ops.score_block(packed, weight[v0:v1], bias, labels, raised, sums, None, gradient, *how[:3], v0, *how[3:])
+        _ops.score_block(packed, weight[v0:v1], bias, labels, k, raised, sums, None, gradient, *how[:3], v0, *how[3:])
 
     if dhidden is None:
         scan(0, vocab, None if tile is None else tile.view(-1))
@@ -207,6 +207,7 @@ def recompute_gradients(
                 w,
                 bias,
                 labels[rows],
+                None,
                 stats.k[rows],
                 None,
                 None if mix is None else mix[:, rows].contiguous(),

@@ -40,8 +40,9 @@ dtype is rounded to bfloat16, block by block in the cache:
 
 ``score_block``
     ``tile_pass`` on the logits of packed tokens and weight rows ``first..first+w`` (w, H), float32 and never in memory.
-    ``gradient`` (w, n) bfloat16 is the transposed destination, 0 at the label. A sum does not depend on how the vocabulary
-    is cut into blocks if all are multiples of SPAN.
+    ``gradient`` (w, n) bfloat16 is the transposed destination, 0 at the label. ``start`` (n,) is what k was before the
+    first block: with it a sum does not depend, to the bit, on how the vocabulary is cut into blocks that are multiples of
+    SPAN.
 
 ``grad_hidden``
     ``dhidden += gradient.T @ weight``. gradient (w, n), weight (w, H) bfloat16, dhidden (n, H) float32.
@@ -63,6 +64,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 #: Vocabulary entries whose sums ``score_block`` keeps together.
 SPAN = 256
@@ -86,7 +88,7 @@ SCHEMAS = {
     "pack_tokens": "(Tensor x, Tensor(a!) out) -> ()",
     "pack_rows": "(Tensor x, Tensor scale, Tensor(a!) out) -> ()",
     "score_block": (
-        "(Tensor packed, Tensor weight, Tensor? bias, Tensor labels, Tensor(a!) k, Tensor(b!)? sums, Tensor? mix, "
+        "(Tensor packed, Tensor weight, Tensor? bias, Tensor labels, Tensor? start, Tensor(a!) k, Tensor(b!)? sums, Tensor? mix, "
         "Tensor(c!)? gradient, float logit_scale, float softcap, float temperature, int first, int outputs, int rounding) -> ()"
     ),
     "grad_hidden": "(Tensor gradient, Tensor weight, Tensor(a!) dhidden) -> ()",
@@ -100,6 +102,21 @@ SCHEMAS = {
 _library = torch.library.Library("logitless", "FRAGMENT")
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)
+
+
+@register_flop_formula(torch.ops.logitless.score_block, get_raw=True)
+def _score_flops(packed: Tensor, weight: Tensor, bias: object, labels: Tensor, *_: object, **__: object) -> int:
+    return 2 * labels.numel() * weight.numel()
+
+
+@register_flop_formula(torch.ops.logitless.grad_hidden, get_raw=True)
+def _grad_hidden_flops(gradient: Tensor, weight: Tensor, dhidden: Tensor, **_: object) -> int:
+    return 2 * gradient.numel() * weight.shape[1]
+
+
+@register_flop_formula(torch.ops.logitless.grad_weight, get_raw=True)
+def _grad_weight_flops(gradient: Tensor, packed: Tensor | None, x: Tensor, *_: object, **__: object) -> int:
+    return 0 if packed is None else 2 * gradient.numel() * x.shape[1]
 
 
 def _round_up(n: int, to: int) -> int:

@@ -35,15 +35,16 @@ def block_sums(sums: Tensor, options: CoreOptions, dtype: torch.dtype, k: Tensor
     """From the operators' layout. sums (7, n) float64, k (n,) where it was raised."""
     e, ez, ee, z, target, before, after = sums.to(dtype)
     want = options.outputs
-    top = (target, before, after) if "is_top1" in want else (None, None, None)
-    return BlockSums(
-        e,
-        ez if "entropy" in want else None,
-        ee if "log_sum_sq_probs" in want else None,
-        z if "mean_logits" in want else None,
-        *top,
-        k=k,
-    )
+    result = BlockSums(e, k=k)
+    if "entropy" in want:
+        result.ez = ez
+    if "log_sum_sq_probs" in want:
+        result.ee = ee
+    if "mean_logits" in want:
+        result.z = z
+    if "is_top1" in want:
+        result.target, result.before, result.after = target, before, after
+    return result
 
 
 def target_logits(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, precision: str) -> Tensor:

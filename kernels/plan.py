@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from .checks import DTYPES, check_outputs
 from .dtypes import accumulate_dtype, gemm_dtype, logits_gemm_dtype, tile_dtype
 from .settings import current_settings
 from .stats import CoreOptions
@@ -117,7 +118,7 @@ def plan(
     memory_budget: int | None = None,
     precision: str | None = None,
     device: str | torch.device = "cpu",
-    outputs: frozenset[str] = frozenset(),
+    outputs: str | Iterable[str] = ("logps",),
 ) -> Plan:
     """Choose the schedule with the fewest FLOP that fits the budget.
 
@@ -134,13 +135,13 @@ def plan(
         margin: the loss depends on a pair only through one scalar, so a pair's gradient is known up to that scalar.
         memory_budget, precision: default from :func:`logitless.settings`.
         device: where the tensors live.
-        outputs: token statistics wanted besides logps.
+        outputs: token statistics wanted.
 
     Returns:
         Plan: steps, FLOP and bytes.
 
     Raises:
-        ValueError: naming the argument, when a size is not positive or the groups do not add up to ``num_tokens``.
+        TypeError, ValueError: naming the argument, when a size is not positive, the groups do not add up to ``num_tokens`` ...
 
     Example:
         >>> plan(num_tokens=768, hidden_size=1024, vocab_size=65536).schedule
@@ -150,12 +151,19 @@ def plan(
     current = current_settings().updated(memory_budget=memory_budget, precision=precision)
     budget, precision = current.memory_budget, current.precision
     device = torch.device(device)
-    groups = sorted([num_tokens] if group_sizes is None else group_sizes, reverse=True)
+    for name, value in (("dtype", dtype), ("weight_dtype", dtype if weight_dtype is None else weight_dtype)):
+        if value not in DTYPES:
+            raise TypeError(f"{name} must be one of {DTYPES}, got {value!r}")
+    wanted = check_outputs(outputs) - {"logps"}
+    groups = [num_tokens] if group_sizes is None else list(group_sizes)
+    if any(isinstance(g, bool) or not isinstance(g, int) for g in groups):
+        raise TypeError(f"group_sizes must be integers, got {group_sizes!r}")
+    groups.sort(reverse=True)
     if sum(groups) != num_tokens or (groups and groups[-1] < 0):
         raise ValueError(f"group_sizes must be >= 0 and add up to num_tokens={num_tokens}, got a sum of {sum(groups)}")
     weight_dtype = dtype if weight_dtype is None else weight_dtype
     acc = accumulate_dtype(dtype).itemsize
-    options = core_options(budget, outputs, precision, acc, device)
+    options = core_options(budget, wanted, precision, acc, device)
     needs_head = train_weight or train_bias
     vh = vocab_size * hidden_size
     row_bytes = vocab_size * tile_dtype(dtype, device).itemsize

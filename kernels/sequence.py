@@ -94,5 +94,5 @@ def sequence_logps(
 
 def sequence_index(bounds: list[int], device: torch.device) -> Tensor:
     """The sequence of each packed token. bounds: S + 1 values -> (N,)."""
-    lengths = torch.tensor([b - a for a, b in zip(bounds, bounds[1:], strict=False)], dtype=torch.long)
-    return torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(device)
+    lengths = torch.tensor([b - a for a, b in zip(bounds, bounds[1:], strict=False)], dtype=torch.long, device="cpu")
+    return torch.repeat_interleave(lengths).to(device)

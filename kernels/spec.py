@@ -124,7 +124,7 @@ class HeadSpec:
         Operators take this tensor: a Python float would be compiled in as a constant, and every new temperature would
         recompile the caller's graph. Multiplication (unlike ``torch.tensor``) keeps the floats symbolic under Dynamo.
         """
-        one = torch.ones((), dtype=torch.float64)
+        one = torch.ones((), dtype=torch.float64, device="cpu")
         cap = 0.0 if self.softcap is None else self.softcap
         return torch.stack((one * self.logit_scale, one * cap, one * self.temperature))
 

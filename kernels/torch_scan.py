@@ -226,7 +226,10 @@ def combine(
     if (ez := total("ez")) is not None:
         stats.entropy = log_denom - (ez + target * offset.clamp(min=FLOOR)) / denominator
     if (ee := total("ee")) is not None:
-        stats.log_sum_sq_probs = (ee + target * target).log() - 2 * log_denom
+        # 1 - sum p^2 = R / D (1 + p_y) - sum of p_v^2 over v != y: small where the model is sure, and then log1p keeps it
+        p_y, squares = target / denominator, ee / denominator / denominator
+        rest = (r / denominator * (1 + p_y) - squares).clamp(min=0)
+        stats.log_sum_sq_probs = torch.where(rest < 0.5, (-rest).log1p(), (squares + p_y * p_y).log())
     if (z := total("z")) is not None:
         stats.mean_logits = z / vocab
     if parts[0].target is not None:

@@ -11,6 +11,8 @@ from logitless.kernels.op import _bits
 
 from .helpers import gradients, make_case, run_op
 
+EVERY_BACKEND = True
+
 HEAD = ll.HeadSpec(0.8, 6.0, 1.2)
 
 

@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import logitless as ll
 from logitless.kernels import op
 
+EVERY_BACKEND = True
+
 H, V = 32, 4096
 N_SEQUENCES, TOKENS = 4, 24
 

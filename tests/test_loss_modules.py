@@ -13,6 +13,8 @@ import logitless as ll
 
 from .helpers import gradients, make_case, plain_logps, relative_error, run_reference
 
+EVERY_BACKEND = True
+
 BUDGETS = {"gradient_in_forward": 1 << 30, "small tiles": 60_000, "one token a tile": 1}
 LOSSES = {
     "dpo": ll.FusedLinearDPOLoss(beta=0.3),
@@ -440,7 +442,7 @@ def packed(case):
         with_nll_labels,
         kto_with_metrics,
         several_objectives,
-        pytest.param(packed, marks=pytest.mark.xfail(strict=True, reason="sequence_index uses the default device")),
+        packed,
     ],
 )
 def test_a_default_device_elsewhere_changes_no_kind_of_call(call):

@@ -23,6 +23,8 @@ import logitless as ll
 
 from .helpers import relative_error
 
+EVERY_BACKEND = True
+
 SEQUENCES, TOKENS, HIDDEN, VOCAB = 8, 31, 16, 211
 #: Scored tokens of the chosen, then the rejected sequences; the last pair lacks a rejected sequence.
 LENGTHS = (30, 30, 1, 12, 30, 14, 1, 0)

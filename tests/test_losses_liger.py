@@ -17,6 +17,8 @@ import logitless as ll
 
 from .helpers import Case, make_case, relative_error
 
+EVERY_BACKEND = True
+
 liger = pytest.importorskip("liger_kernel.chunked_loss")
 
 ROUND = 2.0**-23  # distance from 1 to the next float32

@@ -24,6 +24,8 @@ import logitless as ll
 
 from .tiny import make_model, make_tokenizer, text
 
+EVERY_BACKEND = True
+
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 accelerate = pytest.importorskip("accelerate")

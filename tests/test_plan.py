@@ -101,8 +101,18 @@ def test_blocks_fit_their_workspace(n, vocab, size, workspace):
         ({"group_sizes": [1, 2]}, "group_sizes must be >= 0 and add up to num_tokens=1000, got a sum of 3"),
         ({"memory_budget": 0}, "memory_budget must be"),
         ({"precision": "half"}, "precision must be one of"),
+        ({"outputs": ["perplexity"]}, "outputs must be a non-empty subset"),
+        ({"outputs": 3}, "outputs must be a non-empty subset"),
+        ({"dtype": torch.int32}, "dtype must be one of"),
+        ({"weight_dtype": "bfloat16"}, "weight_dtype must be one of"),
+        ({"group_sizes": [500.0, 500.0]}, "group_sizes must be integers"),
     ],
 )
 def test_bad_arguments(arguments, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((TypeError, ValueError), match=words):
         ll.plan(**(SHAPE | arguments))
+
+
+def test_outputs_may_be_any_collection():
+    assert ll.plan(**SHAPE, outputs=["logps", "entropy"]).options.outputs == {"entropy"}
+    assert ll.plan(**SHAPE).options.outputs == frozenset()

@@ -21,6 +21,8 @@ from logitless.integrations import trl as swap
 
 from .tiny import VOCAB, make_model, make_tokenizer, text
 
+EVERY_BACKEND = True
+
 datasets = pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -116,7 +116,7 @@ void pack_rows(Tensor x, Tensor scale, Tensor out) {
   kernels().pack_rows(p, run_parallel);
 }
 
-void score_block(Tensor packed, Tensor weight, OptionalTensor bias, Tensor labels, Tensor k, OptionalTensor sums,
+void score_block(Tensor packed, Tensor weight, OptionalTensor bias, Tensor labels, OptionalTensor start, Tensor k, OptionalTensor sums,
                  OptionalTensor mix, OptionalTensor gradient, double logit_scale, double softcap, double temperature, int64_t first,
                  int64_t outputs, int64_t rounding) {
   ScoreBlock p{};
@@ -140,7 +140,9 @@ void score_block(Tensor packed, Tensor weight, OptionalTensor bias, Tensor label
   }
   p.labels = static_cast<const int64_t*>(labels.data_ptr());
   p.k = static_cast<float*>(k.data_ptr());
+  p.start = maybe<const float>(start, "start", ScalarType::Float, p.rows);
   p.sums = maybe<double>(sums, "sums", ScalarType::Double, NumSums * p.rows);
+  check(p.start || !p.sums, "start", "is needed for sums");
   p.mix = maybe<float>(mix, "mix", ScalarType::Float, 2 * p.rows);
   p.gradient = maybe<uint16_t>(gradient, "gradient", ScalarType::BFloat16, p.width * p.rows);
   p.first = first;

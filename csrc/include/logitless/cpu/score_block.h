@@ -113,7 +113,7 @@ class Scorer {
         raises_(spans_) {
     for (int64_t t = 0; t < padded_; ++t) {
       // a padding token's logits are as far below its k as can be
-      k_[t] = t < p.rows ? p.k[t] : 1e30f;
+      k_[t] = t >= p.rows ? 1e30f : p.sums ? p.start[t] : p.k[t];
       labels_[t] = t < p.rows && p.labels[t] >= p.first && p.labels[t] < p.first + p.width ? int32_t(p.labels[t] - p.first)
                    : t < p.rows && p.labels[t] < p.first                                   ? -1
                                                                                            : int32_t(p.width);
@@ -156,42 +156,35 @@ class Scorer {
     }
   }
 
-  // Adds the spans up, in their order, and brings the gradient to one k for each token.
+  // Adds the spans up and brings the gradient to one k for each token. One span after the other, so that a result does not
+  // depend on how many there are in a block.
   void finish(ParallelFor run) {
     if (!p_.sums) return;
-    bool raised = false;
-    for (int64_t s = 0; s < spans_; ++s) raised |= !raises_[s].empty();
-    Buffer<float> top(raised ? padded_ : 0), here(raised ? padded_ : 0);
-    if (raised) {
-      __builtin_memcpy(top.data(), k_.data(), padded_ * sizeof(float));
-      for (int64_t s = 0; s < spans_; ++s) {
-        for (const Raise& r : raises_[s]) top[r.token] = r.k > top[r.token] ? r.k : top[r.token];
-      }
-      for (int64_t t = 0; t < p_.rows; ++t) {  // what came before this block
-        double e = total(SumE, t), ez = total(SumEZ, t), ee = total(SumEE, t);
-        shift(double(k_[t]) - double(top[t]), e, ez, ee);
-        add_to(t, e - total(SumE, t), ez - total(SumEZ, t), ee - total(SumEE, t));
-      }
-    }
+    Buffer<float> here(padded_);
+    bool differ = false;
     for (int64_t s = 0; s < spans_; ++s) {
-      if (raised) {
-        __builtin_memcpy(here.data(), k_.data(), padded_ * sizeof(float));
-        for (const Raise& r : raises_[s]) here[r.token] = r.k;
-      }
+      __builtin_memcpy(here.data(), k_.data(), padded_ * sizeof(float));
+      for (const Raise& r : raises_[s]) here[r.token] = r.k;
       for (int64_t t = 0; t < p_.rows; ++t) {
         double e = sum_row(s, SumE)[t], ez = 0, ee = 0;
         if (p_.outputs) {
           ez = sum_row(s, SumEZ)[t];
           ee = sum_row(s, SumEE)[t];
         }
-        if (raised && here[t] != top[t]) shift(double(here[t]) - double(top[t]), e, ez, ee);
+        if (here[t] < p_.k[t]) {
+          shift(double(here[t]) - double(p_.k[t]), e, ez, ee);
+        } else if (here[t] > p_.k[t]) {
+          double none = 0;
+          shift(double(p_.k[t]) - double(here[t]), total(SumE, t), p_.outputs & WantEZ ? total(SumEZ, t) : none,
+                p_.outputs & WantEE ? total(SumEE, t) : none);
+          p_.k[t] = here[t];
+        }
         add_to(t, e, ez, ee);
       }
       add_others(s);
     }
-    if (!raised) return;
-    if (p_.gradient) parallel(run, spans_, [&](int64_t s) { rescale_span(s, top.data()); });
-    for (int64_t t = 0; t < p_.rows; ++t) p_.k[t] = top[t];
+    for (int64_t t = 0; t < p_.rows; ++t) differ |= p_.k[t] != k_[t];
+    if (p_.gradient && differ) parallel(run, spans_, [&](int64_t s) { rescale_span(s, p_.k); });
   }
 
  private:
@@ -361,9 +354,8 @@ class Scorer {
   }
 
   void rescale_span(int64_t s, const float* top) {
-    Buffer<float> k(padded_), factor(padded_);
-    __builtin_memcpy(k.data(), k_.data(), padded_ * sizeof(float));
-    for (int64_t t = 0; t < padded_; ++t) factor[t] = float(__builtin_exp(double(k[t]) - double(top[t])));
+    Buffer<float> factor(padded_);
+    for (int64_t t = 0; t < p_.rows; ++t) factor[t] = float(__builtin_exp(double(k_[t]) - double(top[t])));
     const Raise* next = raises_[s].begin();
     const int64_t end = smaller_of((s + 1) * kSpanRows, p_.width);
     for (int64_t v = s * kSpanRows; v < end; v += kUnitRows) {

@@ -70,8 +70,9 @@ struct ScoreBlock {
   DType weight_type;       // not Float64
   const float* bias;  // (V), or null
   const int64_t* labels;
-  float* k;               // (rows)
-  double* sums;           // (NumSums, rows), or null: k is final
+  const float* start;     // (rows) the k that every span begins with
+  float* k;               // (rows) the k of sums and gradient
+  double* sums;           // (NumSums, rows), or null: k is final, start not read
   const float* mix;       // (2, rows), or null
   uint16_t* gradient;     // (width, rows) bf16, or null
   int64_t rows, hidden, width, first;
