@@ -103,8 +103,8 @@ class Case:
 
     Attributes:
         suite: the suite that it belongs to.
-        task: ``logps`` (log-probs under an arbitrary upstream gradient), ``nll``, a loss of :data:`~.losses.LOSSES`, or
-            ``train`` (a whole trainer step).
+        task: ``logps`` (log-probs under an arbitrary upstream gradient), ``nll``, a loss of :data:`~.losses.LOSSES`,
+            ``tile`` (log-probs and gradient of logits that are there), or ``train`` (a whole trainer step).
         train_head: whether the head's weight has a gradient.
         backward: whether there is a backward pass.
     """
@@ -118,11 +118,16 @@ class Case:
     @property
     def gemms(self) -> int:
         """GEMMs of ``2*N*H*V`` FLOP that no implementation can do without."""
-        return 1 + int(self.backward) + int(self.backward and self.train_head)
+        return 0 if self.task == "tile" else 1 + int(self.backward) + int(self.backward and self.train_head)
+
+    @property
+    def floor(self) -> str:
+        """What times are multiples of: the provider that is the roofline."""
+        return "copy" if self.task == "tile" else "GEMM"
 
     @property
     def title(self) -> str:
-        what = "forward + backward" if self.backward else "forward only"
+        what = "logits to gradient" if self.task == "tile" else "forward + backward" if self.backward else "forward only"
         frozen = "" if self.train_head else ", frozen head"
         return f"{self.suite}: {self.task} {what}{frozen}; {self.shape}"
 
@@ -273,7 +278,14 @@ SUITES: dict[str, Suite] = {
         ),
         Suite("op", "log-probs under an arbitrary upstream gradient", _single("op", "logps"), _SMALL, _TINY),
         Suite("losses", "NLL and every preference loss", _losses, replace(_SMALL, tokens=128), _TINY),
-        Suite("forward", "forward only", _single("forward", "logps", backward=False), _SMALL, _TINY),
+        Suite("forward", "forward only", _single("forward", "logps", backward=False), HEADLINE, _TINY),
+        Suite(
+            "tile",
+            "the element-wise pass alone, against a copy of the tile",
+            _single("tile", "tile", backward=False),
+            replace(HEADLINE, hidden=64),
+            {"tokens": 64},
+        ),
         Suite("frozen", "DPO with a frozen head", _single("frozen", "dpo", train_head=False), _SMALL, _TINY),
         Suite(
             "long",

@@ -102,4 +102,4 @@ def upstream(logps: Tensor, inputs: Inputs) -> Tensor:
 
 def loss_of(task: str) -> Callable[[Tensor, Inputs], Tensor]:
     """The function of a case's task."""
-    return upstream if task == "logps" else LOSSES[task]
+    return upstream if task in ("logps", "tile") else LOSSES[task]

@@ -153,6 +153,7 @@ def measure_here(provider: Provider, case: Case, device: torch.device) -> int:
     work: Work = provider.build(case, inputs)
     if provider.warm_up:
         work.step()
+    work.prepare()
     _return_freed_memory()
     with _peak(device) as peak:
         work.step()

@@ -39,10 +39,12 @@ class Work:
     Attributes:
         step: what is timed: forward and, where the case has one, backward. Its result is what is checked.
         token_logps: per-token log-probs by the same code, for a provider whose step yields only those of sequences.
+        prepare: run before each step and not timed, for a step that overwrites its inputs.
     """
 
     step: Callable[[], Result]
     token_logps: Callable[[], Tensor] | None = None
+    prepare: Callable[[], object] = lambda: None
 
 
 Build = Callable[[Case, Inputs], Work]

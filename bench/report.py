@@ -108,7 +108,7 @@ def table(outcome: Outcome) -> Table:
     """One row a provider. A row that is not ``ok`` has no time and no ratio."""
     result = Table(title=outcome.case.title, title_justify="left", title_style="bold")
     result.add_column("provider", no_wrap=True)
-    for name in ("ms, median (min..max)", "x GEMM", "extra MiB", "max logp err", "rel err dX", "rel err dW"):
+    for name in ("ms, median (min..max)", f"x {outcome.case.floor}", "extra MiB", "max logp err", "rel err dX", "rel err dW"):
         result.add_column(name, justify="right", no_wrap=True)
     result.add_column("schedule / why not", overflow="fold")
     for row in outcome.rows:
@@ -164,10 +164,8 @@ def _quotient(above: float | None, below: float | None) -> float | None:
 
 
 def targets(outcome: Outcome) -> list[Target]:
-    """The project's targets for DPO with a trained head; other cases have none."""
+    """The project's targets for DPO with a trained head, forward only, and the element-wise pass; other cases have none."""
     case = outcome.case
-    if case.suite != "dpo" or case.task != "dpo":
-        return []
 
     def time(name: str) -> float | None:
         row = outcome.row(name)
@@ -177,12 +175,20 @@ def targets(outcome: Outcome) -> list[Target]:
         row = outcome.row(name)
         return None if row is None or row.status != OK or row.errors is None else getattr(row.errors, kind)
 
+    if case.suite == "forward":
+        ratio = _quotient(time("logitless:op"), time("gemm"))
+        return [Target("time of logitless, forward only, over the bare GEMM", ratio, 1.15, False)]
+    if case.suite == "tile":
+        reached = _quotient(time("copy"), time("pass@cpu"))
+        return [Target("share of the copy's bandwidth that the C++ pass reaches", reached, 0.6, True)]
+    if case.suite != "dpo" or case.task != "dpo":
+        return []
     ours = time("logitless")
     return [
         Target("time of plain PyTorch over logitless", _quotient(time("torch"), ours), 2.5, True),
         Target("time of Liger over logitless", _quotient(time("liger"), ours), 2.0, True),
         Target("time of TRL's function over logitless", _quotient(time("trl"), ours), 6.0, True),
-        Target("time of logitless over the bare GEMMs", _quotient(ours, time("gemm")), 1.4, False),
+        Target("time of logitless over the bare GEMMs", _quotient(ours, time("gemm")), 1.15, False),
         *(
             Target(f"{what} of {first} over {second}", _quotient(error(a, kind), error(b, kind)), bound, at_least)
             for what, kind, a, b, bound, at_least in (
@@ -205,11 +211,15 @@ def show(console: Console, outcome: Outcome) -> None:
     console.print(table(outcome))
     gemm = next((row for row in outcome.rows if row.roofline and row.median is not None), None)
     if gemm is not None and max(gemm.seconds) > _BUSY * min(gemm.seconds):
-        console.print(f"  the bare GEMMs took {_time(gemm)} ms: the machine is busy, do not trust the times", highlight=False)
+        console.print(f"  {outcome.case.floor} took {_time(gemm)} ms: the machine is busy, do not trust the times", highlight=False)
     found = targets(outcome)
+    if outcome.case.task == "tile" and gemm is not None and gemm.median is not None:
+        shape = outcome.case.shape
+        moved = 2 * shape.scored * shape.vocab * shape.torch_dtype.itemsize
+        console.print(f"  copy: {moved / gemm.median / 1e9:.1f} GB/s, read and written", highlight=False)
     for target in found:
         console.print(f"  {target}", highlight=False)
-    if found and outcome.case.shape != HEADLINE:
+    if found and outcome.case.task != "tile" and outcome.case.shape != HEADLINE:
         console.print(f"  (the targets are stated for {HEADLINE}, on a 2-core CPU machine)", highlight=False)
     console.print()
 

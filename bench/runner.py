@@ -210,6 +210,7 @@ def _guard(entry: _Entry, action: Callable[[_Entry], None]) -> None:
 def _first_step(entry: _Entry, case: Case, inputs: Inputs, reference: Reference) -> None:
     """Build, warm up, and let nobody pass whose result is wrong."""
     entry.work = entry.provider.build(case, inputs)
+    entry.work.prepare()
     entry.last = entry.work.step()
     entry.row.schedule = entry.last.schedule
     _check(entry, case, inputs, reference)
@@ -231,6 +232,7 @@ def _timed_step(entry: _Entry, device: torch.device) -> None:
     assert entry.work is not None
     entry.last = None
     gc.collect()
+    entry.work.prepare()
     _synchronize(device)
     start = time.perf_counter()
     result = entry.work.step()

@@ -179,7 +179,7 @@ def why_no_cpu_extension() -> list[str]:
 
 
 def cpu_instruction_set() -> str:
-    """The instruction set that the C++ operators use here: ``avx512``, ``avx2`` or ``generic``."""
+    """The instruction set that the C++ operators use here: ``avx512_bf16``, ``avx512``, ``avx2`` or ``generic``."""
     library = _cpu().library
     assert library is not None
     library.logitless_cpu_isa.restype = ctypes.c_char_p

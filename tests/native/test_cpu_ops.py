@@ -353,7 +353,7 @@ def test_bad_arguments_are_named():
             call(**{name: value})
 
 
-ISAS = ("avx512", "avx2", "generic")
+ISAS = ("avx512_bf16", "avx512", "avx2", "generic")
 
 
 @pytest.mark.skipif("LOGITLESS_CPU_ISA" in os.environ, reason="this is the run on one instruction set")

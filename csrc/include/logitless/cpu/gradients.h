@@ -2,8 +2,6 @@
 
 constexpr int64_t kSlice = 512;  // vocabulary entries that dX takes in at a time
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // (count, columns) rows of bf16 as the small GEMM's B: (count / 2, ld, 2); an odd last row is paired with zeros.
 inline void interleave(const uint16_t* rows, int64_t stride, int64_t count, int64_t columns, int64_t ld, uint16_t* out) {
   for (int64_t i = 0; i < count; i += 2) {

@@ -130,11 +130,11 @@ class Scorer {
         for (int64_t t = 0; t < padded_; ++t) sum_row(s, sum)[t] = -__builtin_inff();
       }
     }
-    const int64_t end = smaller_of((s + 1) * kSpanRows, p_.width);
+    const int64_t end = least((s + 1) * kSpanRows, p_.width);
     const bool direct = p_.weight_type == DType::BFloat16;
     Buffer<uint16_t> rounded_rows(direct ? 0 : kUnitRows * p_.hidden);
     for (int64_t v = s * kSpanRows; v < end; v += kUnitRows) {
-      const int64_t height = smaller_of(kUnitRows, end - v), lda = direct ? p_.weight_stride : p_.hidden;
+      const int64_t height = least(kUnitRows, end - v), lda = direct ? p_.weight_stride : p_.hidden;
       const uint16_t* a = static_cast<const uint16_t*>(p_.weight) + v * p_.weight_stride;
       if (!direct) {
         a = rounded_rows.data();
@@ -143,10 +143,10 @@ class Scorer {
         }
       }
       for (int64_t t = 0; t < p_.rows; t += kTokenBlock) {
-        const int64_t width = round_up(smaller_of(kTokenBlock, p_.rows - t), kTokenPad);
+        const int64_t width = round_up(least(kTokenBlock, p_.rows - t), kTokenPad);
         alignas(64) float c[kUnitRows * kTokenBlock];
         for (int64_t h = 0; h < p_.hidden; h += kDepth) {
-          gemm_(height, width, smaller_of(kDepth, p_.hidden - h), lda, width, width, h > 0, a + h,
+          gemm_(height, width, least(kDepth, p_.hidden - h), lda, width, width, h > 0, a + h,
                 p_.tokens + t * p_.hidden + h * width, c);
         }
         for (int64_t g = 0; g < width; g += kLanes) {
@@ -193,7 +193,6 @@ class Scorer {
     int64_t stride, row, height, token, span;
   };
 
-  static int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
   float* sum_row(int64_t span, int sum) { return sums_.data() + (span * kept_ + sum) * padded_; }
   double& total(int sum, int64_t t) { return p_.sums[sum * p_.rows + t]; }
@@ -257,7 +256,7 @@ class Scorer {
   LOGITLESS_INLINE void store(const Unit& u, int64_t i, Vec<float> g) const {
     BF16* out = reinterpret_cast<BF16*>(p_.gradient + (u.row + i) * p_.rows + u.token);
     if (p_.rows - u.token >= kLanes) {
-      Memory<float, BF16>::store(out, g);
+      store_entry<float>(out, g);
     } else if (p_.rows > u.token) {
       store_some<float>(out, g, int(p_.rows - u.token));
     }
@@ -339,7 +338,7 @@ class Scorer {
     const Vec<float> k = load_bits<Vec<float>>(ks + u.token), lowest = splat(-__builtin_inff());
     Vec<float> mix[2] = {splat(1.0f), Vec<float>{}};
     if (p_.mix) {
-      const int count = int(smaller_of(p_.rows - u.token, kLanes));
+      const int count = int(least(p_.rows - u.token, kLanes));
       for (int i = 0; i < 2; ++i) mix[i] = load_some<float>(p_.mix + i * p_.rows + u.token, count > 0 ? count : 0);
     }
     for (int64_t i = 0; i < u.height; ++i) {
@@ -357,12 +356,12 @@ class Scorer {
     Buffer<float> factor(padded_);
     for (int64_t t = 0; t < p_.rows; ++t) factor[t] = float(__builtin_exp(double(k_[t]) - double(top[t])));
     const Raise* next = raises_[s].begin();
-    const int64_t end = smaller_of((s + 1) * kSpanRows, p_.width);
+    const int64_t end = least((s + 1) * kSpanRows, p_.width);
     for (int64_t v = s * kSpanRows; v < end; v += kUnitRows) {
       for (; next != raises_[s].end() && next->row == v; ++next) {
         factor[next->token] = float(__builtin_exp(double(next->k) - double(top[next->token])));
       }
-      rescale_columns(p_.gradient + v * p_.rows, smaller_of(kUnitRows, end - v), p_.rows, factor.data());
+      rescale_columns(p_.gradient + v * p_.rows, least(kUnitRows, end - v), p_.rows, factor.data());
     }
   }
 

@@ -1,6 +1,7 @@
 // The element-wise pass over a block of raw logits whose rows are tokens. Included by kernels.h.
 
 constexpr int kChunk = 1024;  // logits that a row works on at a time, in the L1 cache
+constexpr int kQuickChunk = 4096;  // where it keeps nothing but the entries to write
 
 // Raw logits to logits, for vectors: scale, or soft-cap.
 template <class Real>
@@ -75,10 +76,13 @@ inline void rescale(T* row, int64_t count, Real factor) {
   }
 }
 
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 template <class Real>
 class TileRow {
  public:
-  TileRow(const TilePass& p, int64_t row) : p_(p), transform_(p.head), row_(row) {
+  TileRow(const TilePass& p, int64_t row)
+      : p_(p), transform_(p.head), plain_(!transform_.capped && transform_.inner == 1 && !p.bias && !p.rounding && !p.outputs && p.sums), row_(row) {
     k_ = static_cast<const Real*>(p.k)[row];
     if (p.mix) {
       mix_[0] = static_cast<const Real*>(p.mix)[row];
@@ -155,6 +159,7 @@ class TileRow {
   }
 
   void segment(int64_t c0, int64_t c1, double& top) {
+    while (plain_ && c0 < c1 && quick(c0, least(kQuickChunk, c1 - c0))) c0 += kQuickChunk;
     for (int64_t c = c0; c < c1; c += kChunk) {
       const int64_t end = c + kChunk < c1 ? c + kChunk : c1, count = end - c;
       load(c, end);
@@ -179,6 +184,45 @@ class TileRow {
       }
       if (p_.destination) write(c, count);
     }
+  }
+
+  // A chunk that only has logits to exponentiate, without a stop in memory; false, and nothing done, where k must be raised.
+  bool quick(int64_t c, int64_t count) {
+    Real total = 0;
+    alignas(64) char written[kQuickChunk * sizeof(Real)];  // not to the destination yet: that may be the source
+    with_type<Real>(p_.source, p_.source_type, row_ * p_.source_stride + c, [&](auto* source) {
+      if (!p_.destination) {
+        total = exponentials_between(source, static_cast<Real*>(nullptr), count);
+        return;
+      }
+      with_destination([&](auto* row) {
+        using T = std::remove_pointer_t<decltype(row)>;
+        total = exponentials_between(source, reinterpret_cast<T*>(written), count);
+        if (raised_ || total <= Real(kRaiseSum)) __builtin_memcpy(row + c, written, count * sizeof(T));
+      });
+    });
+    if (!raised_ && !(total <= Real(kRaiseSum))) return false;
+    e_ += total;
+    return true;
+  }
+
+  template <class Source, class T>
+  LOGITLESS_INLINE Real exponentials_between(const Source* source, T* to, int64_t count) const {
+    Vec<Real> sum{};
+    int64_t i = 0;
+    for (; i + lanes <= count; i += lanes) {
+      const Vec<Real> e = exp<Real>(Memory<Real, std::remove_cv_t<Source>>::load(source + i) - k_);
+      sum += e;
+      if (to) store_entry<Real>(to + i, e);
+    }
+    Real total = sum_lanes<Real>(sum);
+    if (i < count) {
+      const int some = int(count - i);
+      const Vec<Real> e = exp<Real>(load_some<Real>(source + i, some) - k_);
+      for (int j = 0; j < some; ++j) total += e[j];
+      if (to) store_some<Real>(to + i, e, some);
+    }
+    return total;
   }
 
   double largest(int64_t count) const {
@@ -269,6 +313,7 @@ class TileRow {
   static constexpr int lanes = Lanes<Real>::count;
   const TilePass& p_;
   const Transform<Real> transform_;
+  const bool plain_;  // nothing asked for but exponentials and their sum
   const int64_t row_;
   Real k_, mix_[2] = {1, 0}, target_ = 0;
   bool raised_ = false;

@@ -180,7 +180,7 @@ struct Kernels {
   void (*scaled_convert)(const ScaledConvert&, ParallelFor);
 };
 
-// Those this machine runs fastest; LOGITLESS_CPU_ISA=avx512, avx2 or generic picks others that it has.
+// Those this machine runs fastest; LOGITLESS_CPU_ISA=avx512_bf16, avx512, avx2 or generic picks others that it has.
 const Kernels& kernels();
 
 // Elements of pack_tokens' (rows padded to 16) and pack_rows' (rows to 2, hidden to 64) outputs.

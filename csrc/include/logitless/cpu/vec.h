@@ -99,6 +99,18 @@ LOGITLESS_INLINE Vec<Real> exp(Vec<Real> x) {
   return x < L::lowest ? splat(Real(0)) : result;
 }
 
+#if LOGITLESS_VECTOR_BYTES == 64
+// The same, subnormal results included, with the instructions for it. Above highest it may also be infinite or NaN.
+template <>
+LOGITLESS_INLINE Vec<float> exp<float>(Vec<float> x) {
+  const __m512 y = _mm512_max_ps(_mm512_set1_ps(-150.0f), (__m512)x);  // in this order NaN stays
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(y, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+  // n * ln(2) is off by n * 2e-9, since the product is not rounded
+  const Vec<float> r = (Vec<float>)_mm512_fnmadd_ps(n, _mm512_set1_ps(0.693147182f), y);
+  return (Vec<float>)_mm512_scalef_ps((__m512)(expm1_near_0(r) + 1.0f), n);
+}
+#endif
+
 // tanh(x), and 1 - tanh(x)^2 without cancellation.
 template <class Real>
 LOGITLESS_INLINE Vec<Real> tanh(Vec<Real> x, Vec<Real>& slope) {
@@ -225,6 +237,18 @@ struct Memory<float, FP16> {
   LOGITLESS_INLINE static Vec<float> load(const FP16* p) { return fp16_to_float(load_bits<Half>(p)); }
   LOGITLESS_INLINE static void store(FP16* p, Vec<float> x) { store_bits(p, float_to_fp16(x)); }
 };
+
+// An entry of the gradient tile: the instruction for bf16 flushes subnormal numbers to 0, which there nobody misses.
+template <class Real, class T>
+LOGITLESS_INLINE void store_entry(T* p, Vec<Real> x) {
+  Memory<Real, T>::store(p, x);
+}
+#ifdef LOGITLESS_AVX512_BF16
+template <>
+LOGITLESS_INLINE void store_entry<float, BF16>(BF16* p, Vec<float> x) {
+  store_bits(p, _mm512_cvtneps_pbh((__m512)x));
+}
+#endif
 
 template <class Real, class T>
 LOGITLESS_INLINE Vec<Real> load_some(const T* p, int count) {
