@@ -211,7 +211,9 @@ def show(console: Console, outcome: Outcome) -> None:
     console.print(table(outcome))
     gemm = next((row for row in outcome.rows if row.roofline and row.median is not None), None)
     if gemm is not None and max(gemm.seconds) > _BUSY * min(gemm.seconds):
-        console.print(f"  {outcome.case.floor} took {_time(gemm)} ms: the machine is busy, do not trust the times", highlight=False)
+        console.print(
+            f"  {outcome.case.floor} took {_time(gemm)} ms: the machine is busy, do not trust the times", highlight=False
+        )
     found = targets(outcome)
     if outcome.case.task == "tile" and gemm is not None and gemm.median is not None:
         shape = outcome.case.shape

@@ -121,6 +121,24 @@ class LossResult:
 
 
 @dataclass(frozen=True)
+class ClosedForm:
+    """A loss of a pair's margin that the compiled operators know: losses and coefficients in one launch, without autograd.
+
+    The margin is the difference of chosen and rejected, per token for ``margin="mean"``; rewards are ``beta`` times each of
+    them, minus its reference.
+
+    Attributes:
+        kind: one of ``logitless.kernels.native.PAIR_LOSSES``.
+        beta, gamma, label_smoothing: numbers of that loss.
+    """
+
+    kind: str
+    beta: float
+    gamma: float = 0.0
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
 class Loss:
     """A loss function and what the engine must know about it.
 
@@ -153,6 +171,11 @@ class Loss:
             raise ValueError(f"margin must be None, 'sum' or 'mean', got {self.margin!r}")
         if self.margin is not None and self.group != "pair":
             raise ValueError(f"margin={self.margin!r} needs group='pair', got group={self.group!r}")
+
+    @property
+    def closed_form(self) -> ClosedForm | None:
+        """What ``fn`` says of itself by an attribute of this name: it cannot outlive a replaced ``fn``."""
+        return None if self.margin is None else getattr(self.fn, "closed_form", None)
 
     def __call__(self, batch: Sequences) -> LossResult:
         result = self.fn(batch)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from logitless.kernels import native
 from logitless.kernels.plan import Step
 from logitless.kernels.stats import RowStats
 
@@ -50,6 +54,8 @@ class Evaluation:
             return None if values is None else values[span]
 
         counted, nll, weights = part(entries.counted), part(entries.nll), part(entries.weights)
+        if sequences and self._is_closed_form():
+            return self._closed_form(sequences, stats.logps, weights, ref_token_logps, needs_grad, sums)
         factor = None if counted is None else counted.to(self.wide)
         if weights is not None:  # tokens of the NLL alone may have any weight, or none
             factor = weights.to(self.wide) if counted is None else torch.where(counted, weights.to(self.wide), 0)
@@ -79,6 +85,65 @@ class Evaluation:
             self.ref_logps[index] = ref
         self.loss += total.detach()
         return None if gradient is None else gradient.to(stats.logps.dtype)
+
+    def _is_closed_form(self) -> bool:
+        """Whether the compiled operators know the only loss, and all it looks at."""
+        entries, (term, *others) = self.job.entries, self.job.terms
+        plain = entries.counted is None and entries.nll is None and not others and term.loss.closed_form is not None
+        return plain and set(term.inputs) <= {"ref_logps"} and self.wide == torch.float64 and native.serves(self.device)
+
+    def _closed_form(
+        self,
+        sequences: list[int],  # chosen and rejected of one pair after the other
+        logps: Tensor,  # (n,)
+        weights: Tensor | None,  # (n,)
+        ref_token_logps: Tensor | None,  # (n,)
+        needs_grad: bool,
+        sums: Callable[[Tensor], Tensor],
+    ) -> Tensor | None:
+        """As ``coefficients``, by one operator."""
+        (term,) = self.job.terms
+        form, mean = term.loss.closed_form, term.loss.margin == "mean"
+        assert form is not None
+        sizes = [self.job.entries.sequence_sizes[s] for s in sequences]
+        units = [self.index_of_group[0][s] for s in sequences[::2]]
+        index = torch.tensor(sequences, dtype=torch.long, device=self.device)
+        lengths = torch.tensor(sizes, dtype=self.wide, device=self.device)
+        ref = None
+        if ref_token_logps is not None:
+            wide = None if weights is None else weights.to(self.wide)
+            ref = sums(_weighted(ref_token_logps.to(self.wide), wide))
+            assert self.ref_logps is not None
+            self.ref_logps[index] = ref
+        if "ref_logps" in term.inputs:
+            there = [m for u in units for m in (u, u + term.num_units)]
+            ref = term.inputs["ref_logps"][torch.tensor(there, device=self.device)].to(self.wide)
+        compared = ref if ref is None or not mean else ref / lengths.clamp(min=1)
+        new = torch.empty(3 * len(units), dtype=self.wide, device=self.device)
+        losses, values = new[: len(units)], new[len(units) :]
+        coefficients = torch.empty_like(logps) if needs_grad else None
+        scale = term.weight / term.num_units
+        torch.ops.logitless.pair_loss(
+            logps,
+            None if weights is None else weights.double(),
+            torch.tensor([0, *itertools.accumulate(sizes)], device=self.device),
+            compared,
+            native.PAIR_LOSSES.index(form.kind),
+            mean,
+            form.beta,
+            form.gamma,
+            form.label_smoothing,
+            scale,
+            losses,
+            values,
+            coefficients,
+        )
+        rewards = form.beta * (values if compared is None else values - compared)
+        self.logps[index] = values * lengths if mean else values
+        self.lengths[index] = lengths
+        self.loss += losses.sum() * scale
+        self.parts[0].append((units, LossResult(losses, rewards[::2], rewards[1::2])))
+        return coefficients
 
     def _terms(
         self,

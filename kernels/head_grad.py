@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import native
 from .gemm import mm_accumulate
 
 _ELEMENTS = 1 << 19  # of [tokens, hidden] that are widened at a time
@@ -97,6 +98,9 @@ def scaled_to_dtype(source: Tensor, factor: Tensor, dtype: torch.dtype, in_place
     if source.dtype == dtype:
         return source.mul_(factor) if in_place else source * factor
     out = torch.empty(source.shape, dtype=dtype, device=source.device)
+    if native.serves(source.device) and source.is_contiguous():
+        torch.ops.logitless.scaled_convert(source, factor.to(source.dtype).reshape(1), out)
+        return out
     for r in range(0, source.shape[0], _ROWS):
         out[r : r + _ROWS].copy_(source[r : r + _ROWS] * factor)
     return out

@@ -178,6 +178,11 @@ def why_no_cpu_extension() -> list[str]:
     return _cpu().reasons
 
 
+def serves(device: torch.device) -> bool:
+    """Whether the operators of both devices run on this one."""
+    return device.type == "cpu" and not why_no_cpu_extension()
+
+
 def cpu_instruction_set() -> str:
     """The instruction set that the C++ operators use here: ``avx512_bf16``, ``avx512``, ``avx2`` or ``generic``."""
     library = _cpu().library

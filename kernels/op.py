@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable as torch_once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+from . import native
 from .backends import Call, choose_backend
 from .checks import (
     check_head,
@@ -231,6 +232,10 @@ def scatter_rows(
     """
     n, width = values.shape
     out = torch.zeros(shape, dtype=dtype, device=values.device)
+    if distinct and base is None and native.serves(values.device) and values.is_contiguous():
+        factor = values.new_ones(1) if factor is None else factor.to(values.dtype).reshape(-1)
+        torch.ops.logitless.scale_scatter(values, rows, factor.contiguous(), out.view(-1, width))
+        return out
     step = max(1, (1 << 19) // max(1, width))
     for r in range(0, n, step):
         part = values[r : r + step]

@@ -6,6 +6,7 @@
 
 #include "gemm.h"
 #include "logitless/cpu/types.h"
+#include "pairs.h"
 
 namespace logitless {
 namespace {
@@ -288,6 +289,32 @@ void scaled_convert(Tensor source, Tensor factor, Tensor out) {
   kernels().scaled_convert(p, run_parallel);
 }
 
+void pair_loss_op(Tensor logps, OptionalTensor weights, Tensor offsets, OptionalTensor ref_logps, int64_t kind, bool mean,
+                  double beta, double gamma, double label_smoothing, double scale, Tensor losses, Tensor sequence_logps,
+                  OptionalTensor coefficients) {
+  PairLossPass p{};
+  p.pairs = losses.numel();
+  p.wide = logps.scalar_type() == ScalarType::Double;
+  const ScalarType acc = p.wide ? ScalarType::Double : ScalarType::Float;
+  check_dense(logps, "logps", acc, logps.numel());
+  check_dense(offsets, "offsets", ScalarType::Long, 2 * p.pairs + 1);
+  check_dense(losses, "losses", ScalarType::Double, p.pairs);
+  check_dense(sequence_logps, "sequence_logps", ScalarType::Double, 2 * p.pairs);
+  check(kind >= 0 && kind < kPairLossKinds, "kind", "must be 0, 1 or 2");
+  p.logps = logps.data_ptr();
+  p.weights = maybe<const double>(weights, "weights", ScalarType::Double, logps.numel());
+  p.offsets = static_cast<const int64_t*>(offsets.data_ptr());
+  check(p.offsets[0] >= 0 && p.offsets[2 * p.pairs] <= logps.numel(), "offsets", "must lie within logps");
+  p.ref_logps = maybe<const double>(ref_logps, "ref_logps", ScalarType::Double, 2 * p.pairs);
+  p.options = {static_cast<int>(kind), beta, gamma, label_smoothing};
+  p.mean = mean;
+  p.scale = scale;
+  p.losses = static_cast<double*>(losses.data_ptr());
+  p.sequence_logps = static_cast<double*>(sequence_logps.data_ptr());
+  p.coefficients = maybe<void>(coefficients, "coefficients", acc, logps.numel());
+  pair_loss(p, run_parallel);
+}
+
 }  // namespace
 }  // namespace logitless
 
@@ -298,6 +325,7 @@ STABLE_TORCH_LIBRARY_IMPL(logitless, CPU, m) {
   m.impl("score_block", TORCH_BOX(&logitless::score_block));
   m.impl("grad_hidden", TORCH_BOX(&logitless::grad_hidden));
   m.impl("grad_weight", TORCH_BOX(&logitless::grad_weight));
+  m.impl("pair_loss", TORCH_BOX(&logitless::pair_loss_op));
   m.impl("indexed_dot", TORCH_BOX(&logitless::indexed_dot));
   m.impl("finish_rows", TORCH_BOX(&logitless::finish_rows));
   m.impl("scale_scatter", TORCH_BOX(&logitless::scale_scatter));

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batch import Loss, LossResult, Margin, Pairs
+from ..batch import ClosedForm, Loss, LossResult, Margin, Pairs
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 DISCOPOP_TAU = 0.05
@@ -164,6 +164,7 @@ DPO_LOSSES: dict[str, Callable[[Scores, DPOOptions], Tensor]] = {
 SMOOTHED = {"sigmoid", "exo_pair", "robust", "aot", "aot_unpaired"}
 DIVERGENT = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 BATCH_COUPLED = {"aot", "aot_unpaired"}
+_CLOSED = {"sigmoid", "hinge", "ipo"}
 _SUM_MARGIN = {"sigmoid", "hinge", "robust", "exo_pair", "discopop"}
 
 
@@ -236,6 +237,9 @@ def dpo(
             margin = "mean"
         elif kinds <= _SUM_MARGIN | {"ipo"} - mean_margin:
             margin = "sum"
+    if margin == "sum" and len(loss_types) == 1 and loss_weights[0] == 1 and not use_weighting and kinds <= _CLOSED:
+        form = ClosedForm(loss_types[0], options.beta, label_smoothing=options.label_smoothing)
+        fn.closed_form = form  # type: ignore[attr-defined]
     coupled = bool(kinds & BATCH_COUPLED) or (use_weighting and "sft" in kinds)
     return Loss(
         fn,

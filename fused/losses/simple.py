@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batch import Loss, LossResult, Margin, Pairs
+from ..batch import ClosedForm, Loss, LossResult, Pairs
 from .dpo import _smoothed
 
 
@@ -29,7 +29,10 @@ def _simpo(pairs: Pairs, beta: float, gamma: float, label_smoothing: float, alph
 def simpo(*, beta: float, gamma: float, label_smoothing: float, alpha: float) -> Loss:
     """SimPO, https://huggingface.co/papers/2405.14734 eq. 6: ``-logsig(beta * (mean logp difference) - gamma)``."""
     fn = partial(_simpo, beta=beta, gamma=gamma, label_smoothing=label_smoothing, alpha=alpha)
-    return Loss(fn, margin="mean" if alpha == 0 else None)
+    if alpha != 0:
+        return Loss(fn)
+    fn.closed_form = ClosedForm("sigmoid", beta, gamma, label_smoothing)  # type: ignore[attr-defined]
+    return Loss(fn, margin="mean")
 
 
 def _cpo_sigmoid(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
@@ -66,10 +69,10 @@ def _cpo(pairs: Pairs, beta: float, cpo_alpha: float, loss_type: str, label_smoo
 def cpo(*, beta: float, cpo_alpha: float, loss_type: str, label_smoothing: float, alpha: float) -> Loss:
     """CPO: a loss of the log-prob margin (per-token means for ``ipo``) plus ``cpo_alpha`` times the chosen NLL."""
     fn = partial(_cpo, beta=beta, cpo_alpha=cpo_alpha, loss_type=loss_type, label_smoothing=label_smoothing, alpha=alpha)
-    margin: Margin | None = None
-    if cpo_alpha == 0 and alpha == 0:
-        margin = "mean" if loss_type == "ipo" else "sum"
-    return Loss(fn, margin=margin, uses_nll=cpo_alpha != 0)
+    if cpo_alpha != 0 or alpha != 0:
+        return Loss(fn, uses_nll=cpo_alpha != 0)
+    fn.closed_form = ClosedForm(loss_type, beta, label_smoothing=label_smoothing)  # type: ignore[attr-defined]
+    return Loss(fn, margin="mean" if loss_type == "ipo" else "sum")
 
 
 #: The mean log-probability at which ORPO's odds saturate: p = 1 would have infinite odds.

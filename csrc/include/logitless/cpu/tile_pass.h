@@ -322,6 +322,7 @@ class TileRow {
 };
 
 inline void tile_pass(const TilePass& p, ParallelFor run) {
+  if (p.rows == 0) return;
   const int64_t some = p.width > 0 ? (1 << 16) / p.width + 1 : p.rows;  // rows a task: a task is worth its start
   parallel(run, (p.rows + some - 1) / some, [&](int64_t task) {
     const int64_t end = task * some + some < p.rows ? task * some + some : p.rows;

@@ -1,0 +1,319 @@
+// The streaming pass over a tile of logits: exponentials relative to an offset, their sums, and the gradient tile.
+//
+// A block takes a row, chunk by chunk. Chunks, and the elements of each thread in them, follow from the width and the type of
+// the source alone: neither the destination, nor alignment, nor other rows change a bit of a row's sums.
+#pragma once
+
+#include "head.cuh"
+#include "ops.cuh"
+#include "reduce.cuh"
+#include "vector.cuh"
+
+namespace logitless::cuda {
+
+// What the pass does besides writing the destination. A template, since each costs registers and instructions an element.
+enum class Extra { kNothing, kSum, kStatistics };  // 0, 1 and 2 in the names of kernels
+
+constexpr int kMaxTileThreads = 256;
+constexpr double kFloor = -1000;  // exp underflows below it; keeps -inf * 0 out of sums
+
+// 64 bytes of a row in flight for every thread: some 25 kB an SM hide an H100's latency, and 3 blocks of 256 have 48 kB.
+template <typename Source>
+struct Layout {
+  using Acc = Accumulate<Source>;
+  static constexpr int kVector = kAccess / static_cast<int>(sizeof(Source));
+  static constexpr int kElements = sizeof(Source) == 8 ? 8 : 16;
+  static constexpr int kVectors = kElements / kVector;
+};
+
+// exp(30)^2 * 2^18 is far from overflow in float32 and bfloat16. float16 ends at exp(11.09).
+template <typename Acc>
+__device__ inline Acc raise_above(const TilePass& op) {
+  return op.destination != nullptr && op.destination_dtype == DType::kFloat16 ? Acc{11} : Acc{30};
+}
+
+// A thread's share of a chunk. All loads are issued before one is waited for.
+template <typename Source>
+__device__ inline void load_chunk(
+    const Source* row,
+    int column,
+    int step,
+    int width,
+    bool aligned,
+    Accumulate<Source> (&z)[Layout<Source>::kVectors][Layout<Source>::kVector]) {
+  using L = Layout<Source>;
+  if (aligned && column + (L::kVectors - 1) * step + L::kVector <= width) {
+    Words<Source, L::kVector> words[L::kVectors];
+#pragma unroll
+    for (int u = 0; u < L::kVectors; ++u) words[u] = load_words<Source, L::kVector>(row + column + u * step);
+#pragma unroll
+    for (int u = 0; u < L::kVectors; ++u) unpack<Source, L::kVector>(words[u], z[u]);
+  } else {
+#pragma unroll
+    for (int u = 0; u < L::kVectors; ++u) load<Source, L::kVector>(row, column + u * step, width, aligned, z[u]);
+  }
+}
+
+// A row's column of the label: -1 where it is before the block, and beyond every column where it is after it.
+__device__ inline int label_column(int64_t label, int64_t first, int64_t width) {
+  const int64_t column = label - first;
+  return column < 0 ? -1 : column >= width ? INT32_MAX : static_cast<int>(column);
+}
+
+// z of one column.
+template <typename Source>
+__device__ inline Accumulate<Source> logit(
+    const TilePass& op, const Head<Accumulate<Source>>& head, const Source* row, int column) {
+  Accumulate<Source> z[1] = {widen(row[column])};
+  if (op.bias != nullptr) {
+    with_type(op.bias_dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      z[0] += static_cast<Accumulate<Source>>(widen(static_cast<const T*>(op.bias)[column]));
+    });
+  }
+  head.transform(z);
+  return z[0];
+}
+
+// One row's running results, in each thread for its own elements.
+template <typename Acc>
+struct RowSums {
+  Acc e = 0, ez = 0, ee = 0, z = 0;
+  Acc before = -INFINITY, after = -INFINITY;
+
+  // Brings the sums from offset k to k - shift.
+  __device__ inline void rescale(Acc shift) {
+    const Acc f = exponential(shift);
+    ez = f > 0 ? (ez + shift * e) * f : Acc{0};  // shift may be -inf where f is 0
+    e = rounded_product(e, f);
+    ee *= f * f;
+  }
+};
+
+// Raises the offset for what is left of a row, from the chunk at `start` on. top: the largest logit of this thread in it.
+template <typename Source>
+__device__ inline Accumulate<Source> raised_offset(
+    const TilePass& op,
+    const Head<Accumulate<Source>>& head,
+    const Source* row,
+    int next,  // first column after the chunk
+    int at,
+    Accumulate<Source> top,
+    double* shared) {
+  const int width = static_cast<int>(op.width);
+#pragma unroll 1
+  for (int column = next + static_cast<int>(threadIdx.x); column < width; column += static_cast<int>(blockDim.x)) {
+    if (column != at) top = larger(top, logit(op, head, row, column));
+  }
+  return block_max(top, shared);
+}
+
+// Multiplies what is already written of a row, but for the label's entry.
+template <typename Acc>
+__device__ inline void rescale_prefix(const TilePass& op, char* destination, int count, int at, Acc factor) {
+  with_type(op.destination_dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    T* row = reinterpret_cast<T*>(destination);
+#pragma unroll 1
+    for (int column = static_cast<int>(threadIdx.x); column < count; column += static_cast<int>(blockDim.x)) {
+      if (column != at) row[column] = narrow<T>(static_cast<Acc>(widen(row[column])) * factor);
+    }
+  });
+}
+
+// Adds the block's results to the row's in memory, which are relative to k + shift. Called by one thread.
+template <Extra kExtra, typename Totals>
+__device__ inline void add_sums(const TilePass& op, int64_t row, const Totals& totals, double shift) {
+  const double f = shift == 0 ? 1.0 : exp(shift);
+  auto& e = op.sums[kSumE * op.sums_stride + row];
+  if constexpr (kExtra == Extra::kStatistics) {
+    if (op.outputs & kEntropy) {
+      auto& ez = op.sums[kSumEz * op.sums_stride + row];
+      ez = (f > 0 ? (ez + shift * e) * f : 0.0) + totals.value[1];
+    }
+    if (op.outputs & kSquares) {
+      auto& ee = op.sums[kSumEe * op.sums_stride + row];
+      ee = ee * f * f + totals.value[2];
+    }
+    if (op.outputs & kLogitSum) op.sums[kSumZ * op.sums_stride + row] += totals.value[3];
+    if (op.outputs & kTopOne) {
+      auto& before = op.sums[kBefore * op.sums_stride + row];
+      auto& after = op.sums[kAfter * op.sums_stride + row];
+      before = larger(before, totals.value[4]);
+      after = larger(after, totals.value[5]);
+    }
+  }
+  e = fused_multiply_add(e, f, totals.value[0]);
+}
+
+template <typename Source, Extra kExtra>
+__global__ void __launch_bounds__(kMaxTileThreads, sizeof(Source) == 8 ? 2 : 3)
+    tile_pass_kernel(const TilePass op, const Head<Accumulate<Source>> head) {
+  using L = Layout<Source>;
+  using Acc = typename L::Acc;
+  using Totals = Reduction<kExtra == Extra::kStatistics ? 4 : 1, kExtra == Extra::kStatistics ? 2 : 0>;
+  constexpr bool kSumming = kExtra != Extra::kNothing;
+  __shared__ double shared[kSumming ? kMaxTileThreads / kWarp * Totals::kValues : 1];
+
+  const int width = static_cast<int>(op.width);
+  const int step = static_cast<int>(blockDim.x) * L::kVector;
+  const int lane_column = static_cast<int>(threadIdx.x) * L::kVector;
+  const Acc limit = raise_above<Acc>(op);
+
+  for (int64_t row = blockIdx.x; row < op.n; row += gridDim.x) {
+    const Source* source = static_cast<const Source*>(op.source) + row * op.source_stride;
+    char* destination = nullptr;
+    if (op.destination != nullptr) {
+      destination = static_cast<char*>(op.destination) + row * op.destination_stride * size_of(op.destination_dtype);
+    }
+    const bool aligned = is_aligned<Source, L::kVector>(source);
+    const int at = label_column(op.labels[row], op.first, op.width);
+    Acc mix[2] = {1, 0};
+    if (kExtra == Extra::kNothing && op.mix != nullptr) {
+      mix[0] = static_cast<const Acc*>(op.mix)[row];
+      mix[1] = static_cast<const Acc*>(op.mix)[op.mix_stride + row];
+    }
+    Acc k = static_cast<const Acc*>(op.k)[row];
+    bool raised = false;
+    RowSums<Acc> sums;
+
+    for (int start = 0; start < width; start += step * L::kVectors) {
+      Acc z[L::kVectors][L::kVector];
+      load_chunk<Source>(source, start + lane_column, step, width, aligned, z);
+      Acc top = -INFINITY;
+#pragma unroll
+      for (int u = 0; u < L::kVectors; ++u) {
+        const int column = start + u * step + lane_column;
+        if (op.bias != nullptr) {
+          Acc bias[L::kVector];
+          load_any(op.bias, op.bias_dtype, column, width, bias);
+#pragma unroll
+          for (int i = 0; i < L::kVector; ++i) z[u][i] += bias[i];
+        }
+        head.transform(z[u]);
+        if constexpr (kSumming) {
+          const bool has_label = static_cast<unsigned>(at - column) < static_cast<unsigned>(L::kVector);
+          if (has_label || column + L::kVector > width) {  // one vector of a row, and the last
+#pragma unroll
+            for (int i = 0; i < L::kVector; ++i) {
+              const bool inside = column + i < width;
+              if constexpr (kExtra == Extra::kStatistics) {
+                sums.z += z[u][i];  // 0 beyond the row, as load fills in and T keeps
+                if (column + i == at && (op.outputs & kTopOne)) op.sums[kTarget * op.sums_stride + row] = z[u][i];
+              }
+              if (!inside || column + i == at) z[u][i] = -INFINITY;
+              if constexpr (kExtra == Extra::kStatistics) {
+                if (column + i < at) sums.before = larger(sums.before, z[u][i]);
+                if (column + i > at) sums.after = larger(sums.after, z[u][i]);
+              }
+              top = larger(top, z[u][i]);
+            }
+          } else {
+            Acc largest = z[u][0], total = z[u][0];
+#pragma unroll
+            for (int i = 1; i < L::kVector; ++i) {
+              largest = larger(largest, z[u][i]);
+              total += z[u][i];
+            }
+            top = larger(top, largest);
+            if constexpr (kExtra == Extra::kStatistics) {
+              sums.z += total;
+              if (column < at) {
+                sums.before = larger(sums.before, largest);
+              } else {
+                sums.after = larger(sums.after, largest);
+              }
+            }
+          }
+        }
+      }
+
+      if (kSumming && !raised) {
+        // Also the barrier that an overlapping destination needs, which is why all threads stop at the same chunk.
+        if (__syncthreads_or(top - k > limit)) {
+          const Acc new_k = raised_offset(op, head, source, start + step * L::kVectors, at, top, shared);
+          const Acc shift = k - new_k;
+          sums.rescale(shift);
+          if (destination != nullptr) rescale_prefix(op, destination, start, at, exponential(shift));
+          k = new_k;
+          raised = true;
+        }
+      } else if (op.overlapping) {
+        __syncthreads();
+      }
+
+      Acc chunk_e = 0;  // adding a chunk first keeps the rounding of a long row's sum small
+#pragma unroll
+      for (int u = 0; u < L::kVectors; ++u) {
+        const int column = start + u * step + lane_column;
+        Acc g[L::kVector];
+#pragma unroll
+        for (int i = 0; i < L::kVector; ++i) {
+          const Acc d = z[u][i] - k;
+          g[i] = exponential(d);
+          if constexpr (kSumming) chunk_e += g[i];
+          if constexpr (kExtra == Extra::kStatistics) {
+            sums.ez = fused_multiply_add(larger(d, Acc(kFloor)), g[i], sums.ez);
+            sums.ee = fused_multiply_add(g[i], g[i], sums.ee);
+          }
+        }
+        if (!kSumming && op.mix != nullptr) {
+#pragma unroll
+          for (int i = 0; i < L::kVector; ++i) {
+            g[i] *= fused_multiply_add(mix[1], larger(z[u][i] - k, Acc(kFloor)), mix[0]);
+          }
+        }
+        if (destination != nullptr && column < width) {
+          if (head.capped) {
+#pragma unroll
+            for (int i = 0; i < L::kVector; ++i) g[i] *= head.slope(z[u][i]);
+          }
+          if (static_cast<unsigned>(at - column) < static_cast<unsigned>(L::kVector)) {
+            const Acc entry = op.at_target != nullptr ? static_cast<const Acc*>(op.at_target)[row] : Acc{0};
+#pragma unroll
+            for (int i = 0; i < L::kVector; ++i) g[i] = column + i == at ? entry : g[i];
+          }
+          store_any(destination, op.destination_dtype, column, width, g);
+        }
+      }
+      sums.e += chunk_e;
+    }
+
+    if constexpr (kSumming) {
+      Totals totals;
+      totals.value[0] = sums.e;
+      if constexpr (kExtra == Extra::kStatistics) {
+        totals.value[1] = sums.ez;
+        totals.value[2] = sums.ee;
+        totals.value[3] = sums.z;
+        totals.value[4] = sums.before;
+        totals.value[5] = sums.after;
+      }
+      totals.over_block(shared);
+      if (threadIdx.x == 0) {
+        Acc& given_k = static_cast<Acc*>(op.k)[row];
+        add_sums<kExtra>(op, row, totals, static_cast<double>(given_k) - static_cast<double>(k));
+        given_k = k;
+      }
+    }
+  }
+}
+
+// Threads for a row: enough work for each that the reduction at its end is small beside it, and no fewer than a warp.
+inline int tile_threads(int64_t width) {
+  int threads = kWarp;
+  while (threads < kMaxTileThreads && int64_t{threads} * 64 < width) threads *= 2;
+  return threads;
+}
+
+template <typename Source>
+void launch_tile_pass(const TilePass& op, cudaStream_t stream) {
+  const Head<Accumulate<Source>> head(op.logit_scale, op.softcap, op.temperature, op.rounding);
+  auto* kernel = tile_pass_kernel<Source, Extra::kNothing>;
+  if (op.sums != nullptr) {
+    kernel = op.outputs != 0 ? tile_pass_kernel<Source, Extra::kStatistics> : tile_pass_kernel<Source, Extra::kSum>;
+  }
+  LOGITLESS_LAUNCH(kernel, blocks_for(op.n, 1), tile_threads(op.width), stream, op, head);
+}
+
+}  // namespace logitless::cuda

@@ -1,0 +1,265 @@
+"""The smaller CUDA operators on the emulator, what the bindings refuse, and all emulated tests under sanitizers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from .emulated import BF16, COMPILER, F16, F32, F64, ROOT, SANITIZED, TYPES, beside_is_untouched, make_tile, matrix
+from .operators import EPSILON, EVERYTHING, PairCase, Tile, accumulate, expected_dot, expected_pairs, new_sums
+
+
+def test_no_rows_and_no_columns(ops):
+    for n, width in ((0, 10), (3, 0), (0, 0)):
+        labels = torch.zeros(n, dtype=torch.long)
+        sums = new_sums(n)
+        Tile(torch.empty(n, width), torch.empty(n, width), labels, torch.zeros(n), sums=sums).run(ops)
+        assert torch.equal(sums, new_sums(n))
+    ops.indexed_dot(torch.empty(0, 4), torch.empty(7, 4), None, torch.empty(0, dtype=torch.long), False, torch.empty(0))
+    ops.scale_scatter(torch.empty(0, 4), torch.empty(0, dtype=torch.long), torch.ones(1), torch.empty(7, 4))
+    ops.scaled_convert(torch.empty(0, 4), torch.ones(1), torch.empty(0, 4, dtype=BF16))
+    none = torch.empty(0, dtype=F64)
+    ops.pair_loss(torch.empty(0), None, torch.zeros(1, dtype=torch.long), None, 0, False, 1, 0, 0, 1, none, none, None)
+
+
+@pytest.mark.parametrize("x", TYPES)
+@pytest.mark.parametrize("weight", TYPES)
+def test_indexed_dot(ops, x, weight):
+    for hidden in (1, 37, 256, 1500):
+        check_indexed_dot(ops, x, weight, hidden)
+
+
+def check_indexed_dot(ops, x, weight, hidden):
+    n, vocab, match = 9, 23, hidden % 2 == 0
+    g = torch.Generator().manual_seed(hidden)
+    a = matrix(n, hidden, x, pad=hidden % 3, skip=hidden % 5, values=torch.randn(n, hidden, generator=g))
+    w = matrix(vocab, hidden, weight, pad=hidden % 2, skip=1, values=torch.randn(vocab, hidden, generator=g))
+    labels = torch.randint(0, vocab, (n,), generator=g)
+    bias = None if hidden == 37 else torch.randn(vocab, generator=g).to(weight)
+    out = torch.full((n,), math.nan, dtype=accumulate(x))
+    ops.indexed_dot(a, w, bias, labels, match, out)
+    expected, scale = expected_dot(a, w, bias, labels, match)
+    limit = 8 * EPSILON[accumulate(x)] * scale + (2 * EPSILON[x] * expected.abs() if match else 0)
+    assert ((out.double() - expected).abs() <= limit).all()
+
+
+def test_indexed_dot_of_a_label_out_of_range_reads_nothing_foreign(ops):
+    x, weight, out = torch.randn(3, 8), torch.randn(5, 8), torch.zeros(3)
+    ops.indexed_dot(x, weight, None, torch.tensor([5, -1, 4]), False, out)
+    assert out.isnan().tolist() == [True, True, False]
+
+
+PAIR_CASES = [
+    PairCase(0, False),
+    PairCase(0, True, 2.0, 0.7, 0.1, 0.25),
+    PairCase(0, False, 0.1, 0.0, 0.5),
+    PairCase(1, False, 0.05),
+    PairCase(1, True),
+    PairCase(2, False, 0.1, scale=3.0),
+    PairCase(2, True),
+]
+
+
+@pytest.mark.parametrize("case", PAIR_CASES, ids=str)
+def test_pair_loss(emulated, ops, case):
+    for weights, dtype in itertools.product((None, F32, BF16, F16, F64, torch.bool), (F32, F64)):
+        check_pair_loss(emulated, ops, case, weights, dtype)
+
+
+def check_pair_loss(emulated, ops, case, weights, dtype):
+    with_ref = weights in (None, BF16)
+    lengths = [5, 700, 0, 3, 64, 0, 0, 0, 1, 33]
+    g = torch.Generator().manual_seed(1)
+    offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    n, pairs = int(offsets[-1]), len(lengths) // 2
+    logps = -torch.rand(n, generator=g).to(dtype) * 3
+    w = None
+    if weights is not None:
+        w = (torch.rand(n, generator=g) * (torch.rand(n, generator=g) > 0.3)).to(weights)
+        if weights == torch.bool:
+            w = torch.rand(n, generator=g) > 0.3
+        logps[w == 0] = math.nan  # a token without weight changes nothing, whatever stands there
+    ref = torch.randn(2 * pairs, generator=g, dtype=F64) * 5 if with_ref else None
+    losses, sequences = torch.full((pairs,), math.nan, dtype=F64), torch.full((2 * pairs,), math.nan, dtype=F64)
+    coefficients = torch.full((n,), math.nan, dtype=dtype)
+    wanted = expected_pairs(case, logps.nan_to_num(), w, offsets, ref)
+    numbers = (case.kind, case.mean, case.beta, case.gamma, case.label_smoothing, case.scale)
+    emulated.order(case.kind)
+    ops.pair_loss(logps, w, offsets, ref, *numbers, losses, sequences, coefficients)
+    torch.testing.assert_close(sequences, wanted[1], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(losses, wanted[0], rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(coefficients.double(), wanted[2], rtol=4 * EPSILON[dtype] + 1e-11, atol=1e-15)
+    alone = torch.zeros_like(losses)
+    ops.pair_loss(logps, w, offsets, ref, *numbers, alone, sequences, None)
+    assert torch.equal(alone, losses)
+
+
+@pytest.mark.parametrize("delta", [-5000.0, -50.0, 0.0, 50.0, 5000.0])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_pair_loss_far_from_the_margin(ops, delta, label_smoothing):
+    logps = torch.tensor([delta, 0.0], dtype=F64)
+    case = PairCase(0, False, 1.0, label_smoothing=label_smoothing)
+    losses, sequences, coefficients = torch.zeros(1, dtype=F64), torch.zeros(2, dtype=F64), torch.zeros(2, dtype=F64)
+    offsets = torch.tensor([0, 1, 2])
+    ops.pair_loss(logps, None, offsets, None, 0, False, 1.0, 0.0, label_smoothing, 1.0, losses, sequences, coefficients)
+    wanted = expected_pairs(case, logps, None, offsets, None)
+    torch.testing.assert_close(losses, wanted[0], rtol=1e-13, atol=0)
+    torch.testing.assert_close(coefficients, wanted[2], rtol=1e-12, atol=0)
+    if delta == 0:
+        assert losses.item() == math.log(2)
+
+
+@pytest.mark.parametrize("values", [F32, F64])
+@pytest.mark.parametrize("out", TYPES)
+def test_scale_scatter(ops, values, out):
+    for width, each in itertools.product((1, 7, 64, 2100), (False, True)):
+        check_scale_scatter(ops, values, out, width, each)
+
+
+def check_scale_scatter(ops, values, out, width, each):
+    n, rows = 6, 11
+    g = torch.Generator().manual_seed(width)
+    source = matrix(n, width, values, pad=width % 3, skip=1, values=torch.randn(n, width, generator=g))
+    target = matrix(rows, width, out, pad=1, skip=width % 4, values=torch.zeros(rows, width))
+    index = torch.randperm(rows, generator=g)[:n]
+    factor = torch.randn(n if each else 1, generator=g).to(values)
+    ops.scale_scatter(source, index, factor, target)
+    expected = torch.zeros(rows, width, dtype=out)
+    expected[index] = (source * factor[:, None]).to(out)
+    assert torch.equal(target, expected)
+    assert beside_is_untouched(target)
+
+
+@pytest.mark.parametrize("source", TYPES)
+@pytest.mark.parametrize("out", TYPES)
+def test_scaled_convert(ops, source, out):
+    for count, skip in itertools.product((1, 8, 2047, 20_001), (0, 1)):
+        check_scaled_convert(ops, source, out, count, skip)
+
+
+def check_scaled_convert(ops, source, out, count, skip):
+    a = matrix(1, count, source, skip=skip, values=torch.randn(1, count, generator=torch.Generator().manual_seed(count)))
+    b = matrix(1, count, out, skip=skip)
+    factor = torch.tensor([1.7], dtype=accumulate(source))
+    ops.scaled_convert(a, factor, b)
+    assert torch.equal(b, (a.to(factor.dtype) * factor).to(out))
+    if source == out:
+        ops.scaled_convert(a, factor, a)
+        assert torch.equal(a, b)
+
+
+def call(ops, **changes):
+    tile = make_tile(4, 20, outputs=EVERYTHING)
+    for name, value in changes.items():
+        setattr(tile, name, value)
+    tile.run(ops)
+
+
+BAD_TILES = {
+    "source must have 2 dimension": {"source": torch.zeros(4)},
+    "source must be float32, bfloat16": {"source": torch.zeros(4, 20, dtype=torch.int32)},
+    "source must have stride 1": {"source": torch.zeros(20, 4).t()},
+    "destination must have size 20 in dimension 1": {"destination": torch.zeros(4, 21)},
+    "destination must be float32, bfloat16": {"destination": torch.zeros(4, 20, dtype=torch.int64)},
+    "destination must have rows that do not overlap": {"destination": torch.zeros(20).expand(4, 20)},
+    "destination or sums must be given": {"destination": None, "sums": None},
+    "bias must have an entry for each of the columns 3 to 23, got 22": {"bias": torch.zeros(22), "first": 3},
+    "labels must be int64, got int32": {"labels": torch.zeros(4, dtype=torch.int32)},
+    "labels must have size 4": {"labels": torch.zeros(5, dtype=torch.long)},
+    "k must be float32, got float64": {"k": torch.zeros(4, dtype=F64)},
+    "sums must have size 7": {"sums": torch.zeros(6, 4, dtype=F64)},
+    "sums must be float64, got float32": {"sums": torch.zeros(7, 4)},
+    "mix must not be given with sums": {"mix": torch.zeros(2, 4)},
+    "mix must have size 2": {"mix": torch.zeros(3, 4), "sums": None},
+    "at_target must be float32": {"at_target": torch.zeros(4, dtype=F64)},
+    "logit_scale must be finite": {"logit_scale": math.nan},
+    "softcap must be finite and >= 0, got -1": {"softcap": -1.0},
+    "temperature must be finite and > 0, got 0": {"temperature": 0.0},
+    "first must be >= 0": {"first": -1},
+    "outputs must be a sum": {"outputs": 16},
+    "rounding must be 0, 1 or 2, got 3": {"rounding": 3},
+}
+
+
+@pytest.mark.parametrize("message", BAD_TILES)
+def test_a_bad_argument_is_named(ops, message):
+    with pytest.raises(RuntimeError, match=message):
+        call(ops, **BAD_TILES[message])
+
+
+def test_bad_arguments_of_the_other_operators_are_named(ops):
+    labels, out = torch.zeros(2, dtype=torch.long), torch.zeros(2)
+    x, w = torch.zeros(2, 8), torch.zeros(5, 8)
+    with pytest.raises(RuntimeError, match="weight must have size 8"):
+        ops.indexed_dot(x, torch.zeros(5, 9), None, labels, False, out)
+    with pytest.raises(RuntimeError, match="out must be float32, got bfloat16"):
+        ops.indexed_dot(x, w, None, labels, False, out.bfloat16())
+    with pytest.raises(RuntimeError, match="bias must have size 5"):
+        ops.indexed_dot(x, w, torch.zeros(4), labels, False, out)
+    one, two = torch.zeros(1, dtype=F64), torch.zeros(2, dtype=F64)
+    offsets = torch.tensor([0, 1, 2])
+    with pytest.raises(RuntimeError, match="kind must be 0, 1 or 2, got 3"):
+        ops.pair_loss(out, None, offsets, None, 3, False, 1, 0, 0, 1, one, two, None)
+    with pytest.raises(RuntimeError, match="offsets must have size 3"):
+        ops.pair_loss(out, None, offsets[:2], None, 0, False, 1, 0, 0, 1, one, two, None)
+    with pytest.raises(RuntimeError, match="logps must be float32 or float64, got float16"):
+        ops.pair_loss(out.half(), None, offsets, None, 0, False, 1, 0, 0, 1, one, two, None)
+    with pytest.raises(RuntimeError, match="factor must have size 2"):
+        ops.scale_scatter(x, labels, torch.zeros(3), w)
+    with pytest.raises(RuntimeError, match="values must be float32 or float64"):
+        ops.scale_scatter(x.half(), labels, torch.zeros(1), w)
+    with pytest.raises(RuntimeError, match="source must be contiguous"):
+        ops.scaled_convert(torch.zeros(8, 2).t(), torch.zeros(1), x)
+    with pytest.raises(RuntimeError, match="out must have size 2 in dimension 0"):
+        ops.scaled_convert(x, torch.zeros(1), w)
+
+
+def test_memory_shared_in_another_way_is_refused(ops):
+    buffer = torch.zeros(8 * 100)
+    source = buffer.as_strided((4, 50), (100, 1), 0)
+    narrow = buffer.view(BF16)
+    shared = [
+        buffer.as_strided((4, 50), (100, 1), 1),  # shifted by an element
+        buffer.as_strided((4, 50), (100, 1), 100),  # shifted by a row
+        buffer.as_strided((4, 50), (60, 1), 0),  # another stride
+        narrow.as_strided((4, 50), (200, 1), 2),
+        narrow.as_strided((4, 50), (100, 1), 0),  # dense rows over padded ones
+        buffer.view(F64).as_strided((4, 50), (50, 1), 0),  # wider than the source
+    ]
+    for destination in shared:
+        with pytest.raises(RuntimeError, match="destination must not share memory with source"):
+            call(ops, source=source, destination=destination, labels=torch.zeros(4, dtype=torch.long), **wide(50))
+    with pytest.raises(RuntimeError, match="out must not share memory with source"):
+        ops.scaled_convert(buffer[:100], torch.ones(1), narrow[:100])
+
+
+def wide(width: int) -> dict:
+    return {"k": torch.zeros(4), "at_target": None, "sums": new_sums(4), "bias": torch.zeros(width)}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(SANITIZED, reason="is running")
+def test_no_access_out_of_bounds_or_off_alignment():
+    """These tests again, in a process with the address sanitizer, which must be there from the start."""
+    files = [str(ROOT / "tests/native" / name) for name in ("test_cuda_emulated.py", "test_cuda_emulated_ops.py")]
+    runtimes = []
+    for name in ("libasan.so", "libstdc++.so.6"):  # the sanitizer looks for the function that throws when it starts
+        found = subprocess.run(
+            [COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        if not Path(found).is_file():
+            pytest.skip(f"the compiler has no {name}")
+        runtimes.append(found)
+    variables = {"LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0", "LOGITLESS_EMULATOR_SANITIZED": "1"}
+    same_addresses = "applies_the_head or leaves_rows or do_not_depend or masked or not_finite or far_from or bad_argument"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--capture=sys", "-p", "no:cacheprovider", *files]
+    command += ["-k", f"not ({same_addresses})"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
