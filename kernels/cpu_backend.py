@@ -7,6 +7,7 @@ is done by the blockwise algorithm of ``torch_backend``, its element-wise passes
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -21,15 +22,27 @@ from .stats import CoreOptions, RowStats
 from .torch_backend import gradient_factors
 from .torch_scan import blocks, combine, target_logit_and_slope
 
+log = logging.getLogger("logitless")
 _ops = torch.ops.logitless
 _MIN_TOKENS = 64
 
 
-def _takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether the small GEMM serves this call; it reads pairs of neighbours in rows of both operands."""
+def why_no_small_gemm(x: Tensor, weight: Tensor) -> str | None:
+    """The reason why the small GEMM cannot serve a call; it reads pairs of neighbours in rows of both operands."""
     if x.dtype != torch.bfloat16 or weight.dtype == torch.float64:
-        return False
-    return x.shape[1] % 2 == 0 and x.shape[1] > 0 and weight.stride(1) == 1 and has_bf16_gemm()
+        return f"hidden states are {x.dtype} and the weight is {weight.dtype}"
+    if x.shape[1] % 2 or not x.shape[1]:
+        return f"a hidden size of {x.shape[1]} is not even"
+    if weight.stride(1) != 1:
+        return "the weight's rows are not contiguous"
+    return None if has_bf16_gemm() else "oneDNN has no bfloat16 GEMM with a float32 result on this CPU"
+
+
+def _takes(x: Tensor, weight: Tensor) -> bool:
+    reason = why_no_small_gemm(x, weight)
+    if reason is not None:
+        log.debug("cpu backend: a GEMM by PyTorch and a pass over its result, since %s", reason)
+    return reason is None
 
 
 def _rows(x: Tensor) -> Tensor:

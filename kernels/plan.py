@@ -21,6 +21,9 @@ _WORKSPACE = 32 << 20
 #: float32 buffers of the element-wise pass, in elements of its cache block: the block, a second one, the soft-cap's square.
 _PASS_BUFFERS = 3
 
+#: Statistics of a token, and what the C++ backend adds up for it: without and with other outputs than logps.
+_TOKEN_BYTES = (384, 2048)
+
 FORWARD_ONLY = "forward_only"
 GRADIENT_IN_FORWARD = "gradient_in_forward"
 DEFERRED_SCALE = "deferred_scale"
@@ -66,6 +69,7 @@ class Plan:
         extra_bytes: upper bound on what the call allocates beyond its inputs, gradients included.
         accumulate: whether dW is collected in a float32 buffer of the weight's size.
         options: what backends are told.
+        backend: the name of the one that serves the call on this machine.
         reason: why this schedule.
     """
 
@@ -76,12 +80,13 @@ class Plan:
     extra_bytes: int
     accumulate: bool
     options: CoreOptions
+    backend: str
     reason: str
 
     def __str__(self) -> str:
         return (
             f"{self.schedule}: {self.passes:.2f}*N*H*V FLOP ({self.flops / 1e9:.3g} GFLOP), "
-            f"{len(self.steps)} step(s), at most {self.extra_bytes / 2**20:.1f} MiB extra; {self.reason}"
+            f"{len(self.steps)} step(s) on backend {self.backend}, at most {self.extra_bytes / 2**20:.1f} MiB extra; {self.reason}"
         )
 
 
@@ -147,6 +152,8 @@ def plan(
         >>> plan(num_tokens=768, hidden_size=1024, vocab_size=65536).schedule
         'gradient_in_forward'
     """
+    from .backends import Call, choose_backend  # which need this module
+
     _check_positive(num_tokens=num_tokens, hidden_size=hidden_size, vocab_size=vocab_size)
     current = current_settings().updated(memory_budget=memory_budget, precision=precision)
     budget, precision = current.memory_budget, current.precision
@@ -205,7 +212,7 @@ def plan(
     if weight_dtype == torch.float16:  # unscaled fp16 gradients would underflow before the loss scale arrives
         accumulate = accumulate or needs_head
     names = {s.schedule for s in steps}
-    extra = max(budget, tile_bytes + overhead) + num_tokens * (hidden_size * (8 if acc == 4 else 24) + 64)
+    extra = max(budget, tile_bytes + overhead) + num_tokens * (hidden_size * (8 if acc == 4 else 24) + _TOKEN_BYTES[bool(wanted)])
     if gemm_dtype(dtype, device) != dtype:  # operands are widened: the rows at once, the weight block by block
         extra += (num_tokens + min(vocab_size, VOCAB_BLOCK)) * hidden_size * 4
     if train_weight:
@@ -224,6 +231,7 @@ def plan(
         extra_bytes=extra,
         accumulate=accumulate,
         options=options,
+        backend=choose_backend(Call(device, dtype, weight_dtype)).name,
         reason=reason,
     )
 

@@ -67,11 +67,16 @@ def _devices() -> dict[str, Any]:
 
 def _backends() -> dict[str, str]:
     from logitless import available_backends
+    from logitless.kernels import native
 
-    return {
+    states = {
         name: "available" if not reasons else "unavailable: " + "; ".join(reasons)
         for name, reasons in available_backends().items()
     }
+    if not native.why_no_cpu_extension():
+        gemm = "bfloat16 by" if native.has_bf16_gemm() else "no bfloat16 by"
+        states["cpu"] += f" ({native.cpu_instruction_set()}; {gemm} oneDNN's small GEMM)"
+    return states
 
 
 def report() -> dict[str, Any]:
