@@ -6,13 +6,14 @@ LOGITLESS_EXT says which parts of ``csrc/`` are built: ``auto`` (default) what t
 """
 
 import os
-import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import NoReturn
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -30,12 +31,17 @@ FOLDERS = {
     "logitless.bench": "bench",
 }
 PARTS = ("cpu", "cuda")
+NO_CUDA = "the installed torch is built without CUDA"
 MIN_TORCH = (2, 10)  # the first with the stable interface that csrc is written for
+
+
+def choice() -> str:
+    return os.environ.get("LOGITLESS_EXT") or "auto"
 
 
 def requested() -> list[str]:
     """The parts that must be built; none of them with ``auto`` and ``none``."""
-    value = os.environ.get("LOGITLESS_EXT", "auto")
+    value = choice()
     parts = [] if value in ("auto", "none") else value.split(",")
     if unknown := [p for p in parts if p not in PARTS]:
         sys.exit(f"LOGITLESS_EXT must be 'auto', 'none' or a list of {', '.join(PARTS)}; got {unknown[0]!r}")
@@ -60,9 +66,11 @@ def why_not(part: str) -> str | None:
         return f"there is no C++ compiler ({compiler}; CXX names another)"
     if part == "cuda":
         if torch.version.cuda is None:
-            return f"torch {torch.__version__} is built without CUDA"
+            return NO_CUDA
         if nvcc() is None:
             return "there is no nvcc, on PATH or in CUDA_HOME"
+        if not (toolkit_folders("I") and toolkit_folders("L")):
+            return f"{nvcc()} --dryrun does not say where its headers and libraries are"
     return None
 
 
@@ -93,12 +101,14 @@ def extension(part: str) -> Extension:
         flags += ["-fopenmp", "-ffp-contract=off"]  # see fma in csrc/include/logitless/cpu/vec.h
         libraries, link = ["torch_cpu", "c10"], ["-fopenmp"]
     else:
-        libraries, link = ["torch", "torch_cpu", "cudart"], []
+        flags += [flag for path in toolkit_folders("I") for flag in ("-isystem", path)]
+        # not in `libraries`, which come before the first of these: it makes the linker keep all the others
+        libraries, link = [], ["-Wl,--no-as-needed", "-ltorch_cuda", "-ltorch_cpu", "-lcudart"]
     return Extension(
         name_of(part),
         sources=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / part).glob("*.cpp")),
         include_dirs=["csrc/include"],
-        library_dirs=[*library_paths(), *cuda_library_dirs(part)],
+        library_dirs=[*library_paths(), *(toolkit_folders("L") if part == "cuda" else [])],
         libraries=libraries,
         extra_compile_args=flags,
         extra_link_args=link,
@@ -107,11 +117,14 @@ def extension(part: str) -> Extension:
     )
 
 
-def cuda_library_dirs(part: str) -> list[str]:
-    if part != "cuda":
-        return []
-    home = Path(nvcc()).resolve().parents[1]
-    return [str(p) for p in (home / "lib64", home / "targets" / f"{platform.machine()}-linux" / "lib") if p.is_dir()]
+def toolkit_folders(flag: str) -> list[str]:
+    """Where nvcc looks for headers (``I``) and libraries (``L``). It knows: what is on PATH may be a wrapper."""
+    command = [nvcc(), "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
+    report = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    names = {"I": ("INCLUDES", "SYSTEM_INCLUDES"), "L": ("LIBRARIES",)}[flag]
+    lines = re.findall(rf"^#\$ (?:{'|'.join(names)})=(.*)$", report, re.M)
+    words = [word for line in lines for word in shlex.split(line)]
+    return [os.path.realpath(word.removeprefix(f"-{flag}")) for word in words if word != "-isystem"]
 
 
 def cuda_architectures() -> list[str]:
@@ -137,10 +150,12 @@ class Build(build_ext):
                 ext.extra_objects = self._cuda_objects(ext)
             super().build_extension(ext)
         except Exception as error:
+            reason = f"the compiler failed ({error})"
             if part in requested():
-                raise
-            tell(part, f"the compiler failed ({error})")
-            ext.optional = True  # the build goes on without its library
+                refuse(part, reason)
+            tell([part], reason)
+            ext.optional = True  # the build goes on without its library, and without one of an earlier build
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
 
     def _cuda_objects(self, ext: Extension) -> list[str]:
         from torch.utils.cpp_extension import include_paths
@@ -157,29 +172,36 @@ class Build(build_ext):
         return objects
 
 
-def tell(part: str, reason: str) -> None:
+def refuse(part: str, reason: str) -> NoReturn:
+    sys.exit(textwrap.fill(f"logitless: LOGITLESS_EXT asks for the {part} kernels, which cannot be built: {reason}.", 100))
+
+
+def tell(parts: list[str], reason: str) -> None:
     text = (
-        f"logitless: the {part} kernels of csrc are not built: {reason}. The library works without them, on torch's own "
-        f"operators, more slowly. LOGITLESS_EXT={part} makes this an error, LOGITLESS_EXT=none silences it; `logitless env` "
-        "shows what runs."
+        f"logitless: the {' and '.join(parts)} kernels of csrc are not built: {reason}. The library works without them, on "
+        f"torch's own operators, more slowly. LOGITLESS_EXT={','.join(parts)} makes this an error, LOGITLESS_EXT=none silences "
+        "it; `logitless env` shows what runs."
     )
     print(textwrap.fill(text, 100), file=sys.stderr)
 
 
 def extensions() -> list[Extension]:
     needed = requested()
-    if os.environ.get("LOGITLESS_EXT") == "none":
+    if choice() == "none":
         return []
-    found = []
+    found: list[Extension] = []
+    missing: dict[str, list[str]] = {}  # the parts, by the reason
     for part in needed or PARTS:
         reason = why_not(part)
         if reason is None:
             found.append(extension(part))
         elif needed:
-            text = f"logitless: LOGITLESS_EXT asks for the {part} kernels, which cannot be built: {reason}."
-            sys.exit(textwrap.fill(text, 100))
+            refuse(part, reason)
         else:
-            tell(part, reason)
+            missing.setdefault(reason, []).append(part)
+    missing.pop(NO_CUDA, None)  # nobody misses them
+    for reason, parts in missing.items():
+        tell(parts, reason)
     return found
 
 

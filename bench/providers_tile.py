@@ -14,7 +14,7 @@ from .cases import Case, Inputs
 from .registry import Result, Work, provider
 
 #: The passes of each backend; those with GEMMs in their kernels have none to time alone.
-_PASSES: dict[str, Passes] = {"cpu": NATIVE_PASSES, "torch": TORCH_PASSES}
+_PASSES: dict[str, Passes] = {"cpu": NATIVE_PASSES, "cuda": NATIVE_PASSES, "torch": TORCH_PASSES}
 
 
 def _tile(inputs: Inputs) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 
 from . import cpu_backend, torch_backend
-from .native import why_no_cpu_extension
+from .native import why_no_cpu_extension, why_no_cuda_extension
+from .native_scan import NATIVE_PASSES
 from .settings import current_settings
 
 log = logging.getLogger("logitless")
@@ -105,6 +107,10 @@ def _cpu_why_not(call: Call) -> list[str]:
     return _torch_why_not(call) + ([] if call.device.type == "cpu" else [f"device {call.device} is not a CPU"])
 
 
+def _cuda_why_not(call: Call) -> list[str]:
+    return _torch_why_not(call) + ([] if call.device.type == "cuda" else [f"device {call.device} is not a CUDA device"])
+
+
 register_backend(
     Backend(
         name="cpu",
@@ -113,6 +119,17 @@ register_backend(
         score=cpu_backend.score,
         tile_gradients=cpu_backend.tile_gradients,
         recompute_gradients=cpu_backend.recompute_gradients,
+    )
+)
+# The blockwise algorithm of torch, its element-wise passes by csrc/cuda.
+register_backend(
+    Backend(
+        name="cuda",
+        why_not=_cuda_why_not,
+        why_unavailable=why_no_cuda_extension,
+        score=functools.partial(torch_backend.score, passes=NATIVE_PASSES),
+        tile_gradients=torch_backend.tile_gradients,
+        recompute_gradients=functools.partial(torch_backend.recompute_gradients, passes=NATIVE_PASSES),
     )
 )
 register_backend(

@@ -77,7 +77,7 @@ def score(
         return torch_backend.score(
             x, weight, bias, labels, head, options, tile=tile, unit_dhidden=unit_dhidden, passes=NATIVE_PASSES
         )
-    x, bias = _rows(x), None if bias is None else bias.float()
+    x, bias = _rows(x), None if bias is None else bias.float().contiguous()
     tokens, width = _block(len(x), x.shape[1], options.workspace, 2)
     dhidden = torch.zeros(x.shape, dtype=torch.float32) if unit_dhidden else None
     if tile is not None:
@@ -198,7 +198,7 @@ def recompute_gradients(
         given: tuple[Any, ...] = (x, weight, bias, labels, stats, coefficients, entropy_coefficients, head, options)
         torch_backend.recompute_gradients(*given, dhidden=dhidden, head_gradient=head_gradient, passes=NATIVE_PASSES)
         return
-    x, bias = _rows(x), None if bias is None else bias.float()
+    x, bias = _rows(x), None if bias is None else bias.float().contiguous()
     n, hidden = x.shape
     scale, at_target, mix = gradient_factors(stats, coefficients, entropy_coefficients, head)
     target = scale * at_target

@@ -16,7 +16,8 @@ All write into tensors that the caller hands in, allocate nothing and synchronis
     ``before`` and ``after`` the largest on its left and right. Which rows of ``sums`` are wanted: bits of ``outputs`` (1
     ez, 2 z, 4 target, before and after, 8 ee); the others are left as they are. Where ``z - k`` is too large, ``k`` (n,)
     acc is raised to the row's maximum, the sums so far are brought to it, and so is the row written. Without ``sums``,
-    ``k`` is final, and the entries are multiplied by ``mix[0] + mix[1] * max(z - k, -1000)``; mix (2, n) acc.
+    ``k`` is final, and the entries are multiplied by ``mix[0] + mix[1] * max(z - k, -1000)``; mix (2, n) acc. Entries that a
+    float16 destination cannot hold are infinite: nothing here uses one.
 
 ``pair_loss``
     Sequences lie pair by pair, chosen then rejected: sequence j has tokens ``offsets[j]:offsets[j+1]`` of ``logps`` (N,)
@@ -30,6 +31,11 @@ All write into tensors that the caller hands in, allocate nothing and synchronis
 
 ``scaled_convert``
     ``out = source * factor`` in out's dtype. source, out of one shape, contiguous; factor (1,) acc.
+
+``finish_tile``
+    Block j of row i, columns ``j * width`` and on, is multiplied by ``factors[j, i]``, and not even read where that is 1.
+    Then ``tile[i, labels[i]] = at_target[i]``. tile (n, V), rows of any stride, factors (ceil(V / width), n) acc, labels
+    (n,) int64, at_target (n,) acc.
 
 On CPUs only, for bfloat16 x with an even H, built on oneDNN's small GEMM (bfloat16 in, float32 out). A weight of another
 dtype is rounded to bfloat16, block by block in the cache:
@@ -60,6 +66,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
+import struct
 from pathlib import Path
 
 import torch
@@ -85,11 +93,13 @@ SCHEMAS = {
     ),
     "scale_scatter": "(Tensor values, Tensor rows, Tensor factor, Tensor(a!) out) -> ()",
     "scaled_convert": "(Tensor source, Tensor factor, Tensor(a!) out) -> ()",
+    "finish_tile": "(Tensor(a!) tile, Tensor? factors, Tensor labels, Tensor? at_target, int width) -> ()",
     "pack_tokens": "(Tensor x, Tensor(a!) out) -> ()",
     "pack_rows": "(Tensor x, Tensor scale, Tensor(a!) out) -> ()",
     "score_block": (
-        "(Tensor packed, Tensor weight, Tensor? bias, Tensor labels, Tensor? start, Tensor(a!) k, Tensor(b!)? sums, Tensor? mix, "
-        "Tensor(c!)? gradient, float logit_scale, float softcap, float temperature, int first, int outputs, int rounding) -> ()"
+        "(Tensor packed, Tensor weight, Tensor? bias, Tensor labels, Tensor? start, Tensor(a!) k, Tensor(b!)? sums, "
+        "Tensor? mix, Tensor(c!)? gradient, float logit_scale, float softcap, float temperature, int first, int outputs, "
+        "int rounding) -> ()"
     ),
     "grad_hidden": "(Tensor gradient, Tensor weight, Tensor(a!) dhidden) -> ()",
     "finish_rows": "(Tensor(a!) values, Tensor scale, Tensor target, Tensor weight, Tensor labels) -> ()",
@@ -144,6 +154,30 @@ def _torch_version() -> str:
     return ".".join(torch.__version__.split(".")[:2])
 
 
+_HOW_TO_BUILD = {
+    "_cpu": "the extension is not built: `make ext`, or install with a C++ compiler and pip's --no-build-isolation",
+    "_cuda": (
+        "the CUDA extension is not built: `LOGITLESS_EXT=cpu,cuda make ext`, or install with nvcc on PATH and pip's "
+        "--no-build-isolation"
+    ),
+}
+
+
+def _path(stem: str) -> Path:
+    return Path(__file__).with_name(stem + ".so")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an ELF file reaches to its table of sections, which comes last: loading a cut-off one kills the process."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64:
+        return False
+    (offset,) = struct.unpack_from("<Q", header, 0x28)
+    size, count = struct.unpack_from("<HH", header, 0x3A)
+    return path.stat().st_size >= offset + size * count
+
+
 class _Extension:
     """One compiled library, loaded when first asked for."""
 
@@ -152,13 +186,16 @@ class _Extension:
         self.reasons = self._load(stem)
 
     def _load(self, stem: str) -> list[str]:
-        path = Path(__file__).with_name(stem + ".so")
+        path = _path(stem)
         if not path.exists():
-            others = sorted(p.name for p in path.parent.glob(stem.rpartition("_torch")[0] + "*.so"))
+            part, _, version = stem.partition("_torch")
+            others = sorted(p.name for p in path.parent.glob(f"{part}_torch*.so")) if version else []
             if others:
                 found = ", ".join(others)
                 return [f"the extension was built for another torch ({found}); this is {torch.__version__}: `make ext`"]
-            return ["the extension is not built: `make ext`, or install with a C++ compiler and pip's --no-build-isolation"]
+            return [_HOW_TO_BUILD[part]]
+        if not _is_whole(path):
+            return [f"{path.name} does not load: the file is cut off; build or install it again"]
         try:
             torch.ops.load_library(str(path))
             self.library = ctypes.CDLL(str(path))
@@ -173,13 +210,43 @@ def _cpu() -> _Extension:
     return _Extension(f"_cpu_torch{_torch_version().replace('.', '_')}")
 
 
+@functools.cache
+def _why_not_wanted() -> list[str]:
+    wanted = os.environ.get("LOGITLESS_CPU_ISA")
+    if not wanted or cpu_instruction_set() == wanted:
+        return []
+    return [f"LOGITLESS_CPU_ISA={wanted!r} is not an instruction set of csrc/cpu that this machine has"]
+
+
 def why_no_cpu_extension() -> list[str]:
     """Every reason why the C++ operators cannot run here."""
-    return _cpu().reasons
+    return _cpu().reasons or _why_not_wanted()
+
+
+@functools.cache
+def _cuda() -> _Extension:
+    return _Extension("_cuda")
+
+
+@functools.cache
+def _why_no_cuda() -> list[str]:
+    if torch.version.cuda is None:
+        return [f"torch {torch.__version__} is built without CUDA"]
+    return [] if torch.cuda.is_available() else ["there is no CUDA device"]
+
+
+def why_no_cuda_extension() -> list[str]:
+    """Every reason why the CUDA operators cannot run here. Their library is loaded only where they can."""
+    reasons = _why_no_cuda()
+    if reasons:
+        return reasons + ([] if _path("_cuda").exists() else [_HOW_TO_BUILD["_cuda"]])
+    return _cuda().reasons
 
 
 def serves(device: torch.device) -> bool:
     """Whether the operators of both devices run on this one."""
+    if device.type == "cuda":
+        return not why_no_cuda_extension()
     return device.type == "cpu" and not why_no_cpu_extension()
 
 

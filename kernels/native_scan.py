@@ -52,7 +52,7 @@ def target_logits(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
     if x.stride(1) != 1 or weight.stride(1) != 1:  # the operator reads rows
         return torch_scan.target_logits(x, weight, bias, labels, precision)
     out = torch.empty(len(x), dtype=accumulate_dtype(x.dtype), device=x.device)
-    bias = None if bias is None else bias.to(out.dtype)
+    bias = None if bias is None else bias.to(out.dtype).contiguous()
     _ops.indexed_dot(x, weight, bias, labels, precision == "match", out)
     return out
 
@@ -126,4 +126,13 @@ def gradient_block(
             dbias.addmv_(destination[r : r + step].to(dbias.dtype).t(), scale[r : r + step].to(dbias.dtype))
 
 
-NATIVE_PASSES = Passes(target_logits, scan_block, gradient_block)
+def finish_tile(tile: Tensor, factors: list[Tensor | None], labels: Tensor, at_target: Tensor | None, width: int) -> None:
+    """See ``torch_scan.finish_tile``."""
+    given = None
+    if (some := next((f for f in factors if f is not None), None)) is not None:
+        given = torch.stack([torch.ones_like(some) if f is None else f for f in factors])
+    if given is not None or at_target is not None:
+        _ops.finish_tile(tile, given, labels, at_target, width)
+
+
+NATIVE_PASSES = Passes(target_logits, scan_block, gradient_block, finish_tile)

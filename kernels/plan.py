@@ -86,7 +86,8 @@ class Plan:
     def __str__(self) -> str:
         return (
             f"{self.schedule}: {self.passes:.2f}*N*H*V FLOP ({self.flops / 1e9:.3g} GFLOP), "
-            f"{len(self.steps)} step(s) on backend {self.backend}, at most {self.extra_bytes / 2**20:.1f} MiB extra; {self.reason}"
+            f"{len(self.steps)} step(s) on backend {self.backend}, at most {self.extra_bytes / 2**20:.1f} MiB extra; "
+            f"{self.reason}"
         )
 
 
@@ -212,7 +213,8 @@ def plan(
     if weight_dtype == torch.float16:  # unscaled fp16 gradients would underflow before the loss scale arrives
         accumulate = accumulate or needs_head
     names = {s.schedule for s in steps}
-    extra = max(budget, tile_bytes + overhead) + num_tokens * (hidden_size * (8 if acc == 4 else 24) + _TOKEN_BYTES[bool(wanted)])
+    token_bytes = hidden_size * (8 if acc == 4 else 24) + _TOKEN_BYTES[bool(wanted)]
+    extra = max(budget, tile_bytes + overhead) + num_tokens * token_bytes
     if gemm_dtype(dtype, device) != dtype:  # operands are widened: the rows at once, the weight block by block
         extra += (num_tokens + min(vocab_size, VOCAB_BLOCK)) * hidden_size * 4
     if train_weight:

@@ -121,8 +121,8 @@ def _score_rows(
             if part.k is not None or running is not k:
                 here = k if part.k is None else part.k
                 new = torch.maximum(running, here)
-                dhidden.mul_((running - new).exp()[:, None])
-                destination.mul_((here - new).exp()[:, None].to(destination.dtype))
+                for rows, offset in ((dhidden, running), (destination, here)):
+                    passes.finish_tile(rows, [(offset - new).exp()], labels, None, rows.shape[1])
                 running = new
             w_block = weight_block(weight, v0, v1, grad_dtype)
             if grad_dtype == torch.float16:  # exp(z - k) reaches e^30: bring each row into fp16's range for its GEMM
@@ -138,28 +138,13 @@ def _score_rows(
         for r0, r1 in blocks(n, max(1, ROW_ELEMENTS // max(1, x.shape[1]))):
             w_y = weight.index_select(0, labels[r0:r1]).to(x.dtype)
             dhidden[r0:r1].sub_(w_y * at_target[r0:r1, None]).mul_(scale[r0:r1, None])
-    if tile is not None:
-        _finish_tile(tile, stats, factors, labels, width)
+    if tile is not None:  # a GPU's tile has its targets too, see _add_targets
+        passes.finish_tile(tile, factors, labels, -_at_target(stats) if tile.is_cuda else None, width)
     return stats
 
 
 def _g_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
-
-
-def _finish_tile(tile: Tensor, stats: RowStats, factors: list[Tensor | None], labels: Tensor, width: int) -> None:
-    """Bring all blocks of a tile to the common offset; on a GPU, write ``-R`` at the targets (see ``_add_targets``)."""
-    if any(f is not None for f in factors):
-        for (v0, v1), factor in zip(blocks(tile.shape[1], width), factors, strict=True):
-            if factor is None:
-                continue
-            if tile.is_cuda:
-                tile[:, v0:v1].mul_(factor[:, None])
-                continue
-            for row in (factor != 1).nonzero()[:, 0].tolist():
-                tile[row, v0:v1] *= factor[row]
-    if tile.is_cuda:
-        tile[torch.arange(len(tile), device=tile.device), labels] = -_at_target(stats).to(tile.dtype)
 
 
 def _at_target(stats: RowStats) -> Tensor:

@@ -54,8 +54,8 @@ class Logits:
             torch.mm(self.x, w, out=out)
 
     def wide_bias(self) -> Tensor | None:
-        """The bias (V,) in the dtype of the sums."""
-        return None if self.bias is None else self.bias.to(self.acc)
+        """The bias (V,) in the dtype of the sums, contiguous."""
+        return None if self.bias is None else self.bias.to(self.acc).contiguous()
 
     def load(self, source: Tensor, z: Tensor, v0: int, v1: int) -> None:
         """Copy rows of a block to the float32 (float64) buffer ``z`` and add the bias."""
@@ -279,15 +279,36 @@ def gradient_block(
         destination[r0:r1].copy_(z)
 
 
+def finish_tile(
+    tile: Tensor,  # (N, V)
+    factors: list[Tensor | None],  # each (N,): what a block of ``width`` columns is multiplied by; None: 1
+    labels: Tensor,  # (N,)
+    at_target: Tensor | None,  # (N,), the entries of the labels; None: they stay
+    width: int,
+) -> None:
+    """Bring all blocks of a finished tile to the common offset, and write its targets' entries."""
+    for (v0, v1), factor in zip(blocks(tile.shape[1], width), factors, strict=True):
+        if factor is None:
+            continue
+        if tile.is_cuda:
+            tile[:, v0:v1].mul_(factor[:, None])
+            continue
+        for row in (factor != 1).nonzero()[:, 0].tolist():
+            tile[row, v0:v1] *= factor[row]
+    if at_target is not None:
+        tile[torch.arange(len(tile), device=tile.device), labels] = at_target.to(tile.dtype)
+
+
 class Passes(NamedTuple):
     """What a backend may do better than plain torch operators within the blockwise algorithm of ``torch_backend``."""
 
     target_logits: Callable[..., Tensor]
     scan_block: Callable[..., BlockSums]
     gradient_block: Callable[..., None]
+    finish_tile: Callable[..., None]
 
 
-TORCH_PASSES = Passes(target_logits, scan_block, gradient_block)
+TORCH_PASSES = Passes(target_logits, scan_block, gradient_block, finish_tile)
 
 
 def target_logit_and_slope(

@@ -54,8 +54,8 @@ Rounding rounding_of(int64_t value) {
 }
 
 void tile_pass(Tensor source, OptionalTensor destination, OptionalTensor bias, Tensor labels, Tensor k, OptionalTensor sums,
-               OptionalTensor mix, OptionalTensor at_target, double logit_scale, double softcap, double temperature, int64_t first,
-               int64_t outputs, int64_t rounding) {
+               OptionalTensor mix, OptionalTensor at_target, double logit_scale, double softcap, double temperature,
+               int64_t first, int64_t outputs, int64_t rounding) {
   TilePass p{};
   check(source.dim() == 2, "source", "must have two dimensions");
   p.rows = source.size(0);
@@ -70,7 +70,8 @@ void tile_pass(Tensor source, OptionalTensor destination, OptionalTensor bias, T
     p.destination = destination->data_ptr();
     p.destination_stride = destination->stride(0);
     p.destination_type = dtype_of(*destination, "destination");
-    check((p.destination_type == DType::Float64) == (acc == ScalarType::Double), "destination", "must be float64 where source is");
+    check((p.destination_type == DType::Float64) == (acc == ScalarType::Double), "destination",
+          "must be float64 where source is");
   }
   if (bias.has_value()) {
     check(bias->numel() >= first + p.width, "bias", "has too few elements");
@@ -117,9 +118,9 @@ void pack_rows(Tensor x, Tensor scale, Tensor out) {
   kernels().pack_rows(p, run_parallel);
 }
 
-void score_block(Tensor packed, Tensor weight, OptionalTensor bias, Tensor labels, OptionalTensor start, Tensor k, OptionalTensor sums,
-                 OptionalTensor mix, OptionalTensor gradient, double logit_scale, double softcap, double temperature, int64_t first,
-                 int64_t outputs, int64_t rounding) {
+void score_block(Tensor packed, Tensor weight, OptionalTensor bias, Tensor labels, OptionalTensor start, Tensor k,
+                 OptionalTensor sums, OptionalTensor mix, OptionalTensor gradient, double logit_scale, double softcap,
+                 double temperature, int64_t first, int64_t outputs, int64_t rounding) {
   ScoreBlock p{};
   check(weight.dim() == 2, "weight", "must have two dimensions");
   p.rows = labels.numel();
@@ -289,6 +290,30 @@ void scaled_convert(Tensor source, Tensor factor, Tensor out) {
   kernels().scaled_convert(p, run_parallel);
 }
 
+void finish_tile(Tensor tile, OptionalTensor factors, Tensor labels, OptionalTensor at_target, int64_t width) {
+  FinishTile p{};
+  check(tile.dim() == 2, "tile", "must have two dimensions");
+  p.rows = tile.size(0);
+  p.columns = tile.size(1);
+  check_rows(tile, "tile", p.rows, p.columns);
+  check(p.rows <= 1 || tile.stride(0) >= p.columns, "tile", "must have rows that do not overlap");
+  check(width > 0, "width", "must be > 0");
+  p.tile = tile.data_ptr();
+  p.tile_stride = tile.stride(0);
+  p.tile_type = dtype_of(tile, "tile");
+  const ScalarType acc = acc_of(p.tile_type);
+  const int64_t blocks = p.columns / width + (p.columns % width != 0);
+  if (factors.has_value())
+    check(factors->dim() == 2 && factors->size(0) == blocks, "factors", "must have a row for each block");
+  p.factors = maybe<void>(factors, "factors", acc, blocks * p.rows);
+  check_dense(labels, "labels", ScalarType::Long, p.rows);
+  p.labels = static_cast<const int64_t*>(labels.data_ptr());
+  p.at_target = maybe<void>(at_target, "at_target", acc, p.rows);
+  p.width = width;
+  if (p.columns == 0) return;
+  kernels().finish_tile(p, run_parallel);
+}
+
 void pair_loss_op(Tensor logps, OptionalTensor weights, Tensor offsets, OptionalTensor ref_logps, int64_t kind, bool mean,
                   double beta, double gamma, double label_smoothing, double scale, Tensor losses, Tensor sequence_logps,
                   OptionalTensor coefficients) {
@@ -330,6 +355,7 @@ STABLE_TORCH_LIBRARY_IMPL(logitless, CPU, m) {
   m.impl("finish_rows", TORCH_BOX(&logitless::finish_rows));
   m.impl("scale_scatter", TORCH_BOX(&logitless::scale_scatter));
   m.impl("scaled_convert", TORCH_BOX(&logitless::scaled_convert));
+  m.impl("finish_tile", TORCH_BOX(&logitless::finish_tile));
 }
 
 // For the loader (kernels/native.py), which asks before any operator runs.

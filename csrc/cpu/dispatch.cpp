@@ -14,9 +14,9 @@ extern const Kernels kernels_avx512_bf16, kernels_avx512, kernels_avx2;
 namespace {
 
 const Kernels& choose() {
+#if defined(__x86_64__)
   const char* wanted = std::getenv("LOGITLESS_CPU_ISA");
   const auto allowed = [&](const Kernels& k) { return !wanted || !*wanted || !std::strcmp(wanted, k.name); };
-#if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -1,5 +1,5 @@
-// What the kernels take from PyTorch: its thread pool and oneDNN's small GEMM. Kept apart from the bindings, whose stable headers
-// exclude these.
+// What the kernels take from PyTorch: its thread pool and oneDNN's small GEMM. Kept apart from the bindings, whose stable
+// headers exclude these.
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
 

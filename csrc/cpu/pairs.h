@@ -6,7 +6,7 @@
 namespace logitless {
 
 struct PairLossPass {
-  const void* logps;        // (N) float, or double if wide
+  const void* logps;  // (N) float, or double if wide
   bool wide;
   const double* weights;    // (N), or null
   const int64_t* offsets;   // (2 * pairs + 1)

@@ -91,8 +91,7 @@ DType dtype_of(const Tensor& tensor, const char* name) {
     case ScalarType::Half: return DType::kFloat16;
     case ScalarType::Double: return DType::kFloat64;
     default:
-      STD_TORCH_CHECK(
-          false, name, " must be float32, bfloat16, float16 or float64, got ", name_of(tensor.scalar_type()));
+      STD_TORCH_CHECK(false, name, " must be float32, bfloat16, float16 or float64, got ", name_of(tensor.scalar_type()));
   }
   return DType::kFloat32;
 }
@@ -109,20 +108,18 @@ void check_type(const Tensor& tensor, const char* name, ScalarType type) {
 // On `like`'s device, of the given shape, with neighbours in the last dimension next to each other.
 void check(const Tensor& tensor, const char* name, const Tensor& like, std::initializer_list<int64_t> shape) {
   STD_TORCH_CHECK(is_on_device(tensor), name, " must be a CUDA tensor");
-  STD_TORCH_CHECK(
-      tensor.get_device_index() == like.get_device_index(),
-      name, " must be on device ", like.get_device_index(), " as the other arguments, got ", tensor.get_device_index());
+  STD_TORCH_CHECK(tensor.get_device_index() == like.get_device_index(), name, " must be on device ", like.get_device_index(),
+                  " as the other arguments, got ", tensor.get_device_index());
   const auto rank = static_cast<int64_t>(shape.size());
   STD_TORCH_CHECK(tensor.dim() == rank, name, " must have ", rank, " dimension(s), got ", tensor.dim());
   int64_t dim = 0;
   for (const int64_t size : shape) {
-    STD_TORCH_CHECK(
-        tensor.size(dim) == size, name, " must have size ", size, " in dimension ", dim, ", got ", tensor.size(dim));
+    STD_TORCH_CHECK(tensor.size(dim) == size, name, " must have size ", size, " in dimension ", dim, ", got ",
+                    tensor.size(dim));
     ++dim;
   }
-  STD_TORCH_CHECK(
-      tensor.size(rank - 1) <= 1 || tensor.stride(rank - 1) == 1,
-      name, " must have stride 1 in its last dimension, got ", tensor.stride(rank - 1));
+  STD_TORCH_CHECK(tensor.size(rank - 1) <= 1 || tensor.stride(rank - 1) == 1, name,
+                  " must have stride 1 in its last dimension, got ", tensor.stride(rank - 1));
 }
 
 void check_rank(const Tensor& tensor, const char* name, int64_t rank) {
@@ -131,9 +128,9 @@ void check_rank(const Tensor& tensor, const char* name, int64_t rank) {
 
 // Rows that are written must not share memory.
 void check_rows_apart(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(
-      tensor.size(0) <= 1 || tensor.stride(0) >= tensor.size(1),
-      name, " must have rows that do not overlap, got a row stride of ", tensor.stride(0), " for ", tensor.size(1), " columns");
+  STD_TORCH_CHECK(tensor.size(0) <= 1 || tensor.stride(0) >= tensor.size(1), name,
+                  " must have rows that do not overlap, got a row stride of ", tensor.stride(0), " for ", tensor.size(1),
+                  " columns");
 }
 
 const void* pointer(const MaybeTensor& tensor) { return tensor.has_value() ? tensor->const_data_ptr() : nullptr; }
@@ -141,8 +138,8 @@ void* mutable_pointer(const MaybeTensor& tensor) { return tensor.has_value() ? t
 const int64_t* indices(const Tensor& tensor) { return static_cast<const int64_t*>(tensor.const_data_ptr()); }
 double* doubles(const Tensor& tensor) { return static_cast<double*>(tensor.mutable_data_ptr()); }
 
-void indexed_dot(
-    const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& labels, bool match, const Tensor& out) {
+void indexed_dot(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& labels, bool match,
+                 const Tensor& out) {
   check_rank(x, "x", 2);
   check_rank(weight, "weight", 2);
   const int64_t n = x.size(0), hidden = x.size(1), vocab = weight.size(0);
@@ -174,15 +171,13 @@ void indexed_dot(
 
 logitless::MemoryRows memory_rows(const Tensor& tensor) {
   const auto size = static_cast<int64_t>(tensor.element_size());
-  return {
-      reinterpret_cast<uintptr_t>(tensor.const_data_ptr()),
-      tensor.size(0), tensor.size(1) * size, tensor.stride(0) * size, size};
+  return {reinterpret_cast<uintptr_t>(tensor.const_data_ptr()), tensor.size(0), tensor.size(1) * size, tensor.stride(0) * size,
+          size};
 }
 
-void tile_pass(
-    const Tensor& source, const MaybeTensor& destination, const MaybeTensor& bias, const Tensor& labels, const Tensor& k,
-    const MaybeTensor& sums, const MaybeTensor& mix, const MaybeTensor& at_target, double logit_scale, double softcap,
-    double temperature, int64_t first, int64_t outputs, int64_t rounding) {
+void tile_pass(const Tensor& source, const MaybeTensor& destination, const MaybeTensor& bias, const Tensor& labels,
+               const Tensor& k, const MaybeTensor& sums, const MaybeTensor& mix, const MaybeTensor& at_target,
+               double logit_scale, double softcap, double temperature, int64_t first, int64_t outputs, int64_t rounding) {
   check_rank(source, "source", 2);
   const int64_t n = source.size(0), width = source.size(1);
   const ScalarType acc = accumulate_type(source);
@@ -198,18 +193,16 @@ void tile_pass(
     check(*destination, "destination", source, {n, width});
     check_rows_apart(*destination, "destination");
     overlap = logitless::overlap_of(memory_rows(source), memory_rows(*destination));
-    STD_TORCH_CHECK(
-        overlap != logitless::Overlap::kOther,
-        "destination must not share memory with source unless each of its rows starts where source's row starts, "
-        "with elements of at most the same size");
+    STD_TORCH_CHECK(overlap != logitless::Overlap::kOther,
+                    "destination must not share memory with source unless each of its rows starts where source's row starts, "
+                    "with elements of at most the same size");
   }
   STD_TORCH_CHECK(first >= 0, "first must be >= 0, got ", first);
   if (bias.has_value()) {
     check_rank(*bias, "bias", 1);
     check(*bias, "bias", source, {bias->size(0)});
-    STD_TORCH_CHECK(
-        bias->size(0) - first >= width,
-        "bias must have an entry for each of the columns ", first, " to ", first + width, ", got ", bias->size(0));
+    STD_TORCH_CHECK(bias->size(0) - first >= width, "bias must have an entry for each of the columns ", first, " to ",
+                    first + width, ", got ", bias->size(0));
   }
   if (sums.has_value()) {
     check(*sums, "sums", source, {logitless::cuda::kTileSums, n});
@@ -265,16 +258,15 @@ void tile_pass(
   OnDevice(source).run(op);
 }
 
-void pair_loss(
-    const Tensor& logps, const MaybeTensor& weights, const Tensor& offsets, const MaybeTensor& ref_logps, int64_t kind,
-    bool mean, double beta, double gamma, double label_smoothing, double scale, const Tensor& losses,
-    const Tensor& sequence_logps, const MaybeTensor& coefficients) {
+void pair_loss(const Tensor& logps, const MaybeTensor& weights, const Tensor& offsets, const MaybeTensor& ref_logps,
+               int64_t kind, bool mean, double beta, double gamma, double label_smoothing, double scale, const Tensor& losses,
+               const Tensor& sequence_logps, const MaybeTensor& coefficients) {
   check_rank(logps, "logps", 1);
   check_rank(losses, "losses", 1);
   const int64_t tokens = logps.size(0), pairs = losses.size(0);
   check(logps, "logps", logps, {tokens});
-  STD_TORCH_CHECK(
-      logps.scalar_type() == accumulate_type(logps), "logps must be float32 or float64, got ", name_of(logps.scalar_type()));
+  STD_TORCH_CHECK(logps.scalar_type() == accumulate_type(logps), "logps must be float32 or float64, got ",
+                  name_of(logps.scalar_type()));
   if (weights.has_value()) check(*weights, "weights", logps, {tokens});
   check(offsets, "offsets", logps, {2 * pairs + 1});
   check_type(offsets, "offsets", ScalarType::Long);
@@ -317,9 +309,8 @@ void scale_scatter(const Tensor& values, const Tensor& rows, const Tensor& facto
   check_rank(out, "out", 2);
   const int64_t n = values.size(0), width = values.size(1);
   check(values, "values", values, {n, width});
-  STD_TORCH_CHECK(
-      values.scalar_type() == accumulate_type(values),
-      "values must be float32 or float64, got ", name_of(values.scalar_type()));
+  STD_TORCH_CHECK(values.scalar_type() == accumulate_type(values), "values must be float32 or float64, got ",
+                  name_of(values.scalar_type()));
   check(rows, "rows", values, {n});
   check_type(rows, "rows", ScalarType::Long);
   check(factor, "factor", values, {factor.size(0) == 1 ? 1 : n});
@@ -348,13 +339,11 @@ void scaled_convert(const Tensor& source, const Tensor& factor, const Tensor& ou
   STD_TORCH_CHECK(source.is_contiguous(), "source must be contiguous");
   check(factor, "factor", source, {1});
   check_type(factor, "factor", accumulate_type(source));
-  STD_TORCH_CHECK(
-      is_on_device(out) && out.get_device_index() == source.get_device_index(), "out must be on source's device");
+  STD_TORCH_CHECK(is_on_device(out) && out.get_device_index() == source.get_device_index(), "out must be on source's device");
   STD_TORCH_CHECK(out.dim() == source.dim(), "out must have ", source.dim(), " dimension(s), got ", out.dim());
   for (int64_t dim = 0; dim < source.dim(); ++dim) {
-    STD_TORCH_CHECK(
-        out.size(dim) == source.size(dim),
-        "out must have size ", source.size(dim), " in dimension ", dim, ", got ", out.size(dim));
+    STD_TORCH_CHECK(out.size(dim) == source.size(dim), "out must have size ", source.size(dim), " in dimension ", dim, ", got ",
+                    out.size(dim));
   }
   STD_TORCH_CHECK(out.is_contiguous(), "out must be contiguous");
   const int64_t count = source.numel();
@@ -363,9 +352,8 @@ void scaled_convert(const Tensor& source, const Tensor& factor, const Tensor& ou
     return {reinterpret_cast<uintptr_t>(tensor.const_data_ptr()), 1, count * size, 0, size};
   };
   const logitless::Overlap overlap = logitless::overlap_of(flat(source), flat(out));
-  STD_TORCH_CHECK(
-      overlap == logitless::Overlap::kNone || overlap == logitless::Overlap::kSame,
-      "out must not share memory with source unless it is the same elements");
+  STD_TORCH_CHECK(overlap == logitless::Overlap::kNone || overlap == logitless::Overlap::kSame,
+                  "out must not share memory with source unless it is the same elements");
   if (count == 0) return;
   logitless::cuda::ScaledConvert op{};
   op.source = source.const_data_ptr();
@@ -375,6 +363,43 @@ void scaled_convert(const Tensor& source, const Tensor& factor, const Tensor& ou
   op.out_dtype = dtype_of(out, "out");
   op.count = count;
   OnDevice(source).run(op);
+}
+
+void finish_tile(const Tensor& tile, const MaybeTensor& factors, const Tensor& labels, const MaybeTensor& at_target,
+                 int64_t width) {
+  check_rank(tile, "tile", 2);
+  const int64_t n = tile.size(0), columns = tile.size(1);
+  const ScalarType acc = accumulate_type(tile);
+  check(tile, "tile", tile, {n, columns});
+  check_rows_apart(tile, "tile");
+  STD_TORCH_CHECK(columns <= INT32_MAX / 2, "tile must have at most 2^30 columns, got ", columns);
+  STD_TORCH_CHECK(width > 0, "width must be > 0, got ", width);
+  const int64_t blocks = columns / width + (columns % width != 0);
+  if (factors.has_value()) {
+    check(*factors, "factors", tile, {blocks, n});
+    check_type(*factors, "factors", acc);
+  }
+  check(labels, "labels", tile, {n});
+  check_type(labels, "labels", ScalarType::Long);
+  if (at_target.has_value()) {
+    check(*at_target, "at_target", tile, {n});
+    check_type(*at_target, "at_target", acc);
+  }
+  const DType tile_dtype = dtype_of(tile, "tile");
+  if (n == 0 || columns == 0) return;
+  logitless::cuda::FinishTile op{};
+  op.tile = tile.mutable_data_ptr();
+  op.tile_stride = tile.stride(0);
+  op.tile_dtype = tile_dtype;
+  op.factors = pointer(factors);
+  if (factors.has_value()) op.factors_stride = factors->stride(0);
+  op.labels = indices(labels);
+  op.at_target = pointer(at_target);
+  op.n = n;
+  op.columns = columns;
+  op.width = width;
+  op.blocks = blocks;
+  OnDevice(tile).run(op);
 }
 
 }  // namespace
@@ -388,4 +413,5 @@ LOGITLESS_IMPLEMENT(LOGITLESS_NAMESPACE, LOGITLESS_DISPATCH_KEY, m) {
   m.impl("pair_loss", TORCH_BOX(&pair_loss));
   m.impl("scale_scatter", TORCH_BOX(&scale_scatter));
   m.impl("scaled_convert", TORCH_BOX(&scaled_convert));
+  m.impl("finish_tile", TORCH_BOX(&finish_tile));
 }

@@ -27,7 +27,9 @@ from ..native.operators import (
     expected_dot,
     expected_pairs,
     expected_tile,
+    finished_tile,
     new_sums,
+    some_factors,
 )
 
 #: ``cpu`` runs the tests of this file on the emulator, to test the tests.
@@ -156,6 +158,19 @@ def test_scaling(ops, values, out):
     assert torch.equal(converted, (source * factor[0]).to(out))
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("columns", "width"), [(20_000, 8192), (20_011, 8192), (77, 16), (1, 1)])
+def test_finish_tile(ops, dtype, columns, width):
+    g = torch.Generator().manual_seed(columns)
+    factors = some_factors(-(-columns // width), 50, accumulate(dtype), g).to(DEVICE)
+    tile = torch.randn(50, columns + 3, generator=g).to(dtype).to(DEVICE)[:, :columns]
+    labels, at_target = torch.randint(columns, (50,), device=DEVICE), torch.randn(50, device=DEVICE).to(accumulate(dtype))
+    for given in (factors, None):
+        expected = finished_tile(tile, given, labels, at_target, width)
+        ops.finish_tile(tile, given, labels, at_target, width)
+        assert torch.equal(tile, expected)
+
+
 def everything(ops, tile: Tile, x: torch.Tensor) -> tuple[Callable[[], None], list[torch.Tensor]]:
     """A function that calls each operator once, and all that they write."""
     n, device = len(tile.labels), tile.source.device
@@ -164,6 +179,8 @@ def everything(ops, tile: Tile, x: torch.Tensor) -> tuple[Callable[[], None], li
     coefficients, scattered = torch.empty(n, device=device), torch.zeros_like(x)
     offsets = torch.tensor([0, n // 3, n], device=device)
     rows, wide = torch.arange(n, device=device).flip(0), x.float()
+    finished, factors = torch.empty_like(tile.destination), torch.ones(3, n, device=device)
+    factors[1, ::2] = 0.3
 
     def run() -> None:
         ops.indexed_dot(x, x, None, rows, False, zy)
@@ -171,8 +188,10 @@ def everything(ops, tile: Tile, x: torch.Tensor) -> tuple[Callable[[], None], li
         ops.pair_loss(zy, None, offsets, None, 0, True, 0.1, 0.0, 0.0, 1.0, losses, sequences, coefficients)
         ops.scale_scatter(wide, rows, coefficients, scattered)
         ops.scaled_convert(x, coefficients[:1], converted)
+        finished.copy_(tile.destination)
+        ops.finish_tile(finished, factors, tile.labels, zy, -(-finished.shape[1] // 3))
 
-    results = [zy, tile.k, tile.sums, tile.destination, losses, sequences, coefficients, scattered, converted]
+    results = [zy, tile.k, tile.sums, tile.destination, losses, sequences, coefficients, scattered, converted, finished]
     return run, results
 
 
@@ -263,6 +282,12 @@ def test_sizes_beyond_2_to_the_31(ops):
     part.run(ops)
     assert torch.equal(big[-tail:], last)
     assert torch.equal(whole.sums[:, -tail:], part.sums)
+
+    factors = torch.ones(2, n, device=DEVICE)
+    factors[1, -tail:] = 0.5
+    ops.finish_tile(big, factors, labels, None, width - 1000)
+    ops.finish_tile(last, factors[:, -tail:].contiguous(), labels[-tail:], None, width - 1000)
+    assert torch.equal(big[-tail:], last)
 
     factor = torch.tensor([2.0], device=DEVICE)
     ops.scaled_convert(big, factor, big)

@@ -16,6 +16,8 @@
 
 namespace logitless::sanitized {
 
+constexpr DType F32 = DType::Float32, F64 = DType::Float64, BF16 = DType::BFloat16, F16 = DType::Float16;
+
 // 16-bit formats, decoded and rounded by arithmetic: nothing shared with the kernels' bit tricks.
 struct Format {
   int exponent, mantissa;
@@ -25,8 +27,8 @@ constexpr Format kBF16{8, 7}, kFP16{5, 10};
 
 inline double decode(uint16_t bits, Format f) {
   const int all = (1 << f.exponent) - 1, e = (bits >> f.mantissa) & all, m = bits & ((1 << f.mantissa) - 1);
-  const double size = e == all ? (m ? NAN : INFINITY)
-                               : std::ldexp(e ? m + (1 << f.mantissa) : m, (e ? e : 1) - f.bias() - f.mantissa);
+  const double size =
+      e == all ? (m ? NAN : INFINITY) : std::ldexp(e ? m + (1 << f.mantissa) : m, (e ? e : 1) - f.bias() - f.mantissa);
   return bits >> 15 ? -size : size;
 }
 
@@ -152,6 +154,18 @@ class Random {
   }
   uint64_t state_;
 };
+
+// Rows with gaps, ending with the last element.
+inline Array matrix(DType type, int64_t rows, int64_t columns, int64_t stride, Random& random, double size = 1) {
+  return Array(type, rows ? (rows - 1) * stride + columns : 0, [&](int64_t) { return size * random.normal(); });
+}
+
+// Its elements as a kernel sees them that rounds to `as`; decoded once, since references read them often.
+inline std::vector<double> seen(const Array& a, DType as) {
+  std::vector<double> out;
+  for (int64_t i = 0; i < a.size(); ++i) out.push_back(stored(a[i], as));
+  return out;
+}
 
 inline std::atomic<int> failures{0}, comparisons{0};
 

@@ -1,5 +1,6 @@
 // The test's extension: bindings, launch code and kernels as they are, with the emulator in place of CUDA.
 #include "csrc/cuda/bindings.cpp"
+#include "csrc/cuda/finish_tile.cu"
 #include "csrc/cuda/indexed_dot.cu"
 #include "csrc/cuda/pair_loss.cu"
 #include "csrc/cuda/scale.cu"

@@ -175,6 +175,26 @@ def expected_dot(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
     return (out.to(x.dtype).double() if match else out), scale
 
 
+def finished_tile(tile: Tensor, factors: Tensor | None, labels: Tensor, at_target: Tensor | None, width: int) -> Tensor:
+    """What ``finish_tile`` makes of a tile, to the bit."""
+    out = tile.clone()
+    if factors is not None:
+        each = factors.repeat_interleave(width, dim=0)[: tile.shape[1]].t()
+        out = torch.where(each == 1, tile, (tile.to(accumulate(tile.dtype)) * each).to(tile.dtype))
+    if at_target is not None:
+        out[torch.arange(len(tile), device=tile.device), labels] = at_target.to(tile.dtype)
+    return out
+
+
+def some_factors(blocks: int, n: int, dtype: torch.dtype, g: torch.Generator) -> Tensor:
+    """Factors (blocks, n) of a tile: most are 1, some rows have none other, and one entry is 0."""
+    factors = torch.rand(blocks, n, generator=g)
+    factors[torch.rand(blocks, n, generator=g) < 0.6] = 1
+    factors[:, ::3] = 1
+    factors[-1:, -1:] = 0
+    return factors.to(dtype)
+
+
 @dataclass(frozen=True)
 class PairCase:
     """Arguments of ``pair_loss`` besides tensors."""

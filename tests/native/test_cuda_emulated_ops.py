@@ -13,7 +13,18 @@ import pytest
 import torch
 
 from .emulated import BF16, COMPILER, F16, F32, F64, ROOT, SANITIZED, TYPES, beside_is_untouched, make_tile, matrix
-from .operators import EPSILON, EVERYTHING, PairCase, Tile, accumulate, expected_dot, expected_pairs, new_sums
+from .operators import (
+    EPSILON,
+    EVERYTHING,
+    PairCase,
+    Tile,
+    accumulate,
+    expected_dot,
+    expected_pairs,
+    finished_tile,
+    new_sums,
+    some_factors,
+)
 
 
 def test_no_rows_and_no_columns(ops):
@@ -25,6 +36,8 @@ def test_no_rows_and_no_columns(ops):
     ops.indexed_dot(torch.empty(0, 4), torch.empty(7, 4), None, torch.empty(0, dtype=torch.long), False, torch.empty(0))
     ops.scale_scatter(torch.empty(0, 4), torch.empty(0, dtype=torch.long), torch.ones(1), torch.empty(7, 4))
     ops.scaled_convert(torch.empty(0, 4), torch.ones(1), torch.empty(0, 4, dtype=BF16))
+    ops.finish_tile(torch.empty(0, 4), torch.empty(2, 0), torch.empty(0, dtype=torch.long), torch.empty(0), 3)
+    ops.finish_tile(torch.empty(3, 0), torch.empty(0, 3), torch.zeros(3, dtype=torch.long), torch.zeros(3), 5)
     none = torch.empty(0, dtype=F64)
     ops.pair_loss(torch.empty(0), None, torch.zeros(1, dtype=torch.long), None, 0, False, 1, 0, 0, 1, none, none, None)
 
@@ -155,6 +168,44 @@ def check_scaled_convert(ops, source, out, count, skip):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("order", [0, 1, 7])
+def test_finish_tile(emulated, ops, dtype, order):
+    emulated.order(order)
+    shapes = ((1, 1, 1), (5, 77, 16), (4, 77, 100), (7, 4500, 2048), (3, 300, 1))
+    for (n, columns, width), (pad, skip) in itertools.product(shapes, ((0, 0), (3, 1))):
+        for given, target in ((True, True), (True, False), (False, True), (False, False)):
+            check_finish_tile(ops, dtype, n, columns, width, pad, skip, given, target)
+
+
+def check_finish_tile(ops, dtype, n, columns, width, pad, skip, given, target):
+    g = torch.Generator().manual_seed(columns + n)
+    tile = matrix(n, columns, dtype, pad=pad, skip=skip, values=torch.randn(n, columns, generator=g))
+    labels = torch.randint(0, columns, (n,), generator=g)
+    factors = some_factors(-(-columns // width), n, accumulate(dtype), g) if given else None
+    at_target = torch.randn(n, generator=g).to(accumulate(dtype)) if target else None
+    expected = finished_tile(tile, factors, labels, at_target, width)
+    ops.finish_tile(tile, factors, labels, at_target, width)
+    assert torch.equal(tile, expected)
+    assert beside_is_untouched(tile)
+
+
+def test_finish_tile_leaves_blocks_of_factor_1_to_the_bit(ops):
+    signalling = torch.full((2, 40), 0x7F81, dtype=torch.int16).view(BF16)  # arithmetic would make it 0x7FC1
+    factors = torch.ones(4, 2)
+    factors[2, 1] = 0.5
+    ops.finish_tile(signalling, factors, torch.zeros(2, dtype=torch.long), None, 10)
+    changed = (signalling.view(torch.int16) != 0x7F81).nonzero().tolist()
+    assert changed == [[1, column] for column in range(20, 30)]
+
+
+def test_finish_tile_of_a_label_out_of_range_writes_nothing_foreign(ops):
+    tile = matrix(3, 8, F32, pad=2, values=torch.zeros(3, 8))
+    ops.finish_tile(tile, None, torch.tensor([8, -1, 4]), torch.ones(3), 8)
+    assert tile.nonzero().tolist() == [[2, 4]]
+    assert beside_is_untouched(tile)
+
+
 def call(ops, **changes):
     tile = make_tile(4, 20, outputs=EVERYTHING)
     for name, value in changes.items():
@@ -219,6 +270,18 @@ def test_bad_arguments_of_the_other_operators_are_named(ops):
         ops.scaled_convert(torch.zeros(8, 2).t(), torch.zeros(1), x)
     with pytest.raises(RuntimeError, match="out must have size 2 in dimension 0"):
         ops.scaled_convert(x, torch.zeros(1), w)
+    with pytest.raises(RuntimeError, match="factors must have size 3 in dimension 0, got 2"):
+        ops.finish_tile(x, torch.ones(2, 2), labels, None, 3)
+    with pytest.raises(RuntimeError, match="factors must be float32, got bfloat16"):
+        ops.finish_tile(x, torch.ones(1, 2, dtype=BF16), labels, None, 8)
+    with pytest.raises(RuntimeError, match="at_target must be float64, got float32"):
+        ops.finish_tile(x.double(), None, labels, out, 8)
+    with pytest.raises(RuntimeError, match="width must be > 0, got 0"):
+        ops.finish_tile(x, None, labels, out, 0)
+    with pytest.raises(RuntimeError, match="tile must have rows that do not overlap"):
+        ops.finish_tile(torch.zeros(8).expand(2, 8), None, labels, out, 8)
+    with pytest.raises(RuntimeError, match="tile must be float32, bfloat16, float16 or float64, got int64"):
+        ops.finish_tile(x.long(), None, labels, None, 8)
 
 
 def test_memory_shared_in_another_way_is_refused(ops):

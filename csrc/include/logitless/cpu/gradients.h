@@ -1,4 +1,4 @@
-// dX and dW from the gradient that score_block wrote, by small GEMMs that accumulate in float32. Included by kernels.h.
+// dX and dW from the gradient that score_block wrote, by small GEMMs that accumulate in float32. Included by kernels.inc.
 
 constexpr int64_t kSlice = 512;  // vocabulary entries that dX takes in at a time
 
@@ -78,7 +78,8 @@ struct Grid {
     int64_t best_cost = -1;
     for (int64_t a = 1; a <= threads; ++a) {
       const int64_t b = (threads + a - 1) / a;
-      const int64_t token_part = round_up((rows + a - 1) / a, kTokenBlock), hidden_part = round_up((hidden + b - 1) / b, kHiddenBlock);
+      const int64_t token_part = round_up((rows + a - 1) / a, kTokenBlock),
+                    hidden_part = round_up((hidden + b - 1) / b, kHiddenBlock);
       const int64_t tasks = ((rows + token_part - 1) / token_part) * ((hidden + hidden_part - 1) / hidden_part);
       const int64_t rounds = (tasks + threads - 1) / threads;
       const int64_t tokens = least(token_part, rows), columns = least(hidden_part, hidden);
@@ -118,8 +119,8 @@ inline void grad_hidden(const GradHidden& p, ParallelFor run, SmallGemm gemm, Re
         const int64_t some = least(kTokenBlock, tokens - t);
         transpose(p.gradient + v * p.rows + t0 + t, p.rows, depth, some, even, a.data());
         for (int64_t h = 0; h < columns; h += kHiddenBlock) {
-          gemm(some, least(kHiddenBlock, columns - h), even, even, kHiddenBlock, p.hidden, true, a.data(), b.data() + h * kSlice,
-               p.dhidden + (t0 + t) * p.hidden + h0 + h);
+          gemm(some, least(kHiddenBlock, columns - h), even, even, kHiddenBlock, p.hidden, true, a.data(),
+               b.data() + h * kSlice, p.dhidden + (t0 + t) * p.hidden + h0 + h);
         }
       }
     }
@@ -134,7 +135,8 @@ LOGITLESS_INLINE void scale_to_bf16(const uint16_t* x, float scale, int64_t coun
     store_bits(out + i, float_to_bf16(v));
   }
   const BF16* rest = reinterpret_cast<const BF16*>(x + i);
-  if (i < count) store_some<float>(reinterpret_cast<BF16*>(out + i), load_some<float>(rest, int(count - i)) * scale, int(count - i));
+  if (i < count)
+    store_some<float>(reinterpret_cast<BF16*>(out + i), load_some<float>(rest, int(count - i)) * scale, int(count - i));
 }
 
 LOGITLESS_INLINE void add_scaled(const uint16_t* x, float scale, int64_t count, float* to) {
@@ -151,16 +153,17 @@ inline void pack_rows(const PackRows& p, ParallelFor run) {
   parallel(run, (p.hidden + kHiddenBlock - 1) / kHiddenBlock, [&](int64_t block) {
     const int64_t h = block * kHiddenBlock, columns = least(kHiddenBlock, p.hidden - h);
     uint16_t* out = p.out + h * even;
-    uint16_t pair[2][kHiddenBlock] = {};
+    uint16_t pair[2 * kHiddenBlock] = {};
     for (int64_t t = 0; t < even; t += 2) {
       for (int64_t i = 0; i < 2; ++i) {
+        uint16_t* row = pair + i * kHiddenBlock;
         if (t + i < p.rows) {
-          scale_to_bf16(p.x + (t + i) * p.x_stride + h, p.scale[t + i], columns, pair[i]);
+          scale_to_bf16(p.x + (t + i) * p.x_stride + h, p.scale[t + i], columns, row);
         } else {
-          __builtin_memset(pair[i], 0, sizeof(pair[i]));
+          __builtin_memset(row, 0, kHiddenBlock * 2);
         }
       }
-      interleave(pair[0], kHiddenBlock, 2, kHiddenBlock, kHiddenBlock, out + t * kHiddenBlock);
+      interleave(pair, kHiddenBlock, 2, kHiddenBlock, kHiddenBlock, out + t * kHiddenBlock);
     }
   });
 }

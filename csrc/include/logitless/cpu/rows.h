@@ -1,4 +1,5 @@
-// Work on rows of [tokens, hidden] and [vocabulary, hidden]: indexed dot, scaling, scattering, conversion. Included by kernels.h.
+// Work on rows of [tokens, hidden] and [vocabulary, hidden]: indexed dot, scaling, scattering, conversion. Included by
+// kernels.inc.
 
 template <class Real>
 void indexed_dot_row(const IndexedDot& p, int64_t t) {

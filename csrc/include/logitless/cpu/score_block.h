@@ -1,14 +1,15 @@
 // Logits by small GEMMs into the cache, and exponentials there: rows are vocabulary entries, lanes are tokens, so sums need no
-// horizontal step and the gradient comes out as the dW GEMM reads it. Included by kernels.h.
+// horizontal step and the gradient comes out as the dW GEMM reads it. Included by kernels.inc.
 
-constexpr int64_t kUnitRows = 64;   // vocabulary entries of one small GEMM
-constexpr int64_t kDepth = 1024;    // hidden elements of one small GEMM
+constexpr int64_t kUnitRows = 64;  // vocabulary entries of one small GEMM
+constexpr int64_t kDepth = 1024;   // hidden elements of one small GEMM
 // Vocabulary entries whose sums are kept together, in float32: the unit of parallel work. It depends on nothing and spans are
 // added up in their order, in float64, so a sum is the same for any number of threads and any blocks that are multiples of it.
 constexpr int64_t kSpanRows = 256;
 constexpr int64_t kSpans = 64;  // as many at a time: what they need for each token is bounded
 
-// Tokens in blocks of kTokenBlock (the last one padded to kTokenPad with zeros), each as the small GEMM's B: (hidden / 2, block, 2).
+// Tokens in blocks of kTokenBlock (the last one padded to kTokenPad with zeros), each as the small GEMM's B: (hidden / 2,
+// block, 2).
 inline void pack_tokens(const PackRows& p, ParallelFor run) {
   parallel(run, (p.rows + kTokenBlock - 1) / kTokenBlock, [&](int64_t block) {
     const int64_t t0 = block * kTokenBlock;
@@ -192,7 +193,6 @@ class Scorer {
     const float* c;  // one vector of tokens, rows `stride` apart
     int64_t stride, row, height, token, span;
   };
-
 
   float* sum_row(int64_t span, int sum) { return sums_.data() + (span * kept_ + sum) * padded_; }
   double& total(int sum, int64_t t) { return p_.sums[sum * p_.rows + t]; }
@@ -404,8 +404,7 @@ inline void score_block(const ScoreBlock& p, ParallelFor run, SmallGemm gemm, Re
       factor[t] = float(__builtin_exp(double(factor[t]) - double(p.k[t])));
     }
     if (!needed) continue;
-    parallel(run, kSpans, [&](int64_t s) {
-      rescale_columns(p.gradient + (i * step + s * kSpanRows) * p.rows, kSpanRows, p.rows, factor);
-    });
+    parallel(run, kSpans,
+             [&](int64_t s) { rescale_columns(p.gradient + (i * step + s * kSpanRows) * p.rows, kSpanRows, p.rows, factor); });
   }
 }

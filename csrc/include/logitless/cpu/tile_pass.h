@@ -1,6 +1,6 @@
-// The element-wise pass over a block of raw logits whose rows are tokens. Included by kernels.h.
+// The element-wise pass over a block of raw logits whose rows are tokens. Included by kernels.inc.
 
-constexpr int kChunk = 1024;  // logits that a row works on at a time, in the L1 cache
+constexpr int kChunk = 1024;       // logits that a row works on at a time, in the L1 cache
 constexpr int kQuickChunk = 4096;  // where it keeps nothing but the entries to write
 
 // Raw logits to logits, for vectors: scale, or soft-cap.
@@ -82,7 +82,10 @@ template <class Real>
 class TileRow {
  public:
   TileRow(const TilePass& p, int64_t row)
-      : p_(p), transform_(p.head), plain_(!transform_.capped && transform_.inner == 1 && !p.bias && !p.rounding && !p.outputs && p.sums), row_(row) {
+      : p_(p),
+        transform_(p.head),
+        plain_(!transform_.capped && transform_.inner == 1 && !p.bias && !p.rounding && !p.outputs && p.sums),
+        row_(row) {
     k_ = static_cast<const Real*>(p.k)[row];
     if (p.mix) {
       mix_[0] = static_cast<const Real*>(p.mix)[row];
@@ -134,7 +137,8 @@ class TileRow {
   // Logits of columns c0..c1 to z_buffer_, their slopes to slope_buffer_; lanes past the end are -inf.
   LOGITLESS_INLINE void load(int64_t c0, int64_t c1) {
     const int64_t count = c1 - c0;
-    with_type<Real>(p_.source, p_.source_type, row_ * p_.source_stride + c0, [&](auto* from) { widen<Real>(from, buffer_, count); });
+    with_type<Real>(p_.source, p_.source_type, row_ * p_.source_stride + c0,
+                    [&](auto* from) { widen<Real>(from, buffer_, count); });
     const Real* bias = p_.bias ? static_cast<const Real*>(p_.bias) + p_.first + c0 : nullptr;
     for (int64_t i = 0; i < count; i += lanes) {
       Vec<Real> r = load_bits<Vec<Real>>(buffer_ + i);
@@ -186,23 +190,32 @@ class TileRow {
     }
   }
 
-  // A chunk that only has logits to exponentiate, without a stop in memory; false, and nothing done, where k must be raised.
+  // Logits that are only exponentiated, without a stop in memory; false, and nothing done, where k must be raised. Sums are
+  // those of the slower way, to the bit: a log-probability must not depend on what else is asked for.
   bool quick(int64_t c, int64_t count) {
-    Real total = 0;
+    double total = e_;
+    bool low = true;
     alignas(64) char written[kQuickChunk * sizeof(Real)];  // not to the destination yet: that may be the source
     with_type<Real>(p_.source, p_.source_type, row_ * p_.source_stride + c, [&](auto* source) {
+      const auto add = [&](auto* to) {
+        for (int64_t i = 0; i < count; i += kChunk) {
+          const Real some = exponentials_between(source + i, to ? to + i : nullptr, least(kChunk, count - i));
+          low &= some <= Real(kRaiseSum);
+          total += some;
+        }
+      };
       if (!p_.destination) {
-        total = exponentials_between(source, static_cast<Real*>(nullptr), count);
+        add(static_cast<Real*>(nullptr));
         return;
       }
       with_destination([&](auto* row) {
         using T = std::remove_pointer_t<decltype(row)>;
-        total = exponentials_between(source, reinterpret_cast<T*>(written), count);
-        if (raised_ || total <= Real(kRaiseSum)) __builtin_memcpy(row + c, written, count * sizeof(T));
+        add(reinterpret_cast<T*>(written));
+        if (raised_ || low) __builtin_memcpy(row + c, written, count * sizeof(T));
       });
     });
-    if (!raised_ && !(total <= Real(kRaiseSum))) return false;
-    e_ += total;
+    if (!raised_ && !low) return false;
+    e_ = total;
     return true;
   }
 
@@ -215,14 +228,14 @@ class TileRow {
       sum += e;
       if (to) store_entry<Real>(to + i, e);
     }
-    Real total = sum_lanes<Real>(sum);
     if (i < count) {
       const int some = int(count - i);
-      const Vec<Real> e = exp<Real>(load_some<Real>(source + i, some) - k_);
-      for (int j = 0; j < some; ++j) total += e[j];
+      Vec<Real> e = exp<Real>(load_some<Real>(source + i, some) - k_);
+      for (int j = some; j < lanes; ++j) e[j] = 0;
+      sum += e;
       if (to) store_some<Real>(to + i, e, some);
     }
-    return total;
+    return sum_lanes<Real>(sum);
   }
 
   double largest(int64_t count) const {
@@ -333,5 +346,22 @@ inline void tile_pass(const TilePass& p, ParallelFor run) {
         TileRow<float>(p, row).run();
       }
     }
+  });
+}
+
+template <class Real>
+void finish_tile_row(const FinishTile& p, int64_t row) {
+  with_type<Real>(p.tile, p.tile_type, row * p.tile_stride, [&](auto* tile) {
+    for (int64_t j = 0, first = 0; p.factors && first < p.columns; ++j, first += p.width) {
+      const Real factor = static_cast<const Real*>(p.factors)[j * p.rows + row];
+      if (factor != 1) rescale<Real>(tile + first, least(p.width, p.columns - first), factor);
+    }
+    if (p.at_target) store_some<Real>(tile + p.labels[row], splat(static_cast<const Real*>(p.at_target)[row]), 1);
+  });
+}
+
+inline void finish_tile(const FinishTile& p, ParallelFor run) {
+  parallel(run, p.rows, [&](int64_t row) {
+    p.tile_type == DType::Float64 ? finish_tile_row<double>(p, row) : finish_tile_row<float>(p, row);
   });
 }

@@ -36,8 +36,8 @@ void parallel(ParallelFor run, int64_t count, F&& body) {
 }
 
 // C (m, n) float32 = or += A (m, k) bf16 * B, with k even and B in pairs of rows: (k / 2, ldb, 2).
-using SmallGemm = void (*)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add,
-                           const uint16_t* a, const uint16_t* b, float* c);
+using SmallGemm = void (*)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const uint16_t* a,
+                           const uint16_t* b, float* c);
 
 // Runs before the kernels leave a thread: the GEMM may hold on to a hardware context.
 using ReleaseGemm = void (*)();
@@ -67,14 +67,14 @@ struct ScoreBlock {
   const uint16_t* tokens;  // packed by pack_tokens
   const void* weight;      // rows of the block; rounded to bf16 if of another type
   int64_t weight_stride;
-  DType weight_type;       // not Float64
+  DType weight_type;  // not Float64
   const float* bias;  // (V), or null
   const int64_t* labels;
-  const float* start;     // (rows) the k that every span begins with
-  float* k;               // (rows) the k of sums and gradient
-  double* sums;           // (NumSums, rows), or null: k is final, start not read
-  const float* mix;       // (2, rows), or null
-  uint16_t* gradient;     // (width, rows) bf16, or null
+  const float* start;  // (rows) the k that every span begins with
+  float* k;            // (rows) the k of sums and gradient
+  double* sums;        // (NumSums, rows), or null: k is final, start not read
+  const float* mix;    // (2, rows), or null
+  uint16_t* gradient;  // (width, rows) bf16, or null
   int64_t rows, hidden, width, first;
   int outputs;
   Rounding rounding;
@@ -98,13 +98,13 @@ struct GradWeight {
   const uint16_t* packed;  // scale * x by pack_rows
   const uint16_t* x;       // (rows, hidden) bf16
   int64_t x_stride;
-  const float* scale;      // (rows)
-  const float* values;     // (rows) the label's gradient, added in float32
-  const int64_t* labels;   // (rows)
-  void* dweight;           // or null
-  DType dweight_type;      // Float32 or BFloat16
-  bool accumulate;         // add to dweight (Float32); otherwise it is written
-  float* dbias;            // (width), or null; added to
+  const float* scale;     // (rows)
+  const float* values;    // (rows) the label's gradient, added in float32
+  const int64_t* labels;  // (rows)
+  void* dweight;          // or null
+  DType dweight_type;     // Float32 or BFloat16
+  bool accumulate;        // add to dweight (Float32); otherwise it is written
+  float* dbias;           // (width), or null; added to
   int64_t rows, hidden, width, first;
 };
 
@@ -165,6 +165,17 @@ struct ScaledConvert {
   int64_t count;
 };
 
+// tile[t, block j] *= factors[j, t], untouched where that is 1; then tile[t, labels[t]] = at_target[t]
+struct FinishTile {
+  void* tile;
+  int64_t tile_stride;  // elements
+  DType tile_type;
+  const void* factors;  // (blocks of `width` columns, rows) float, or double for a double tile; or null
+  const int64_t* labels;
+  const void* at_target;  // (rows) like factors, or null
+  int64_t rows, columns, width;
+};
+
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;
@@ -178,6 +189,7 @@ struct Kernels {
   void (*finish_rows)(const FinishRows&, ParallelFor);
   void (*scale_scatter)(const ScaleScatter&, ParallelFor);
   void (*scaled_convert)(const ScaledConvert&, ParallelFor);
+  void (*finish_tile)(const FinishTile&, ParallelFor);
 };
 
 // Those this machine runs fastest; LOGITLESS_CPU_ISA=avx512_bf16, avx512, avx2 or generic picks others that it has.

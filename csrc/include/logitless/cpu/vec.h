@@ -1,5 +1,5 @@
 // Vectors of one instruction set, by the vector extension of GCC and Clang: the same source for AVX-512, AVX2, SSE2 and NEON.
-// Included inside of a namespace and of a target region (see kernels.h), so it includes nothing itself.
+// Included inside of a namespace and of a target region (see kernels.inc), so it includes nothing itself.
 
 #define LOGITLESS_INLINE inline __attribute__((always_inline))
 
@@ -12,7 +12,7 @@ struct Lanes<float> {
   typedef float V __attribute__((vector_size(LOGITLESS_VECTOR_BYTES)));
   typedef int32_t I __attribute__((vector_size(LOGITLESS_VECTOR_BYTES)));
   static constexpr int mantissa = 23, exponent_bias = 127;
-  static constexpr float magic = 12582912.f;              // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;
   static constexpr float lowest = -87.0f, highest = 88.0f;  // exp is a normal number in between
 };
@@ -52,8 +52,8 @@ LOGITLESS_INLINE V fma(V a, V b, V c) {
   return a * b + c;
 }
 
-// (exp(r) - 1 - r) / r^2 for |r| <= ln(2) / 2, times r^2, plus r: float32 by a minimax fit (relative error of exp 3e-9), float64
-// by Taylor's series, whose remainder is below rounding.
+// (exp(r) - 1 - r) / r^2 for |r| <= ln(2) / 2, times r^2, plus r: float32 by a minimax fit (relative error of exp 3e-9),
+// float64 by Taylor's series, whose remainder is below rounding.
 LOGITLESS_INLINE Vec<float> expm1_near_0(Vec<float> r) {
   Vec<float> q = fma(r, splat(1.381458095e-03f), splat(8.368725485e-03f));
   q = fma(q, r, splat(4.166838888e-02f));
@@ -63,8 +63,9 @@ LOGITLESS_INLINE Vec<float> expm1_near_0(Vec<float> r) {
 }
 
 LOGITLESS_INLINE Vec<double> expm1_near_0(Vec<double> r) {
-  constexpr double inverse_factorial[] = {1.0 / 2,       1.0 / 6,        1.0 / 24,        1.0 / 120,        1.0 / 720,       1.0 / 5040,
-                                          1.0 / 40320,   1.0 / 362880,   1.0 / 3628800,   1.0 / 39916800,   1.0 / 479001600, 1.0 / 6227020800};
+  constexpr double inverse_factorial[] = {1.0 / 2,       1.0 / 6,        1.0 / 24,        1.0 / 120,
+                                          1.0 / 720,     1.0 / 5040,     1.0 / 40320,     1.0 / 362880,
+                                          1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
   Vec<double> q = splat(inverse_factorial[11]);
   for (int i = 10; i >= 0; --i) q = fma(q, r, splat(inverse_factorial[i]));
   return fma(q, r * r, r);

@@ -10,9 +10,9 @@ template <typename Acc>
 struct Head {
   bool capped;
   int rounding;
-  Acc inner;           // before the tanh; the whole slope without one
-  Acc outer;           // after it
-  Acc inverse_outer;   // from z back to the tanh
+  Acc inner;          // before the tanh; the whole slope without one
+  Acc outer;          // after it
+  Acc inverse_outer;  // from z back to the tanh
 
   Head(double logit_scale, double softcap, double temperature, int rounding_)
       : capped(softcap != 0),

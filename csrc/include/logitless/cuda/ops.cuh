@@ -1,4 +1,4 @@
-// The five operators as plain structs and launch functions: what bindings fill in and call. Meaning: kernels/native.py.
+// The six operators as plain structs and launch functions: what bindings fill in and call. Meaning: kernels/native.py.
 //
 // Pointers are device memory. Strides count elements. Nothing here allocates, synchronises or looks at data.
 #pragma once
@@ -80,8 +80,8 @@ struct ScaleScatter {
   const void* values;  // (n, width)
   int64_t values_stride;
   DType values_dtype;
-  const int64_t* rows;  // (n,)
-  const void* factor;   // (1,) or (n,), of the type of values
+  const int64_t* rows;    // (n,)
+  const void* factor;     // (1,) or (n,), of the type of values
   int64_t factor_stride;  // 0 or 1
   void* out;              // (out_rows, width)
   int64_t out_stride;
@@ -98,10 +98,22 @@ struct ScaledConvert {
   int64_t count;
 };
 
+struct FinishTile {
+  void* tile;  // (n, columns)
+  int64_t tile_stride;
+  DType tile_dtype;
+  const void* factors;  // (blocks, n) Accumulate of tile, or null
+  int64_t factors_stride;
+  const int64_t* labels;  // (n,)
+  const void* at_target;  // (n,) Accumulate of tile, or null
+  int64_t n, columns, width, blocks;
+};
+
 void launch(const IndexedDot& op, cudaStream_t stream);
 void launch(const TilePass& op, cudaStream_t stream);
 void launch(const PairLossPass& op, cudaStream_t stream);
 void launch(const ScaleScatter& op, cudaStream_t stream);
 void launch(const ScaledConvert& op, cudaStream_t stream);
+void launch(const FinishTile& op, cudaStream_t stream);
 
 }  // namespace logitless::cuda

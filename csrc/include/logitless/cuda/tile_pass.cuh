@@ -34,13 +34,8 @@ __device__ inline Acc raise_above(const TilePass& op) {
 
 // A thread's share of a chunk. All loads are issued before one is waited for.
 template <typename Source>
-__device__ inline void load_chunk(
-    const Source* row,
-    int column,
-    int step,
-    int width,
-    bool aligned,
-    Accumulate<Source> (&z)[Layout<Source>::kVectors][Layout<Source>::kVector]) {
+__device__ inline void load_chunk(const Source* row, int column, int step, int width, bool aligned,
+                                  Accumulate<Source> (&z)[Layout<Source>::kVectors][Layout<Source>::kVector]) {
   using L = Layout<Source>;
   if (aligned && column + (L::kVectors - 1) * step + L::kVector <= width) {
     Words<Source, L::kVector> words[L::kVectors];
@@ -62,8 +57,8 @@ __device__ inline int label_column(int64_t label, int64_t first, int64_t width) 
 
 // z of one column.
 template <typename Source>
-__device__ inline Accumulate<Source> logit(
-    const TilePass& op, const Head<Accumulate<Source>>& head, const Source* row, int column) {
+__device__ inline Accumulate<Source> logit(const TilePass& op, const Head<Accumulate<Source>>& head, const Source* row,
+                                           int column) {
   Accumulate<Source> z[1] = {widen(row[column])};
   if (op.bias != nullptr) {
     with_type(op.bias_dtype, [&](auto* type) {
@@ -92,14 +87,9 @@ struct RowSums {
 
 // Raises the offset for what is left of a row, from the chunk at `start` on. top: the largest logit of this thread in it.
 template <typename Source>
-__device__ inline Accumulate<Source> raised_offset(
-    const TilePass& op,
-    const Head<Accumulate<Source>>& head,
-    const Source* row,
-    int next,  // first column after the chunk
-    int at,
-    Accumulate<Source> top,
-    double* shared) {
+__device__ inline Accumulate<Source> raised_offset(const TilePass& op, const Head<Accumulate<Source>>& head, const Source* row,
+                                                   int next,  // first column after the chunk
+                                                   int at, Accumulate<Source> top, double* shared) {
   const int width = static_cast<int>(op.width);
 #pragma unroll 1
   for (int column = next + static_cast<int>(threadIdx.x); column < width; column += static_cast<int>(blockDim.x)) {

@@ -71,8 +71,8 @@ __device__ inline void unpack(const Words<T, N>& words, Acc (&values)[N]) {
     } else if constexpr (sizeof(T) == 4) {
       values[i] = __uint_as_float(words.word[i]);
     } else {
-      values[i] = static_cast<Acc>(
-          __hiloint2double(static_cast<int>(words.word[2 * i + 1]), static_cast<int>(words.word[2 * i])));
+      values[i] =
+          static_cast<Acc>(__hiloint2double(static_cast<int>(words.word[2 * i + 1]), static_cast<int>(words.word[2 * i])));
     }
   }
 }

@@ -20,6 +20,18 @@ pytestmark = [
     pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+#: Each test runs on each of these. What a GPU may have is not all that ``auto`` would take.
+BACKENDS = ("torch", "cuda") if DEVICE == "cuda" else ("torch", "cpu")
+
+
+@pytest.fixture(autouse=True, scope="module", params=BACKENDS)
+def backend(request):
+    if reasons := ll.available_backends()[request.param]:
+        pytest.skip(f"{request.param}: " + "; ".join(reasons))
+    with ll.settings(backend=request.param):
+        yield request.param
+
+
 HEADS = [ll.HeadSpec(), ll.HeadSpec(0.7, None, 1.3), ll.HeadSpec(1.2, 8.0, 0.6)]
 #: Largest error of logps relative to 1 + |logp|, and of gradients, of results that are rounded once.
 TOLERANCES = {
