@@ -12,8 +12,12 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -93,10 +97,10 @@ def extension(part: str) -> Extension:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     headers = [flag for path in include_paths() for flag in ("-isystem", path)]
-    flags = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", *headers]
+    # -Wno: vectors are passed by value between inlined functions only; GCC's own intrinsics look uninitialised to it
+    flags = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wno-psabi", "-Wno-maybe-uninitialized", *headers]
     if os.environ.get("LOGITLESS_WERROR"):  # for developers: a compiler unknown to us may warn of more
-        # -Wno: vectors are passed by value between inlined functions only; GCC's own intrinsics look uninitialised to it
-        flags += ["-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+        flags += ["-Wall", "-Wextra", "-Werror"]
     if part == "cpu":
         flags += ["-fopenmp", "-ffp-contract=off"]  # see fma in csrc/include/logitless/cpu/vec.h
         libraries, link = ["torch_cpu", "c10"], ["-fopenmp"]
@@ -148,7 +152,8 @@ class Build(build_ext):
         try:
             if part == "cuda":
                 ext.extra_objects = self._cuda_objects(ext)
-            super().build_extension(ext)
+            with self._parallel_compiler():
+                super().build_extension(ext)
         except Exception as error:
             reason = f"the compiler failed ({error})"
             if part in requested():
@@ -156,6 +161,21 @@ class Build(build_ext):
             tell([part], reason)
             ext.optional = True  # the build goes on without its library, and without one of an earlier build
             Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+
+    @contextmanager
+    def _parallel_compiler(self) -> Iterator[None]:
+        """One source file on each core."""
+        one_by_one = self.compiler.compile
+
+        def compile_all(sources: list[str], **options: Any) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return list(chain.from_iterable(pool.map(lambda source: one_by_one([source], **options), sources)))
+
+        self.compiler.compile = compile_all
+        try:
+            yield
+        finally:
+            self.compiler.compile = one_by_one
 
     def _cuda_objects(self, ext: Extension) -> list[str]:
         from torch.utils.cpp_extension import include_paths

@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -167,10 +168,16 @@ def run_case(
             row.fail(UNAVAILABLE, "; ".join(reasons))
         else:
             entries.append(_Entry(provider, row))
-    for entry in entries:  # before anything large is held here, and to learn who would not fit
-        progress(f"{case.task}: memory of {entry.row.provider}", 1)
-        if memory and not entry.provider.roofline:
-            _apply_memory(entry.row, measure(entry.provider, case, device))
+    # Before anything large is held here, and to learn who would not fit. Peaks do not depend on who else runs on a CPU.
+    with ThreadPoolExecutor(2 if device.type == "cpu" else 1) as pool:
+        measured = [
+            pool.submit(measure, entry.provider, case, device) if memory and not entry.provider.roofline else None
+            for entry in entries
+        ]
+        for entry, result in zip(entries, measured, strict=True):
+            progress(f"{case.task}: memory of {entry.row.provider}", 1)
+            if result is not None:
+                _apply_memory(entry.row, result.result())
     progress(f"{case.task}: float64 reference", 1)
     inputs = make_inputs(case, device)
     reference = _reference(case, inputs)
