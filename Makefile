@@ -8,22 +8,29 @@ ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
 ENVIRONMENT := $(or $(ACTIVE),.venv)
 BIN := $(ENVIRONMENT)/bin
 CXX_SOURCES = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
-STAMP := build/.ready-$(subst /,_,$(abspath $(ENVIRONMENT)))
-
-EXT := build/.ext-$(or $(LOGITLESS_EXT),cpu)-$(subst /,_,$(abspath $(ENVIRONMENT)))
+NAME := $(subst /,_,$(abspath $(ENVIRONMENT)))
+STAMP := build/.ready-$(NAME)
+# The benchmark needs less than the tests and the checks: `make bench` alone installs no more.
+BENCH_STAMP := build/.ready-bench-$(NAME)
+NEEDED := $(if $(filter bench,$(MAKECMDGOALS)),$(if $(wildcard $(STAMP)),$(STAMP),$(BENCH_STAMP)),$(STAMP))
+EXT := build/.ext-$(or $(LOGITLESS_EXT),cpu)-$(NAME)
 
 .PHONY: bench test lint types format setup ext clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py scripts/setup.sh
-	PYTHON=$(PYTHON) bash scripts/setup.sh $(ENVIRONMENT)
+	PYTHON=$(PYTHON) bash scripts/setup.sh $(ENVIRONMENT) bench,test,dev
+	@mkdir -p build && touch $@
+
+$(BENCH_STAMP): pyproject.toml setup.py scripts/setup.sh
+	PYTHON=$(PYTHON) bash scripts/setup.sh $(ENVIRONMENT) bench
 	@mkdir -p build && touch $@
 
 # The C++ kernels, in place; LOGITLESS_EXT=cpu,cuda builds the CUDA ones too.
 ext: $(EXT)
 
-$(EXT): $(STAMP) setup.py $(shell find csrc -type f)
+$(EXT): $(NEEDED) setup.py $(shell find csrc -type f)
 	LOGITLESS_EXT=$(or $(LOGITLESS_EXT),cpu) $(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Set up an environment to run the benchmark, the tests and the checks. Usage: setup.sh ENVIRONMENT
+# Set up an environment with the package and some of its extras. Usage: setup.sh ENVIRONMENT EXTRA,...
 #
 # torch: one that is already there is kept. Otherwise a machine with an NVIDIA GPU gets the default build, any other one the
 # CPU build of torch 2.13.0; nothing here ever downloads CUDA libraries for a machine that cannot use them.
 set -euo pipefail
 
 environment=$1
+extras=$2
 torch_version=2.13.0
 python=${PYTHON:-python3}
 
@@ -38,4 +39,4 @@ fi
 constraints=$(mktemp)
 trap 'rm -f "$constraints"' EXIT
 "$environment/bin/python" -c 'import torch; print("torch==" + torch.__version__)' >"$constraints"
-"${pip[@]}" install -q -c "$constraints" -e ".[bench,test,dev]"
+"${pip[@]}" install -q -c "$constraints" -e ".[$extras]"
