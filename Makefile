@@ -13,7 +13,6 @@ STAMP := build/.ready-$(NAME)
 # The benchmark needs less than the tests and the checks: `make bench` alone installs no more.
 BENCH_STAMP := build/.ready-bench-$(NAME)
 NEEDED := $(if $(filter bench,$(MAKECMDGOALS)),$(if $(wildcard $(STAMP)),$(STAMP),$(BENCH_STAMP)),$(STAMP))
-EXT := build/.ext-$(or $(LOGITLESS_EXT),cpu)-$(NAME)
 
 .PHONY: bench test lint types format setup ext clean
 
@@ -27,12 +26,9 @@ $(BENCH_STAMP): pyproject.toml setup.py scripts/setup.sh
 	PYTHON=$(PYTHON) bash scripts/setup.sh $(ENVIRONMENT) bench
 	@mkdir -p build && touch $@
 
-# The C++ kernels, in place; LOGITLESS_EXT=cpu,cuda builds the CUDA ones too.
-ext: $(EXT)
-
-$(EXT): $(NEEDED) setup.py $(shell find csrc -type f)
-	LOGITLESS_EXT=$(or $(LOGITLESS_EXT),cpu) $(BIN)/python setup.py -q build_ext --inplace
-	@touch $@
+# The kernels of csrc that this machine can build, in place; nothing is compiled twice. LOGITLESS_EXT=cpu,cuda insists on both.
+ext: $(NEEDED)
+	$(BIN)/python setup.py -q build_ext --inplace
 
 bench: ext
 	$(BIN)/python -m logitless.bench

@@ -5,6 +5,8 @@ LOGITLESS_EXT says which parts of ``csrc/`` are built: ``auto`` (default) what t
 ``--no-build-isolation``. LOGITLESS_CUDA_ARCHS: compute capabilities, default "80;90;100".
 """
 
+import ast
+import hashlib
 import os
 import re
 import shlex
@@ -110,6 +112,7 @@ def extension(part: str) -> Extension:
         libraries, link = [], ["-Wl,--no-as-needed", "-ltorch_cuda", "-ltorch_cpu", "-lcudart"]
     return Extension(
         name_of(part),
+        define_macros=[("LOGITLESS_SCHEMAS", f'"{schemas_digest()}"')],
         sources=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / part).glob("*.cpp")),
         include_dirs=["csrc/include"],
         library_dirs=[*library_paths(), *(toolkit_folders("L") if part == "cuda" else [])],
@@ -117,7 +120,7 @@ def extension(part: str) -> Extension:
         extra_compile_args=flags,
         extra_link_args=link,
         language="c++",
-        depends=[str(p) for p in (ROOT / "csrc").rglob("*") if p.is_file()],
+        depends=["kernels/native.py", *(str(p) for p in (ROOT / "csrc").rglob("*") if p.is_file())],
     )
 
 
@@ -129,6 +132,13 @@ def toolkit_folders(flag: str) -> list[str]:
     lines = re.findall(rf"^#\$ (?:{'|'.join(names)})=(.*)$", report, re.M)
     words = [word for line in lines for word in shlex.split(line)]
     return [os.path.realpath(word.removeprefix(f"-{flag}")) for word in words if word != "-isystem"]
+
+
+def schemas_digest() -> str:
+    """Of the operators' schemas: a library built for others must not be loaded."""
+    tree = ast.parse((ROOT / "kernels/native.py").read_text())
+    (value,) = (n.value for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "SCHEMAS")
+    return hashlib.sha256(repr(ast.literal_eval(value)).encode()).hexdigest()[:16]
 
 
 def cuda_architectures() -> list[str]:
@@ -160,7 +170,8 @@ class Build(build_ext):
                 refuse(part, reason)
             tell([part], reason)
             ext.optional = True  # the build goes on without its library, and without one of an earlier build
-            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+            for path in (Path(self.get_ext_fullpath(ext.name)), ROOT / "kernels" / (ext.name.rpartition(".")[2] + ".so")):
+                path.unlink(missing_ok=True)
 
     @contextmanager
     def _parallel_compiler(self) -> Iterator[None]:

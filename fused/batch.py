@@ -128,10 +128,13 @@ class ClosedForm:
     them, minus its reference.
 
     Attributes:
+        fn, margin: the loss function that this stands for, under that margin.
         kind: one of ``logitless.kernels.native.PAIR_LOSSES``.
         beta, gamma, label_smoothing: numbers of that loss.
     """
 
+    fn: Callable[..., Tensor | LossResult]
+    margin: Margin
     kind: str
     beta: float
     gamma: float = 0.0
@@ -152,6 +155,7 @@ class Loss:
         uses_nll: whether ``fn`` reads ``nll_sums`` (``nll_labels`` is an error otherwise).
         uses_confidence: whether ``fn`` reads ``confidence``.
         optional_reference: whether ``fn`` can do with a reference and without.
+        closed_form: the same loss for the compiled operators; not used with another ``fn`` or ``margin`` than its own.
     """
 
     fn: Callable[..., Tensor | LossResult]
@@ -161,6 +165,7 @@ class Loss:
     uses_nll: bool = False
     uses_confidence: bool = False
     optional_reference: bool = False
+    closed_form: ClosedForm | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.fn):
@@ -171,11 +176,6 @@ class Loss:
             raise ValueError(f"margin must be None, 'sum' or 'mean', got {self.margin!r}")
         if self.margin is not None and self.group != "pair":
             raise ValueError(f"margin={self.margin!r} needs group='pair', got group={self.group!r}")
-
-    @property
-    def closed_form(self) -> ClosedForm | None:
-        """What ``fn`` says of itself by an attribute of this name: it cannot outlive a replaced ``fn``."""
-        return None if self.margin is None else getattr(self.fn, "closed_form", None)
 
     def __call__(self, batch: Sequences) -> LossResult:
         result = self.fn(batch)

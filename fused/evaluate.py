@@ -89,7 +89,9 @@ class Evaluation:
     def _is_closed_form(self) -> bool:
         """Whether the compiled operators know the only loss, and all it looks at."""
         entries, (term, *others) = self.job.entries, self.job.terms
-        plain = entries.counted is None and entries.nll is None and not others and term.loss.closed_form is not None
+        form = term.loss.closed_form
+        same = form is not None and form.fn is term.loss.fn and form.margin == term.loss.margin
+        plain = same and not others and entries.counted is None and entries.nll is None
         return plain and set(term.inputs) <= {"ref_logps"} and self.wide == torch.float64 and native.serves(self.device)
 
     def _closed_form(

@@ -50,7 +50,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _pack_tokens(x: Tensor) -> Tensor:
-    packed = torch.empty(packed_tokens_size(*x.shape), dtype=x.dtype)
+    packed = torch.empty(packed_tokens_size(*x.shape), dtype=x.dtype, device=x.device)
     _ops.pack_tokens(x, packed)
     return packed
 
@@ -79,7 +79,7 @@ def score(
         )
     x, bias = _rows(x), None if bias is None else bias.float().contiguous()
     tokens, width = _block(len(x), x.shape[1], options.workspace, 2)
-    dhidden = torch.zeros(x.shape, dtype=torch.float32) if unit_dhidden else None
+    dhidden = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if unit_dhidden else None
     if tile is not None:
         tokens = max(1, len(x))  # a tile is one block
     parts = []
@@ -114,7 +114,7 @@ def _score(
     if dhidden is None:
         scan(0, vocab, None if tile is None else tile.view(-1))
     else:
-        buffer = torch.empty(min(width, vocab) * n, dtype=x.dtype)
+        buffer = torch.empty(min(width, vocab) * n, dtype=x.dtype, device=x.device)
         for v0, v1 in blocks(vocab, width):
             before, gradient = raised.clone(), buffer[: (v1 - v0) * n]
             scan(v0, v1, gradient)
@@ -171,7 +171,7 @@ def _add_head_gradient(
 ) -> None:
     packed, dweight, accumulate = None, into, True
     if head_gradient.weight is not None:
-        packed = torch.empty(packed_rows_size(*x.shape), dtype=x.dtype)
+        packed = torch.empty(packed_rows_size(*x.shape), dtype=x.dtype, device=x.device)
         _ops.pack_rows(x, scale, packed)
         if into is None:
             dweight, accumulate = head_gradient.weight[v0:v1], head_gradient.accumulate
@@ -205,13 +205,18 @@ def recompute_gradients(
     tokens, width = _block(n, hidden, options.workspace, 4)
     chunks = [slice(r0, min(r1, n)) for r0, r1 in blocks(max(1, n), tokens)]
     packed = _pack_tokens(x) if len(chunks) == 1 else None
-    buffer = torch.empty(min(width, len(weight)) * min(tokens, n), dtype=x.dtype)
+    several = (
+        len(chunks) > 1 and head_gradient is not None and head_gradient.weight is not None and not head_gradient.accumulate
+    )
+    if several:  # dW's rows are added to in a float32 block, which the workspace bounds too
+        width = min(width, max(SPAN, options.workspace // (4 * hidden) // SPAN * SPAN))
+    buffer = torch.empty(min(width, len(weight)) * min(tokens, n), dtype=x.dtype, device=x.device)
     if dhidden is not None:
         dhidden.zero_()
     for v0, v1 in blocks(len(weight), width):
-        block = None  # float32, where several chunks of tokens add to rows that are written once
-        if head_gradient is not None and head_gradient.weight is not None and len(chunks) > 1 and not head_gradient.accumulate:
-            block = torch.zeros((v1 - v0, hidden), dtype=torch.float32)
+        block = None
+        if several:
+            block = torch.zeros((v1 - v0, hidden), dtype=torch.float32, device=x.device)
         for rows in chunks:
             here, w = x[rows], weight[v0:v1]
             gradient = buffer[: (v1 - v0) * len(here)]

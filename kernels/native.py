@@ -1,6 +1,6 @@
 """Operators of the compiled extension: one schema each, served by a C++ and a CUDA implementation from ``csrc/``.
 
-All write into tensors that the caller hands in, allocate nothing and synchronise nothing. n tokens, w vocabulary entries
+All write into tensors that the caller hands in, make none and synchronise nothing. n tokens, w vocabulary entries
 ``first..first+w``, acc = float32 (float64 for float64 inputs).
 
 ``indexed_dot``
@@ -66,6 +66,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import os
 import struct
 from pathlib import Path
@@ -73,6 +74,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+from .settings import current_settings
 
 #: Vocabulary entries whose sums ``score_block`` keeps together.
 SPAN = 256
@@ -178,6 +181,19 @@ def _is_whole(path: Path) -> bool:
     return path.stat().st_size >= offset + size * count
 
 
+_SCHEMAS_DIGEST = hashlib.sha256(repr(SCHEMAS).encode()).hexdigest()[:16]
+
+
+def _schemas_of(library: ctypes.CDLL) -> str:
+    """What it was built for; setup.py computes it as above."""
+    function = getattr(library, "logitless_schemas", None)
+    if function is None:
+        return ""
+    function.restype = ctypes.c_char_p
+    name: bytes = function()
+    return name.decode()
+
+
 class _Extension:
     """One compiled library, loaded when first asked for."""
 
@@ -197,8 +213,10 @@ class _Extension:
         if not _is_whole(path):
             return [f"{path.name} does not load: the file is cut off; build or install it again"]
         try:
-            torch.ops.load_library(str(path))
             self.library = ctypes.CDLL(str(path))
+            if stem != "_cuda" and _schemas_of(self.library) != _SCHEMAS_DIGEST:
+                return [f"{path.name} was built from other sources: `make ext`, or install again"]
+            torch.ops.load_library(str(path))
         except (OSError, RuntimeError) as error:
             return [f"{path.name} does not load: {error}"]
         return []
@@ -244,7 +262,9 @@ def why_no_cuda_extension() -> list[str]:
 
 
 def serves(device: torch.device) -> bool:
-    """Whether the operators of both devices run on this one."""
+    """Whether the operators of both devices run on this one, and ``settings(backend="torch")`` does not rule them out."""
+    if current_settings().backend == "torch":
+        return False
     if device.type == "cuda":
         return not why_no_cuda_extension()
     return device.type == "cpu" and not why_no_cpu_extension()

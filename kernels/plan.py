@@ -23,6 +23,8 @@ _PASS_BUFFERS = 3
 
 #: Statistics of a token, and what the C++ backend adds up for it: without and with other outputs than logps.
 _TOKEN_BYTES = (384, 2048)
+#: What each of its threads works in, whatever the shape, and 4 bytes a token.
+_THREAD_BYTES = 3 << 20
 
 FORWARD_ONLY = "forward_only"
 GRADIENT_IN_FORWARD = "gradient_in_forward"
@@ -223,6 +225,8 @@ def plan(
             extra += max(0, acc * vh - tile_budget)
     # blocks of a fixed size that no budget shrinks: rows being widened, and a GEMM's product on its way to float32
     extra += 3 * min(num_tokens * hidden_size, _ROW_ELEMENTS) * acc + min(vocab_size, VOCAB_BLOCK) * hidden_size * acc
+    if device.type == "cpu":
+        extra += torch.get_num_threads() * (_THREAD_BYTES + 4 * num_tokens)
     if train_bias:
         extra += 3 * acc * vocab_size
     return Plan(

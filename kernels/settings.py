@@ -66,9 +66,9 @@ def settings(
     Args:
         memory_budget: bytes that the tiles of one call may take (default 512 MiB).
         backend: ``"auto"`` (the first that can serve the call) or the name of a registered backend.
-        precision: of the logits. ``"auto"`` keeps them in float32 where that is cheap (not on CPUs,
-            whose bf16 GEMM rounds); ``"match"`` rounds
-            them to the model's dtype, to match an inference engine; ``"float32"`` keeps them in float32 whatever it costs.
+        precision: of the logits. ``"auto"`` keeps them in float32 where that is cheap (not in the ``torch`` backend on
+            CPUs, whose bf16 GEMM rounds); ``"match"`` rounds them to the model's dtype, to match an inference engine;
+            ``"float32"`` keeps them in float32 whatever it costs.
 
     Raises:
         TypeError, ValueError: naming the argument.

@@ -198,8 +198,8 @@ void grad_weight(Tensor gradient, OptionalTensor packed, Tensor x, Tensor scale,
   p.accumulate = accumulate;
   if (dweight.has_value()) {
     p.dweight_type = dtype_of(*dweight, "dweight");
-    check(p.dweight_type == DType::Float32 || (p.dweight_type == DType::BFloat16 && !accumulate), "dweight",
-          "must be float32, or bfloat16 without accumulate");
+    check(p.dweight_type == DType::Float32 || (p.dweight_type != DType::Float64 && !accumulate), "dweight",
+          "must be float32, or without accumulate a 16-bit type");
     p.dweight = maybe<void>(dweight, "dweight", dweight->scalar_type(), width * p.hidden);
   }
   p.dbias = maybe<float>(dbias, "dbias", ScalarType::Float, width);
@@ -360,6 +360,7 @@ STABLE_TORCH_LIBRARY_IMPL(logitless, CPU, m) {
 
 // For the loader (kernels/native.py), which asks before any operator runs.
 extern "C" {
+__attribute__((visibility("default"))) const char* logitless_schemas() { return LOGITLESS_SCHEMAS; }
 __attribute__((visibility("default"))) const char* logitless_cpu_isa() { return logitless::kernels().name; }
 __attribute__((visibility("default"))) int logitless_cpu_has_bf16_gemm() { return logitless::has_small_gemm(); }
 }

@@ -237,9 +237,9 @@ def dpo(
             margin = "mean"
         elif kinds <= _SUM_MARGIN | {"ipo"} - mean_margin:
             margin = "sum"
+    form = None
     if margin == "sum" and len(loss_types) == 1 and loss_weights[0] == 1 and not use_weighting and kinds <= _CLOSED:
-        form = ClosedForm(loss_types[0], options.beta, label_smoothing=options.label_smoothing)
-        fn.closed_form = form  # type: ignore[attr-defined]
+        form = ClosedForm(fn, margin, loss_types[0], options.beta, label_smoothing=options.label_smoothing)
     coupled = bool(kinds & BATCH_COUPLED) or (use_weighting and "sft" in kinds)
     return Loss(
         fn,
@@ -248,4 +248,5 @@ def dpo(
         needs_reference=not reference_free and kinds != {"sft"},
         uses_nll="sft" in kinds,
         uses_confidence=use_weighting,
+        closed_form=form,
     )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batch import ClosedForm, Loss, LossResult, Pairs
+from ..batch import ClosedForm, Loss, LossResult, Margin, Pairs
 from .dpo import _smoothed
 
 
@@ -31,8 +31,7 @@ def simpo(*, beta: float, gamma: float, label_smoothing: float, alpha: float) ->
     fn = partial(_simpo, beta=beta, gamma=gamma, label_smoothing=label_smoothing, alpha=alpha)
     if alpha != 0:
         return Loss(fn)
-    fn.closed_form = ClosedForm("sigmoid", beta, gamma, label_smoothing)  # type: ignore[attr-defined]
-    return Loss(fn, margin="mean")
+    return Loss(fn, margin="mean", closed_form=ClosedForm(fn, "mean", "sigmoid", beta, gamma, label_smoothing))
 
 
 def _cpo_sigmoid(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
@@ -71,8 +70,8 @@ def cpo(*, beta: float, cpo_alpha: float, loss_type: str, label_smoothing: float
     fn = partial(_cpo, beta=beta, cpo_alpha=cpo_alpha, loss_type=loss_type, label_smoothing=label_smoothing, alpha=alpha)
     if cpo_alpha != 0 or alpha != 0:
         return Loss(fn, uses_nll=cpo_alpha != 0)
-    fn.closed_form = ClosedForm(loss_type, beta, label_smoothing=label_smoothing)  # type: ignore[attr-defined]
-    return Loss(fn, margin="mean" if loss_type == "ipo" else "sum")
+    margin: Margin = "mean" if loss_type == "ipo" else "sum"
+    return Loss(fn, margin=margin, closed_form=ClosedForm(fn, margin, loss_type, beta, label_smoothing=label_smoothing))
 
 
 #: The mean log-probability at which ORPO's odds saturate: p = 1 would have infinite odds.

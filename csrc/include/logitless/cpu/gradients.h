@@ -1,6 +1,7 @@
 // dX and dW from the gradient that score_block wrote, by small GEMMs that accumulate in float32. Included by kernels.inc.
 
-constexpr int64_t kSlice = 512;  // vocabulary entries that dX takes in at a time
+constexpr int64_t kSlice = 512;        // vocabulary entries that dX takes in at a time
+constexpr int64_t kMaxColumns = 1024;  // hidden elements of a task of dX: they bound what it needs
 
 // (count, columns) rows of bf16 as the small GEMM's B: (count / 2, ld, 2); an odd last row is paired with zeros.
 inline void interleave(const uint16_t* rows, int64_t stride, int64_t count, int64_t columns, int64_t ld, uint16_t* out) {
@@ -79,7 +80,7 @@ struct Grid {
     for (int64_t a = 1; a <= threads; ++a) {
       const int64_t b = (threads + a - 1) / a;
       const int64_t token_part = round_up((rows + a - 1) / a, kTokenBlock),
-                    hidden_part = round_up((hidden + b - 1) / b, kHiddenBlock);
+                    hidden_part = least(kMaxColumns, round_up((hidden + b - 1) / b, kHiddenBlock));
       const int64_t tasks = ((rows + token_part - 1) / token_part) * ((hidden + hidden_part - 1) / hidden_part);
       const int64_t rounds = (tasks + threads - 1) / threads;
       const int64_t tokens = least(token_part, rows), columns = least(hidden_part, hidden);
@@ -214,10 +215,11 @@ inline void grad_weight(const GradWeight& p, ParallelFor run, SmallGemm gemm, Re
       by_label.each(v, v + height, [&](int64_t row, int64_t t) { p.dbias[row] += p.values[t]; });
     }
     if (!p.dweight) return;
-    Buffer<uint16_t> padded(even == p.rows ? 0 : height * even);
-    if (even != p.rows) {  // the GEMM reads pairs: an odd row gets a zero
-      for (int64_t i = 0; i < height; ++i) __builtin_memcpy(padded.data() + i * even, a + i * p.rows, p.rows * 2);
-      a = padded.data();
+    // The GEMM reads pairs: the end of an odd row gets a zero.
+    const int64_t last = even == p.rows ? even : (even - 1) / kDepth * kDepth;
+    Buffer<uint16_t> padded(height * (even - last));
+    for (int64_t i = 0; i < height && last < even; ++i) {
+      __builtin_memcpy(padded.data() + i * (even - last), a + i * p.rows + last, (p.rows - last) * 2);
     }
     alignas(64) float scratch[kUnitRows * kHiddenBlock];
     for (int64_t h = 0; h < p.hidden; h += kHiddenBlock) {
@@ -228,8 +230,9 @@ inline void grad_weight(const GradWeight& p, ParallelFor run, SmallGemm gemm, Re
         if (!p.accumulate) __builtin_memset(scratch, 0, sizeof(scratch));
       }
       for (int64_t t = 0; t < even; t += kDepth) {
-        gemm(height, columns, least(kDepth, even - t), even, kHiddenBlock, ldc, p.accumulate || t > 0, a + t,
-             p.packed + h * even + t * kHiddenBlock, c);
+        const bool odd = t == last;
+        gemm(height, columns, least(kDepth, even - t), odd ? even - last : p.rows, kHiddenBlock, ldc, p.accumulate || t > 0,
+             odd ? padded.data() : a + t, p.packed + h * even + t * kHiddenBlock, c);
       }
       by_label.each(v, v + height, [&](int64_t row, int64_t t) {
         add_scaled(p.x + t * p.x_stride + h, p.values[t], columns, c + (row - v) * ldc);

@@ -102,7 +102,7 @@ struct GradWeight {
   const float* values;    // (rows) the label's gradient, added in float32
   const int64_t* labels;  // (rows)
   void* dweight;          // or null
-  DType dweight_type;     // Float32 or BFloat16
+  DType dweight_type;     // not Float64
   bool accumulate;        // add to dweight (Float32); otherwise it is written
   float* dbias;           // (width), or null; added to
   int64_t rows, hidden, width, first;
