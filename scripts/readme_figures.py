@@ -13,7 +13,7 @@ NAMES = {
     "gemm": "the three GEMMs alone, on scored tokens",
     "torch": "plain PyTorch",
     "torch-scored": "plain PyTorch on scored tokens",
-    "torch-compile": "the same under torch.compile",
+    "torch-compile": "the same under torch.compile, on scored tokens",
     "trl": "TRL's fused head + its loss",
     "liger": "Liger `chunked_loss`",
     "logitless": "**logitless**, loss module",
