@@ -55,6 +55,12 @@ def _pack_tokens(x: Tensor) -> Tensor:
     return packed
 
 
+def _pack_rows(x: Tensor, scale: Tensor) -> Tensor:
+    packed = torch.empty(packed_rows_size(*x.shape), dtype=x.dtype, device=x.device)
+    _ops.pack_rows(x, scale, packed)
+    return packed
+
+
 def _block(n: int, hidden: int, workspace: int, per_token: int) -> tuple[int, int]:
     """Tokens and vocabulary entries at a time: half of the workspace for packed tokens, half for the gradient of a block."""
     tokens = min(n, max(_MIN_TOKENS, workspace // (2 * hidden * per_token)))
@@ -167,12 +173,12 @@ def _add_head_gradient(
     labels: Tensor,  # (N,)
     v0: int,
     v1: int,
+    packed: Tensor | None = None,  # of x and scale, where the caller has it
     into: Tensor | None = None,  # (W, H) float32, added to instead of the head's dW
 ) -> None:
-    packed, dweight, accumulate = None, into, True
+    dweight, accumulate = into, True
     if head_gradient.weight is not None:
-        packed = torch.empty(packed_rows_size(*x.shape), dtype=x.dtype, device=x.device)
-        _ops.pack_rows(x, scale, packed)
+        packed = _pack_rows(x, scale) if packed is None else packed
         if into is None:
             dweight, accumulate = head_gradient.weight[v0:v1], head_gradient.accumulate
     dbias = None if head_gradient.bias is None else head_gradient.bias[v0:v1]
@@ -204,10 +210,11 @@ def recompute_gradients(
     target = scale * at_target
     tokens, width = _block(n, hidden, options.workspace, 4)
     chunks = [slice(r0, min(r1, n)) for r0, r1 in blocks(max(1, n), tokens)]
+    dw = None if head_gradient is None else head_gradient.weight
+    # one chunk is packed once, whatever the number of vocabulary blocks
     packed = _pack_tokens(x) if len(chunks) == 1 else None
-    several = (
-        len(chunks) > 1 and head_gradient is not None and head_gradient.weight is not None and not head_gradient.accumulate
-    )
+    packed_rows = _pack_rows(x, scale) if len(chunks) == 1 and dw is not None else None
+    several = dw is not None and len(chunks) > 1 and head_gradient is not None and not head_gradient.accumulate
     if several:  # dW's rows are added to in a float32 block, which the workspace bounds too
         width = min(width, max(SPAN, options.workspace // (4 * hidden) // SPAN * SPAN))
     buffer = torch.empty(min(width, len(weight)) * min(tokens, n), dtype=x.dtype, device=x.device)
@@ -238,9 +245,10 @@ def recompute_gradients(
             if dhidden is not None:
                 _ops.grad_hidden(gradient, w, dhidden[rows])
             if head_gradient is not None:
-                _add_head_gradient(head_gradient, gradient, here, scale[rows], target[rows], labels[rows], v0, v1, block)
+                own = scale[rows], target[rows], labels[rows]
+                _add_head_gradient(head_gradient, gradient, here, *own, v0, v1, packed_rows, block)
         if block is not None:
-            assert head_gradient is not None and head_gradient.weight is not None
-            head_gradient.weight[v0:v1] = block
+            assert dw is not None
+            dw[v0:v1] = block
     if dhidden is not None:
         _ops.finish_rows(dhidden, scale, target, weight, labels)

@@ -3,8 +3,9 @@
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
 
+#include <algorithm>
 #include <atomic>
-#include <cmath>
+#include <exception>
 
 #include "gemm.h"
 

@@ -99,8 +99,8 @@ class TileRow {
     double top[2] = {-__builtin_inf(), -__builtin_inf()};
     int64_t at = 0;
     if (inside) {
-      Real slope = 1;
-      target_ = at_label(column, slope);
+      load(column, column + 1);
+      target_ = buffer_[0];
       segment(0, column, top[0]);
       at = column + 1;
     }
@@ -154,12 +154,6 @@ class TileRow {
 
   void pad(int64_t count, Real value) {
     for (int64_t i = count; i < round_up(count, lanes); ++i) buffer_[i] = value;
-  }
-
-  Real at_label(int64_t column, Real& slope) {
-    load(column, column + 1);
-    slope = transform_.capped ? slope_[0] : Real(1);
-    return buffer_[0];
   }
 
   void segment(int64_t c0, int64_t c1, double& top) {
