@@ -10,11 +10,11 @@ BIN := $(ENVIRONMENT)/bin
 CXX_SOURCES = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 NAME := $(subst /,_,$(abspath $(ENVIRONMENT)))
 STAMP := build/.ready-$(NAME)
-# The benchmark needs less than the tests and the checks: `make bench` alone installs no more.
+# Measuring needs less than the tests and the checks: `make bench` and `make tune-gpu` alone install no more.
 BENCH_STAMP := build/.ready-bench-$(NAME)
-NEEDED := $(if $(filter bench,$(MAKECMDGOALS)),$(if $(wildcard $(STAMP)),$(STAMP),$(BENCH_STAMP)),$(STAMP))
+NEEDED := $(if $(filter bench tune-gpu,$(MAKECMDGOALS)),$(if $(wildcard $(STAMP)),$(STAMP),$(BENCH_STAMP)),$(STAMP))
 
-.PHONY: bench test lint types format setup ext clean
+.PHONY: bench tune-gpu test lint types format setup ext clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,16 @@ ext: $(NEEDED)
 
 bench: ext
 	$(BIN)/python -m logitless.bench
+
+# Configurations of the Triton kernels for this GPU, at the shapes of Qwen3 8B, Llama 3 8B, 2048 and 1024 hidden with Qwen's
+# vocabulary, and Gemma 2 2B. The file can replace kernels/triton_kernels/configs.json.
+tune-gpu: $(NEEDED)
+	$(BIN)/python -m logitless.cli tune --dtype bf16 --export bench/results/triton-configs.json \
+	  --shape tokens=8192,hidden=4096,vocab=151936 \
+	  --shape tokens=8192,hidden=4096,vocab=128256 \
+	  --shape tokens=16384,hidden=2048,vocab=151936 \
+	  --shape tokens=8192,hidden=1024,vocab=151936 \
+	  --shape tokens=8192,hidden=2304,vocab=256000,softcap=1
 
 # The tensors are small: a process for each core is faster than threads.
 test: ext

@@ -32,6 +32,7 @@ FOLDERS = {
     "logitless": "logitless",
     "logitless.integrations": "logitless/integrations",
     "logitless.kernels": "kernels",
+    "logitless.kernels.triton_kernels": "kernels/triton_kernels",
     "logitless.fused": "fused",
     "logitless.fused.losses": "fused/losses",
     "logitless.bench": "bench",
@@ -243,7 +244,7 @@ setup(
     version=version,
     packages=list(FOLDERS),
     package_dir=FOLDERS,
-    package_data={"logitless": ["py.typed"]},
+    package_data={"logitless": ["py.typed"], "logitless.kernels": ["gpu_constants.json"]},
     ext_modules=extensions() if BUILDS & set(sys.argv) else [],
     cmdclass={"build_ext": Build},
 )

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logitless.kernels.backends import Backend, Call, choose_backend
+from logitless.kernels.backends import Backend, get_backend
 from logitless.kernels.dtypes import accumulate_dtype, tile_dtype
 from logitless.kernels.head_grad import HeadGradient, scaled_to_dtype
 from logitless.kernels.op import gather_rows, once_differentiable, scatter_rows
 from logitless.kernels.plan import DEFERRED_SCALE, FORWARD_ONLY, RECOMPUTE, Plan, Step, plan
-from logitless.kernels.settings import current_settings
 from logitless.kernels.stats import RowStats
 
 from .evaluate import Evaluation
@@ -135,6 +134,7 @@ class _Runner:
             stats,
             c,
             self.job.head,
+            self.plan.options,
             dhidden=self._dhidden(step.start, step.stop),
             head_gradient=self.head_gradient,
         )
@@ -184,6 +184,7 @@ class _Runner:
                 stats,
                 u,
                 self.job.head,
+                self.plan.options,
                 dhidden=self._dhidden(start, stop),
                 head_gradient=target,
             )
@@ -258,9 +259,8 @@ class _FusedLoss(torch.autograd.Function):
             device=hidden.device,
             outputs=outputs | {"logps"},
         )
-        backend = choose_backend(Call(hidden.device, hidden.dtype, weight.dtype), current_settings().backend)
         with torch.autocast(hidden.device.type, enabled=False):
-            runner = _Runner(job, the_plan, backend, hidden, weight, bias, needs)
+            runner = _Runner(job, the_plan, get_backend(the_plan.backend), hidden, weight, bias, needs)
             runner.run()
         evaluation, acc = runner.evaluation, accumulate_dtype(hidden.dtype)
         box.append(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from logitless.kernels import native
 from logitless.kernels.plan import Step
+from logitless.kernels.sequence import segment_sum
 from logitless.kernels.stats import RowStats
 
 from .batch import LossResult, Pairs, Sequences, Totals
@@ -42,20 +42,18 @@ class Evaluation:
         """dLoss / dlogps of the step's tokens (n,); adds the step's share to the loss."""
         entries, span = self.job.entries, slice(step.start, step.stop)
         sequences = [s for group in entries.groups[step.first_group : step.last_group] for s in group]
-        sizes = torch.tensor([entries.sequence_sizes[s] for s in sequences], device=self.device)
+        ends = itertools.accumulate(entries.sequence_sizes[s] for s in sequences)
+        offsets = torch.tensor([0, *ends], device=self.device)
 
         def sums(values: Tensor) -> Tensor:
-            # tokens of a sequence are neighbours, so this adds in a fixed order on every device
-            if len(sequences) == 0:
-                return values[:0]
-            return torch.segment_reduce(values, "sum", lengths=sizes, initial=0, unsafe=True)  # checks would synchronise
+            return segment_sum(values, offsets)  # tokens of a sequence are neighbours
 
         def part(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[span]
 
         counted, nll, weights = part(entries.counted), part(entries.nll), part(entries.weights)
         if sequences and self._is_closed_form():
-            return self._closed_form(sequences, stats.logps, weights, ref_token_logps, needs_grad, sums)
+            return self._closed_form(sequences, offsets, stats.logps, weights, ref_token_logps, needs_grad)
         factor = None if counted is None else counted.to(self.wide)
         if weights is not None:  # tokens of the NLL alone may have any weight, or none
             factor = weights.to(self.wide) if counted is None else torch.where(counted, weights.to(self.wide), 0)
@@ -97,24 +95,23 @@ class Evaluation:
     def _closed_form(
         self,
         sequences: list[int],  # chosen and rejected of one pair after the other
+        offsets: Tensor,  # (len(sequences) + 1,), of their tokens
         logps: Tensor,  # (n,)
         weights: Tensor | None,  # (n,)
         ref_token_logps: Tensor | None,  # (n,)
         needs_grad: bool,
-        sums: Callable[[Tensor], Tensor],
     ) -> Tensor | None:
         """As ``coefficients``, by one operator."""
         (term,) = self.job.terms
         form, mean = term.loss.closed_form, term.loss.margin == "mean"
         assert form is not None
-        sizes = [self.job.entries.sequence_sizes[s] for s in sequences]
         units = [self.index_of_group[0][s] for s in sequences[::2]]
         index = torch.tensor(sequences, dtype=torch.long, device=self.device)
-        lengths = torch.tensor(sizes, dtype=self.wide, device=self.device)
+        lengths = offsets.diff().to(self.wide)
         ref = None
         if ref_token_logps is not None:
             wide = None if weights is None else weights.to(self.wide)
-            ref = sums(_weighted(ref_token_logps.to(self.wide), wide))
+            ref = segment_sum(_weighted(ref_token_logps.to(self.wide), wide), offsets)
             assert self.ref_logps is not None
             self.ref_logps[index] = ref
         if "ref_logps" in term.inputs:
@@ -128,7 +125,7 @@ class Evaluation:
         torch.ops.logitless.pair_loss(
             logps,
             None if weights is None else weights.double(),
-            torch.tensor([0, *itertools.accumulate(sizes)], device=self.device),
+            offsets,
             compared,
             native.PAIR_LOSSES.index(form.kind),
             mean,

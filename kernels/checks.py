@@ -121,15 +121,33 @@ def check_ignore_index(ignore_index: int) -> None:
         raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int, device: torch.device) -> list[int]:
-    """``cu_seqlens`` is int32 or int64 of shape [S + 1], rises from 0 to ``num_tokens``. Returns its values."""
+def _check_cu_seqlens_form(cu_seqlens: Tensor) -> None:
     check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cu_seqlens must be int32 or int64 of shape [num_sequences + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
         )
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int, device: torch.device) -> list[int]:
+    """``cu_seqlens`` is int32 or int64 of shape [S + 1], rises from 0 to ``num_tokens``. Returns its values."""
+    _check_cu_seqlens_form(cu_seqlens)
     values = cu_seqlens.tolist()
     if values[0] != 0 or values[-1] != num_tokens or any(a > b for a, b in zip(values, values[1:], strict=False)):
         shown = values if len(values) <= 8 else [*values[:4], "...", *values[-3:]]
         raise ValueError(f"cu_seqlens must start at 0, never fall, and end at the token count {num_tokens}, got {shown}")
     return values
+
+
+def checked_offsets(cu_seqlens: Tensor, num_tokens: int, device: torch.device) -> Tensor:
+    """``cu_seqlens`` checked as :func:`check_cu_seqlens` does, int64, on that device. (S + 1,).
+
+    A graph cannot depend on its values: in compiled code the check of these is an assertion that runs with the graph.
+    """
+    if not torch.compiler.is_compiling():
+        return torch.tensor(check_cu_seqlens(cu_seqlens, num_tokens, device), device=device)
+    _check_cu_seqlens_form(cu_seqlens)
+    offsets = cu_seqlens.to(device, torch.long)
+    right = (offsets[0] == 0) & (offsets[-1] == num_tokens) & (offsets[1:] >= offsets[:-1]).all()
+    torch._assert_async(right, "cu_seqlens must start at 0, never fall, and end at the token count")
+    return offsets

@@ -143,6 +143,7 @@ def tile_gradients(
     stats: RowStats,
     coefficients: Tensor,  # (N,) dLoss / dlogps
     head: HeadSpec,
+    options: CoreOptions,
     *,
     dhidden: Tensor | None,  # (N, H) float32, written
     head_gradient: HeadGradient | None,
@@ -150,7 +151,7 @@ def tile_gradients(
     """See ``torch_backend.tile_gradients``."""
     if not _takes(x, weight):
         torch_backend.tile_gradients(
-            x, weight, labels, tile, stats, coefficients, head, dhidden=dhidden, head_gradient=head_gradient
+            x, weight, labels, tile, stats, coefficients, head, options, dhidden=dhidden, head_gradient=head_gradient
         )
         return
     gradient = tile.view(-1)

@@ -5,7 +5,7 @@ All write into tensors that the caller hands in, make none and synchronise nothi
 
 ``indexed_dot``
     ``out[i] = x[i] . weight[labels[i]] + bias[labels[i]]``. x (n, H), weight (V, H), bias (V,), labels (n,) int64, out (n,)
-    acc. The weight is rounded to x's dtype first; ``match`` rounds the result to it.
+    acc. The weight is rounded to x's dtype first; ``rounded`` rounds the result to it.
 
 ``tile_pass``
     Element-wise over raw logits ``source`` (n, w), rows of any stride: ``r = source + bias`` (rounded by ``rounding``: 0
@@ -69,7 +69,9 @@ import functools
 import hashlib
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +87,7 @@ SUMS = ("e", "ez", "ee", "z", "target", "before", "after")
 PAIR_LOSSES = ("sigmoid", "hinge", "ipo")
 
 SCHEMAS = {
-    "indexed_dot": "(Tensor x, Tensor weight, Tensor? bias, Tensor labels, bool match, Tensor(a!) out) -> ()",
+    "indexed_dot": "(Tensor x, Tensor weight, Tensor? bias, Tensor labels, bool rounded, Tensor(a!) out) -> ()",
     "tile_pass": (
         "(Tensor source, Tensor(a!)? destination, Tensor? bias, Tensor labels, Tensor(b!) k, Tensor(c!)? sums, Tensor? mix, "
         "Tensor? at_target, float logit_scale, float softcap, float temperature, int first, int outputs, int rounding) -> ()"
@@ -112,9 +114,56 @@ SCHEMAS = {
     ),
 }
 
+#: What a tracing compiler can check of a call: shapes, a letter for each dimension, the same size wherever it stands.
+_SHAPES = {
+    "indexed_dot": "x:nh weight:vh bias:v labels:n out:n",
+    "tile_pass": "source:nw destination:nw labels:n k:n sums:7n mix:2n at_target:n",
+    "pair_loss": "logps:n weights:n ref_logps:s losses:p sequence_logps:s coefficients:n",
+    "scale_scatter": "values:nh rows:n out:ph",
+    "scaled_convert": "",
+    "finish_tile": "tile:nv factors:bn labels:n at_target:n",
+    "pack_tokens": "x:nh",
+    "pack_rows": "x:nh scale:n",
+    "score_block": "weight:wh labels:n start:n k:n sums:7n mix:2n",
+    "grad_hidden": "weight:wh dhidden:nh",
+    "finish_rows": "values:nh scale:n target:n weight:vh labels:n",
+    "grad_weight": "x:nh scale:n values:n labels:n dweight:wh dbias:w",
+}
+
+
+def _fake(name: str, arguments: list[str]) -> Callable[..., None]:
+    """What runs on tensors without data. There is nothing to return; devices and shapes are checked as far as they say."""
+    shapes = dict(shape.split(":") for shape in _SHAPES[name].split())
+
+    def check(*values: Any) -> None:
+        tensors = {argument: t for argument, t in zip(arguments, values, strict=True) if isinstance(t, Tensor)}
+        devices = {argument: str(t.device) for argument, t in tensors.items()}
+        if len(set(devices.values())) > 1:
+            raise ValueError(f"{name}: all tensors must be on one device, got {devices}")
+        sizes: dict[str, Any] = {}
+        for argument, letters in shapes.items():
+            if argument not in tensors:
+                continue
+            t = tensors[argument]
+            wrong = functools.partial(_wrong_shape, name, argument, letters, t.shape, dict(sizes))
+            torch._check(t.dim() == len(letters), wrong)
+            for letter, size in zip(letters, t.shape, strict=True):
+                wanted = int(letter) if letter.isdigit() else sizes.setdefault(letter, size)
+                torch._check(size == wanted, wrong)  # sizes that depend on data are compared when the compiled code runs
+
+    return check
+
+
+def _wrong_shape(name: str, argument: str, letters: str, shape: torch.Size, sizes: dict[str, Any]) -> str:
+    return f"{name}: {argument} must have shape ({', '.join(letters)}), got {tuple(shape)} where {sizes}"
+
+
 _library = torch.library.Library("logitless", "FRAGMENT")
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)
+    _operator = getattr(torch.ops.logitless, _name).default
+    _arguments = [argument.name for argument in _operator._schema.arguments]
+    torch.library.register_fake(f"logitless::{_name}", _fake(_name, _arguments), lib=_library)
 
 
 @register_flop_formula(torch.ops.logitless.score_block, get_raw=True)

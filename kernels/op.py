@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch.autograd.function import once_differentiable as torch_once_differenti
 from torch.utils.flop_counter import register_flop_formula
 
 from . import native
-from .backends import Call, choose_backend
+from .backends import Call, Work, choose_backend
 from .checks import (
     check_head,
     check_ignore_index,
@@ -27,19 +28,19 @@ from .head_grad import HeadGradient
 from .plan import core_options
 from .settings import current_settings
 from .spec import HeadSpec
-from .stats import OPTIONAL_OUTPUTS, RowStats, TokenStats
+from .stats import OPTIONAL_OUTPUTS, CoreOptions, RowStats, TokenStats
 
 _library = torch.library.Library("logitless", "DEF")
 _library.define(
     "logps_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor head, int ignore_index, int outputs, "
-    "int unit_dhidden, str backend, str precision, int memory_budget) -> (Tensor logps, Tensor entropy, Tensor mean_logits, "
+    "int unit_dhidden, str backend, str precision, int memory_budget, float grad_filter) -> (Tensor logps, Tensor entropy, Tensor mean_logits, "
     "Tensor is_top1, Tensor log_sum_sq_probs, Tensor k, Tensor sum_others, Tensor log_denom, Tensor target_offset, "
     "Tensor target_slope, Tensor unit)"
 )
 _library.define(
     "logps_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor head, int ignore_index, Tensor k, "
     "Tensor sum_others, Tensor log_denom, Tensor target_offset, Tensor target_slope, Tensor entropy, Tensor unit, "
-    "Tensor? grad_logps, Tensor? grad_entropy, bool[] needs, str backend, str precision, int memory_budget) "
+    "Tensor? grad_logps, Tensor? grad_entropy, bool[] needs, str backend, str precision, int memory_budget, float grad_filter) "
     "-> (Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
 #: Whether the forward operator returns d logps / d hidden, and of which rows. Dynamo wants sizes that do not depend on data.
@@ -64,6 +65,21 @@ def _scored_rows(labels: Tensor, vocab: int, ignore_index: int) -> Tensor:
     return scored.nonzero()[:, 0]
 
 
+def _call(hidden: Tensor, weight: Tensor, num_tokens: int, work: Work, options: CoreOptions) -> Call:
+    """What a backend is asked for. hidden (P, H), weight (V, H)."""
+    return Call(
+        hidden.device,
+        hidden.dtype,
+        weight.dtype,
+        num_tokens=num_tokens,
+        hidden_size=hidden.shape[1],
+        vocab_size=len(weight),
+        work=work,
+        workspace=options.workspace,
+        grad_filter=options.grad_filter,
+    )
+
+
 def gather_rows(hidden: Tensor, rows: Tensor, in_order: bool = True) -> Tensor:
     """``hidden[rows]``; no copy when that is all of them ``in_order``. hidden (P, H), rows (N,) -> (N, H)."""
     return hidden if in_order and len(rows) == len(hidden) else hidden.index_select(0, rows)
@@ -82,12 +98,14 @@ def _forward(
     backend: str,
     precision: str,
     memory_budget: int,
+    grad_filter: float,
 ) -> tuple[Tensor, ...]:
     spec = HeadSpec.unpack(head)
     rows = _scored_rows(labels, len(weight), ignore_index)
     acc = accumulate_dtype(hidden.dtype)
-    options = core_options(memory_budget, _names(outputs), precision, acc.itemsize, hidden.device)
-    chosen = choose_backend(Call(hidden.device, hidden.dtype, weight.dtype), backend)
+    options = core_options(memory_budget, _names(outputs), precision, acc.itemsize, hidden.device, grad_filter)
+    work: Work = "forward" if unit_dhidden == _NO_UNIT else "frozen"
+    chosen = choose_backend(_call(hidden, weight, len(rows), work, options), backend)
     with torch.autocast(hidden.device.type, enabled=False):
         stats: RowStats = chosen.score(
             gather_rows(hidden, rows), weight, bias, labels[rows], spec, options, unit_dhidden=unit_dhidden != _NO_UNIT
@@ -120,6 +138,7 @@ def _forward_fake(
     backend: str,
     precision: str,
     memory_budget: int,
+    grad_filter: float,
 ) -> tuple[Tensor, ...]:
     acc = accumulate_dtype(hidden.dtype)
     results = []
@@ -153,12 +172,14 @@ def _backward(
     backend: str,
     precision: str,
     memory_budget: int,
+    grad_filter: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     spec = HeadSpec.unpack(head)
     rows = (labels != ignore_index).nonzero()[:, 0]
     n, acc, deferred = len(rows), accumulate_dtype(hidden.dtype), needs[0] and not (needs[1] or needs[2])
-    options = core_options(memory_budget, frozenset(), precision, acc.itemsize, hidden.device)
-    chosen = choose_backend(Call(hidden.device, hidden.dtype, weight.dtype), backend)
+    options = core_options(memory_budget, frozenset(), precision, acc.itemsize, hidden.device, grad_filter)
+    call = _call(hidden, weight, n, "recompute", options)
+    chosen = choose_backend(replace(call, train_hidden=needs[0], train_weight=needs[1]), backend)
     c = None if grad_logps is None else grad_logps[rows].to(acc)
     g = None if grad_entropy is None else grad_entropy[rows].to(acc)
 
@@ -252,7 +273,7 @@ def scatter_rows(
 def _backward_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, head: Tensor, ignore_index: int, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    needs = rest[-4]
+    needs = rest[-5]
 
     def like(t: Tensor | None, needed: bool) -> Tensor:
         if needed and t is not None:
@@ -275,7 +296,7 @@ def _forward_flops(
 def _backward_flops(
     hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, head: Any, ignore_index: int, *rest: Any, **_: Any
 ) -> int:
-    grad_entropy, needs = rest[-5], rest[-4]
+    grad_entropy, needs = rest[-6], rest[-5]
     scored = int((labels != ignore_index).sum())
     if needs[0] and not (needs[1] or needs[2]) and grad_entropy is None:
         return 0  # deferred scale: the forward pass has done the work
@@ -309,6 +330,7 @@ class _Options(NamedTuple):
     backend: str
     precision: str
     memory_budget: int
+    grad_filter: float
 
 
 class LinearLogps(torch.autograd.Function):
@@ -350,6 +372,7 @@ class LinearLogps(torch.autograd.Function):
             options.backend,
             options.precision,
             options.memory_budget,
+            options.grad_filter,
         )
         return dh if needs[0] else None, dw if needs[1] else None, db if needs[2] else None, None, None, None
 
@@ -425,6 +448,7 @@ def token_stats(
         backend=current.backend,
         precision=current.precision,
         memory_budget=current.memory_budget,
+        grad_filter=current.grad_filter,
     )
     flat = (function or LinearLogps).apply(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1).long(), head.pack(), options

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .checks import check_cu_seqlens, check_tensor, check_token_weights
+from .checks import check_tensor, check_token_weights, checked_offsets
 from .op import linear_logps
+from .settings import current_settings
 from .spec import HeadSpec
+from .triton_kernels.compat import why_no_triton
 
 
 def shift(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,11 +89,45 @@ def sequence_logps(
     if cu_seqlens is None:
         sums, lengths = logps.sum(dim=-1), counts.sum(dim=-1)
     else:
-        bounds = check_cu_seqlens(cu_seqlens, len(labels), labels.device)
-        index = sequence_index(bounds, labels.device)
-        sums = logps.new_zeros(len(bounds) - 1).index_add(0, index, logps)
-        lengths = counts.new_zeros(len(bounds) - 1).index_add(0, index, counts)
+        offsets = checked_offsets(cu_seqlens, len(labels), labels.device)
+        sums, lengths = segment_sum(logps, offsets), segment_sum(counts, offsets)
     return sums if reduction == "sum" else sums / lengths.clamp(min=1)
+
+
+class _SegmentSum(torch.autograd.Function):
+    @staticmethod
+    def forward(values: Tensor, offsets: Tensor) -> Tensor:
+        if values.device.type != "cpu" and current_settings().backend != "torch" and not why_no_triton():
+            from .triton_kernels import rows
+
+            return rows.segment_sum(values, offsets)
+        # its checks would synchronise
+        sums = torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0, unsafe=True)
+        return sums.to(values.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        values, offsets = inputs
+        ctx.save_for_backward(offsets)
+        ctx.tokens = len(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (offsets,) = ctx.saved_tensors
+        return torch.repeat_interleave(grad, offsets.diff(), output_size=ctx.tokens), None
+
+
+def segment_sum(
+    values: Tensor,  # (N,)
+    offsets: Tensor,  # (S + 1,) int64, rising from 0 to N
+) -> Tensor:
+    """Sums (S,) of ``values[offsets[j]:offsets[j + 1]]`` in the values' dtype, differentiable.
+
+    Added in float64 and in a fixed order, on every device: the same bits in every run, which ``index_add`` does not give
+    on a GPU.
+    """
+    sums: Tensor = _SegmentSum.apply(values, offsets)
+    return sums
 
 
 def sequence_index(bounds: list[int], device: torch.device) -> Tensor:

@@ -17,7 +17,7 @@ _MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
-    if not math.isfinite(value):
+    if not abs(value) < math.inf:  # unlike math.isfinite, Dynamo traces it
         raise ValueError(f"{name} must be finite, got {value!r}")
     return float(value)
 

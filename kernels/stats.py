@@ -45,6 +45,9 @@ class CoreOptions:
     #: tokens, DPO) a step takes the same 0.88 s with 2^18 to 2^21; larger blocks mean fewer waits where cores are shared.
     cache_elements: int = 1 << 20
 
+    #: A block of the gradient in which no entry reaches this is left out of the GEMMs of dX and dW. 0: none.
+    grad_filter: float = 0.0
+
     def without_outputs(self) -> CoreOptions:
         """The same, for a pass that needs logps alone."""
         return replace(self, outputs=frozenset())
@@ -68,6 +71,7 @@ class RowStats:
     is_top1: Tensor | None = None  # (N,) bool
     log_sum_sq_probs: Tensor | None = None  # (N,)
     unit_dhidden: Tensor | None = None  # (N, H) d logps / d hidden, when asked for
+    block_max: Tensor | None = None  # (N, blocks) bounds of |G| in the tile's blocks, for grad_filter
 
     @classmethod
     def cat(cls, parts: Sequence[RowStats]) -> RowStats:

@@ -32,11 +32,25 @@ from .torch_scan import (
     weight_block,
 )
 
+
+
+def targets_in_tile(device: torch.device) -> bool:
+    """Whether a gradient tile holds its labels' entries when it meets a GEMM.
+
+    Such an entry is as large as all others of its row together. A CPU's bf16 GEMM rounds what it returns, so there they
+    are added beside it, in float32. A GPU's keeps float32, and adding to rows of dW would need atomics in an order that
+    changes.
+    """
+    return device.type != "cpu"
+
+
+#: Elements of a tile that a GPU widens at a time.
+_GPU_ELEMENTS = 1 << 24
 #: Scale of a fp16 gradient tile, so that probabilities down to 2e-9 keep their precision.
-_FP16_SCALE = 2.0**15
+FP16_SCALE = 2.0**15
 
 
-def _scale_rows(x: Tensor, a: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def scale_rows(x: Tensor, a: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """``x * a[:, None]`` in ``dtype`` and the factor (0-dim) still missing: fp16 cannot hold small a. x (N, H), a (N,)."""
     factor = None
     if dtype == torch.float16:
@@ -100,7 +114,7 @@ def _score_rows(
     scratch = None if in_tile else torch.empty((n, width), dtype=logits.dtype, device=x.device)
     g_block = None
     if dhidden is not None and (logits.dtype != grad_dtype or grad_dtype == torch.float16):
-        g_block = torch.empty((n, width), dtype=_g_dtype(grad_dtype), device=x.device)
+        g_block = torch.empty((n, width), dtype=block_dtype(grad_dtype), device=x.device)
     running = k
     parts: list[BlockSums] = []
     for v0, v1 in blocks(vocab, width):
@@ -124,35 +138,51 @@ def _score_rows(
                 for rows, offset in ((dhidden, running), (destination, here)):
                     passes.finish_tile(rows, [(offset - new).exp()], labels, None, rows.shape[1])
                 running = new
-            w_block = weight_block(weight, v0, v1, grad_dtype)
-            if grad_dtype == torch.float16:  # exp(z - k) reaches e^30: bring each row into fp16's range for its GEMM
-                peak = destination.amax(dim=1).clamp_(min=1e-30) / _FP16_SCALE
-                product = torch.zeros_like(dhidden)
-                mm_accumulate(product, (destination / peak[:, None]).to(grad_dtype), w_block)
-                dhidden.addcmul_(product, peak[:, None])
-            else:
-                mm_accumulate(dhidden, destination.to(grad_dtype), w_block)
+            add_unit(dhidden, destination, weight_block(weight, v0, v1, grad_dtype))
     stats, factors = combine(parts, zy, k, ty, vocab)
     if dhidden is not None:
-        at_target, scale = _at_target(stats), -head.slope * (-stats.log_denom).exp()
-        for r0, r1 in blocks(n, max(1, ROW_ELEMENTS // max(1, x.shape[1]))):
-            w_y = weight.index_select(0, labels[r0:r1]).to(x.dtype)
-            dhidden[r0:r1].sub_(w_y * at_target[r0:r1, None]).mul_(scale[r0:r1, None])
-    if tile is not None:  # a GPU's tile has its targets too, see _add_targets
-        passes.finish_tile(tile, factors, labels, -_at_target(stats) if tile.is_cuda else None, width)
+        finish_unit(x, weight, labels, stats, head, dhidden)
+    if tile is not None:
+        passes.finish_tile(tile, factors, labels, -target_entry(stats) if targets_in_tile(tile.device) else None, width)
     return stats
 
 
-def _g_dtype(dtype: torch.dtype) -> torch.dtype:
+def add_unit(dhidden: Tensor, g: Tensor, w_block: Tensor) -> None:
+    """``dhidden += g @ w_block`` with g relative to its rows' offsets. dhidden (N, H), g (N, W), w_block (W, H)."""
+    if w_block.dtype == torch.float16:  # exp(z - k) reaches e^30: bring each row into fp16's range for its GEMM
+        peak = g.amax(dim=1).clamp_(min=1e-30) / FP16_SCALE
+        product = torch.zeros_like(dhidden)
+        mm_accumulate(product, (g / peak[:, None]).to(w_block.dtype), w_block)
+        dhidden.addcmul_(product, peak[:, None])
+    else:
+        mm_accumulate(dhidden, g.to(w_block.dtype), w_block)
+
+
+def finish_unit(
+    x: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (N,)
+    stats: RowStats,
+    head: HeadSpec,
+    dhidden: Tensor,  # (N, H) sums of ``add_unit``, gets d logps / d hidden
+) -> None:
+    """Adds the labels' share and scales the rows."""
+    entry, scale = target_entry(stats), -head.slope * (-stats.log_denom).exp()
+    for r0, r1 in blocks(len(x), max(1, ROW_ELEMENTS // max(1, x.shape[1]))):
+        w_y = weight.index_select(0, labels[r0:r1]).to(x.dtype)
+        dhidden[r0:r1].sub_(w_y * entry[r0:r1, None]).mul_(scale[r0:r1, None])
+
+
+def block_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def _at_target(stats: RowStats) -> Tensor:
+def target_entry(stats: RowStats) -> Tensor:
     """``R * (1 - tanh^2)``, the gradient tile's entry at the target up to its sign. (N,)."""
     return stats.sum_others if stats.target_slope is None else stats.sum_others * stats.target_slope
 
 
-def _rounding_of(exact: Tensor, dtype: torch.dtype) -> Tensor:
+def rounding_of(exact: Tensor, dtype: torch.dtype) -> Tensor:
     """``exact / exact.to(dtype)``: a row scaled by it has its target entry exact, as large as all others together. (N,).
 
     The error moves to the other entries, which have roundings of their own that average out.
@@ -161,7 +191,7 @@ def _rounding_of(exact: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(ratio.isfinite(), ratio, 1)
 
 
-def _add_targets(
+def add_targets(
     x: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
     labels: Tensor,  # (N,)
@@ -169,17 +199,24 @@ def _add_targets(
     dhidden: Tensor | None,
     head_gradient: HeadGradient | None,
 ) -> None:
-    """The target's share of all gradients, in float32, beside the GEMMs.
-
-    It is as large as that of all other entries together, and a CPU's bf16 GEMM rounds what it returns. A GPU's keeps
-    float32, and there the target stays in the tile: adding to rows of dW would need atomics in an order that changes.
-    """
+    """The target's share of all gradients, in float32, beside the GEMMs: see ``targets_in_tile``."""
     if dhidden is not None:
         for r0, r1 in blocks(len(x), max(1, ROW_ELEMENTS // x.shape[1])):
             w = weight.index_select(0, labels[r0:r1]).to(x.dtype).to(dhidden.dtype)
             dhidden[r0:r1].addcmul_(w, values[r0:r1, None])
     if head_gradient is not None:
         head_gradient.add_rows(labels, values, x)
+
+
+def add_bias_gradient(
+    bias: Tensor,  # (V,), added to
+    tile: Tensor,  # (N, V)
+    scale: Tensor,  # (N,)
+) -> None:
+    """``bias += tile.T @ scale`` in the bias' dtype."""
+    step = max(1, (_GPU_ELEMENTS if tile.is_cuda else ROW_ELEMENTS) // tile.shape[1])
+    for r0, r1 in blocks(len(tile), step):
+        bias.addmv_(tile[r0:r1].to(bias.dtype).t(), scale[r0:r1].to(bias.dtype))
 
 
 def tile_gradients(
@@ -190,6 +227,7 @@ def tile_gradients(
     stats: RowStats,
     coefficients: Tensor,  # (N,) dLoss / dlogps
     head: HeadSpec,
+    options: CoreOptions,
     *,
     dhidden: Tensor | None,  # (N, H) float32 (float64), written
     head_gradient: HeadGradient | None,
@@ -198,13 +236,13 @@ def tile_gradients(
     grad_dtype = gemm_dtype(x.dtype, x.device)
     vocab = tile.shape[1]
     scale, normalise = -coefficients * head.slope, (-stats.log_denom).exp()
-    at_target = -_at_target(stats) * normalise * scale
+    target_values = -target_entry(stats) * normalise * scale
     if grad_dtype == torch.float16:  # the float32 tile is normalised block by block, into fp16's range
-        row_factor, scale = normalise * _FP16_SCALE, scale / _FP16_SCALE
+        row_factor, scale = normalise * FP16_SCALE, scale / FP16_SCALE
     else:
         row_factor, scale = None, scale * normalise
-        if tile.is_cuda:
-            scale = scale * _rounding_of(_at_target(stats), tile.dtype)
+        if targets_in_tile(tile.device):
+            scale = scale * rounding_of(target_entry(stats), tile.dtype)
 
     def operand(v0: int, v1: int) -> Tensor:
         block = tile[:, v0:v1]
@@ -223,17 +261,14 @@ def tile_gradients(
                 mm_accumulate(dhidden, operand(v0, v1), weight_block(weight, v0, v1, grad_dtype))
         dhidden.mul_(scale[:, None])
     if head_gradient is not None and head_gradient.weight is not None:
-        ax, factor = _scale_rows(x, scale, grad_dtype)
+        ax, factor = scale_rows(x, scale, grad_dtype)
         # accumulating in blocks keeps the GEMM's result small before it is added in float32
         for v0, v1 in [(0, vocab)] if whole and not head_gradient.accumulate else blocks(vocab, VOCAB_BLOCK):
             head_gradient.add_weight(v0, v1, operand(v0, v1), ax, factor)
     if head_gradient is not None and head_gradient.bias is not None:
-        bias_scale = scale if row_factor is None else scale * row_factor
-        step = len(x) if tile.is_cuda else max(1, ROW_ELEMENTS // vocab)
-        for r0, r1 in blocks(len(x), max(1, step)):
-            head_gradient.bias.addmv_(tile[r0:r1].to(head_gradient.acc).t(), bias_scale[r0:r1].to(head_gradient.acc))
-    if not x.is_cuda:
-        _add_targets(x, weight, labels, at_target, dhidden, head_gradient)
+        add_bias_gradient(head_gradient.bias, tile, scale if row_factor is None else scale * row_factor)
+    if not targets_in_tile(x.device):
+        add_targets(x, weight, labels, target_values, dhidden, head_gradient)
 
 
 def gradient_factors(
@@ -258,6 +293,21 @@ def gradient_factors(
     return scale, at_target if stats.target_slope is None else at_target * stats.target_slope, mix
 
 
+def for_gemm(
+    scale: Tensor,  # (N,)
+    at_target: Tensor,  # (N,)
+    mix: Tensor | None,  # (2, N)
+    stats: RowStats,
+    grad_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``gradient_factors`` such that a block of the gradient is in fp16's range, or its labels' entries are exact in bf16."""
+    if grad_dtype == torch.float16:
+        normal = (-stats.log_denom).exp() * FP16_SCALE
+        mix = torch.stack((normal, torch.zeros_like(normal))) if mix is None else mix * normal
+        return scale / normal, at_target * normal, mix
+    return scale * rounding_of(at_target, grad_dtype) if targets_in_tile(scale.device) else scale, at_target, mix
+
+
 def recompute_gradients(
     x: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
@@ -275,18 +325,13 @@ def recompute_gradients(
 ) -> None:
     """Gradients from recomputed logits. The outer loop is over the vocabulary, so each block of dW is finished at once."""
     grad_dtype = gemm_dtype(x.dtype, x.device)
-    g_dtype = _g_dtype(grad_dtype)
+    g_dtype = block_dtype(grad_dtype)
     n, vocab = len(x), len(weight)
     logits_size = 4 if x.is_cuda else logits_gemm_dtype(x.dtype, x.device, options.precision).itemsize
     rows, width = block_shape(n, vocab, logits_size + g_dtype.itemsize, options.workspace)
-    scale, at_target, mix = gradient_factors(stats, coefficients, entropy_coefficients, head)
-    target_values = at_target * scale
-    if grad_dtype == torch.float16:  # bring G into fp16's range before its GEMMs
-        normal = (-stats.log_denom).exp() * _FP16_SCALE
-        mix = torch.stack((normal, torch.zeros_like(normal))) if mix is None else mix * normal
-        at_target, scale = at_target * normal, scale / normal
-    elif x.is_cuda:
-        scale = scale * _rounding_of(at_target, grad_dtype)
+    factors = gradient_factors(stats, coefficients, entropy_coefficients, head)
+    target_values = factors[0] * factors[1]
+    scale, at_target, mix = for_gemm(*factors, stats, grad_dtype)
     if dhidden is not None:
         dhidden.zero_()
     token_chunks = list(blocks(max(1, n), rows))
@@ -315,7 +360,7 @@ def recompute_gradients(
                 v0,
                 v1,
                 None if mix is None else mix[:, here],
-                at_target[here] if x.is_cuda else None,
+                at_target[here] if targets_in_tile(x.device) else None,
                 None if head_gradient is None or head_gradient.bias is None else head_gradient.bias[v0:v1],
                 scale[here],
             )
@@ -323,7 +368,7 @@ def recompute_gradients(
             if dhidden is not None:
                 mm_accumulate(dhidden[r0:r1], g, weight_block(weight, v0, v1, grad_dtype))
             if head_gradient is not None and head_gradient.weight is not None:
-                ax, factor = _scale_rows(x[r0:r1], scale[r0:r1], grad_dtype)
+                ax, factor = scale_rows(x[r0:r1], scale[r0:r1], grad_dtype)
                 if dweight is None:
                     head_gradient.add_weight(v0, v1, g, ax, factor)
                 else:
@@ -333,5 +378,5 @@ def recompute_gradients(
             head_gradient.weight[v0:v1].copy_(dweight)
     if dhidden is not None:
         dhidden.mul_(scale[:, None])
-    if not x.is_cuda:
-        _add_targets(x, weight, labels, target_values, dhidden, head_gradient)
+    if not targets_in_tile(x.device):
+        add_targets(x, weight, labels, target_values, dhidden, head_gradient)

@@ -16,6 +16,7 @@ from logitless.fused.preference import (
     FusedLinearSimPOLoss,
 )
 from logitless.kernels.backends import available_backends, register_backend
+from logitless.kernels.grad_filter import skipped_share
 from logitless.kernels.op import linear_logps
 from logitless.kernels.plan import Plan, plan
 from logitless.kernels.reference import reference_logps
@@ -61,4 +62,5 @@ __all__ = [
     "sequence_logps",
     "settings",
     "shift",
+    "skipped_share",
 ]

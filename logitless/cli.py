@@ -1,11 +1,119 @@
-"""The command line: ``logitless env`` and ``logitless bench``."""
+"""The command line: ``logitless env``, ``logitless tune`` and ``logitless bench``."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+    from logitless.kernels.triton_kernels.tune import Result
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+class TuneShape(NamedTuple):
+    """What ``--shape`` says; ``softcap``: 1 for a head that has one."""
+
+    tokens: int
+    hidden: int
+    vocab: int
+    softcap: int = 0
+
+
+def _tune_shape(text: str) -> TuneShape:
+    values: dict[str, int] = {}
+    for part in text.split(","):
+        key, _, value = part.partition("=")
+        if key not in TuneShape._fields or key in values:
+            raise argparse.ArgumentTypeError(f"{text!r} must have each of {', '.join(TuneShape._fields)} once, got {key!r}")
+        if not value.isdecimal() or (key != "softcap" and int(value) < 1):
+            raise argparse.ArgumentTypeError(f"{key} must be a positive integer, got {value!r}")
+        values[key] = int(value)
+    if missing := [f for f in TuneShape._fields if f not in values and f not in TuneShape._field_defaults]:
+        raise argparse.ArgumentTypeError(f"{text!r} has no {', '.join(missing)}")
+    if values.get("softcap", 0) > 1:
+        raise argparse.ArgumentTypeError(f"softcap must be 0 or 1, got {values['softcap']}")
+    return TuneShape(**values)
+
+
+def _environment(device: torch.device) -> str:
+    """What was measured with, for the exported table."""
+    import torch
+    import triton
+
+    from logitless.kernels.triton_kernels.tune import device_name
+
+    driver = "no driver"
+    if device.type == "cuda" and (tool := shutil.which("nvidia-smi")):
+        query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = "driver " + subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    versions = f"Triton {triton.__version__}, torch {torch.__version__}"
+    return f"{device_name(device)}, {driver}, {versions}, {date.today()}"
+
+
+def _show(result: Result) -> None:
+    """The candidates of a shape, as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    p = result.problem
+    head = f"{p.num_tokens} tokens, H={p.hidden_size}, V={p.vocab_size}{', soft-cap' if p.softcap else ''}, {p.dtype}"
+    table = Table(title=f"{head}; torch.mm takes {result.mm:.3f} ms", title_justify="left", caption_justify="left")
+    table.caption = "The first is taken. x mm: over torch.mm of the shape, which makes the logits and writes them."
+    names = ("N x V x H", "group", "warps", "stages", "tma", "flatten", "per SM", "logits ms", "x mm", "and gradient ms", "x mm")
+    for name in names:
+        table.add_column(name, justify="right")
+    for timing in result.timings:
+        c = timing.config
+        table.add_row(
+            f"{c.BLOCK_N} x {c.BLOCK_V} x {c.BLOCK_H}",
+            *map(str, (c.GROUP, c.num_warps, c.num_stages)),
+            *("yes" if flag else "no" for flag in (c.tma, c.flatten)),
+            str(c.programs_per_sm),
+            *(text for ms in (timing.forward, timing.gradient) for text in (f"{ms:.3f}", f"{ms / result.mm:.3f}")),
+        )
+    console = Console()
+    (console if console.is_terminal else Console(width=150)).print(table)
+
+
+def _tune(options: argparse.Namespace) -> int:
+    """Measure configurations of the Triton kernels, cache them, and export them; returns the exit status."""
+    try:
+        import rich  # noqa: F401 - before minutes of measuring
+    except ModuleNotFoundError:
+        print("logitless tune needs rich: pip install 'logitless[bench]'", file=sys.stderr)
+        return 1
+    import torch
+
+    from logitless.kernels.backends import Call, get_backend
+
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    dtype: torch.dtype = getattr(torch, DTYPES[options.dtype])
+    backend = get_backend("triton")
+    if reasons := backend.why_unavailable() or backend.why_not(Call(device, dtype, dtype)):
+        print(f"logitless tune cannot run: {'; '.join(reasons)}", file=sys.stderr)
+        return 1
+    from logitless.kernels.triton_kernels.tune import Problem, bucket, export, tune
+
+    shapes = dict.fromkeys((bucket(s.tokens), s.hidden, s.vocab, bool(s.softcap)) for s in options.shape)
+    results = []
+    for shape in shapes:
+        results.append(tune(Problem(device, dtype, *shape)))
+        _show(results[-1])
+    if options.export is not None:
+        options.export.parent.mkdir(parents=True, exist_ok=True)
+        options.export.write_text(export(results, _environment(device)))
+        print(f"wrote {options.export}, which can replace kernels/triton_kernels/configs.json")
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +131,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     env = commands.add_parser("env", help="report versions, devices and backends")
     env.add_argument("--json", action="store_true", help="as JSON")
     commands.add_parser("bench", help="compare with plain PyTorch, TRL and Liger (see logitless bench --help)")
+    tune = commands.add_parser("tune", help="measure configurations of the Triton kernels for shapes, and cache them")
+    tune.add_argument(
+        "--shape",
+        type=_tune_shape,
+        action="append",
+        required=True,
+        metavar="tokens=N,hidden=H,vocab=V[,softcap=1]",
+        help="may be given several times; tokens count as the next power of 2",
+    )
+    tune.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s; bf16 and fp16 share a table")
+    tune.add_argument("--export", type=Path, metavar="FILE", help="write the library's table with the best in it")
     options = parser.parse_args(arguments)
+    if options.command == "tune":
+        return _tune(options)
     from logitless.env import render, report
 
     sections = report()

@@ -68,6 +68,7 @@ def _devices() -> dict[str, Any]:
 def _backends() -> dict[str, str]:
     from logitless import available_backends
     from logitless.kernels import native
+    from logitless.kernels.triton_kernels.configs import autotuning, cache_folder
 
     states = {
         name: "available" if not reasons else "unavailable: " + "; ".join(reasons)
@@ -76,6 +77,9 @@ def _backends() -> dict[str, str]:
     if not native.why_no_cpu_extension():
         gemm = "bfloat16 by" if native.has_bf16_gemm() else "no bfloat16 by"
         states["cpu"] += f" ({native.cpu_instruction_set()}; {gemm} oneDNN's small GEMM)"
+    if states["triton"] == "available":
+        chosen = f"measured once, cached in {cache_folder()}" if autotuning() else "from the table, LOGITLESS_AUTOTUNE is not 1"
+        states["triton"] += f" (configurations {chosen})"
     return states
 
 

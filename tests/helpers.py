@@ -28,6 +28,14 @@ class Case:
 
         return Case(d(self.hidden), d(self.weight), d(self.bias), self.labels, self.head)
 
+    def to(self, device: str) -> Case:
+        """The same as leaves on a device."""
+
+        def move(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.detach().to(device).requires_grad_(t.requires_grad)
+
+        return Case(move(self.hidden), move(self.weight), move(self.bias), self.labels.to(device), self.head)
+
     @property
     def leaves(self) -> list[Tensor]:
         return [t for t in (self.hidden, self.weight, self.bias) if t is not None and t.requires_grad]

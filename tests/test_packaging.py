@@ -99,7 +99,7 @@ def pure(source, tmp_path_factory) -> Path:
         modules = {p.relative_to(ROOT / at) for p in (ROOT / at).rglob("*.py") if not p.name.startswith("test_")}
         missing = {str(m) for m in modules if f"{package}/{m}" not in names}
         assert not missing
-    assert "logitless/py.typed" in names
+    assert {"logitless/py.typed", "logitless/kernels/gpu_constants.json"} <= names
     assert not [n for n in names if n.startswith(("kernels/", "tests/", "fused/")) or n.endswith(".so")]
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "unpacked")

@@ -56,6 +56,13 @@ def test_only_groups_too_large_for_a_tile_are_recomputed():
     assert plan.schedule == "mixed"
 
 
+def test_on_a_cpu_the_fewest_flop_win_however_small_the_tiles_are():
+    """On a GPU predicted time counts: tests/test_cost_model.py."""
+    plan = ll.plan(num_tokens=4096, hidden_size=1024, vocab_size=150_000, group_sizes=[16] * 256, memory_budget=48 * MIB)
+    assert len(plan.steps) > 30
+    assert plan.passes == 6
+
+
 def test_fp16_weights_keep_a_float32_gradient_for_the_loss_scale():
     assert ll.plan(**SHAPE, dtype=torch.float16).accumulate
     assert not ll.plan(**SHAPE, dtype=torch.bfloat16).accumulate

@@ -10,7 +10,7 @@ import torch
 
 import logitless as ll
 
-from ..helpers import Case, gradients, make_case, relative_error, run_op, run_reference
+from ..helpers import gradients, make_case, relative_error, run_op, run_reference
 
 #: ``cpu`` runs the tests of this file without a GPU, to test the tests.
 DEVICE = os.environ.get("LOGITLESS_GPU_TEST_DEVICE", "cuda")
@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 #: Each test runs on each of these. What a GPU may have is not all that ``auto`` would take.
-BACKENDS = ("torch", "cuda") if DEVICE == "cuda" else ("torch", "cpu")
+BACKENDS = ("torch", "cuda", "triton") if DEVICE == "cuda" else ("torch", "cpu")
 
 
 @pytest.fixture(autouse=True, scope="module", params=BACKENDS)
@@ -42,13 +42,6 @@ TOLERANCES = {
 }
 
 
-def on_device(case: Case) -> Case:
-    def move(t: torch.Tensor | None) -> torch.Tensor | None:
-        return None if t is None else t.detach().to(DEVICE).requires_grad_(t.requires_grad)
-
-    return Case(move(case.hidden), move(case.weight), move(case.bias), case.labels.to(DEVICE), case.head)
-
-
 @pytest.fixture(autouse=True)
 def exact_float32():
     before = torch.backends.cuda.matmul.allow_tf32
@@ -63,7 +56,7 @@ def exact_float32():
 @pytest.mark.parametrize("train", ["h", "hw", "hwb"])
 @pytest.mark.parametrize("budget", [1 << 30, 100_000])
 def test_linear_logps(dtype, head, peaked, train, budget):
-    case = on_device(make_case(dtype=dtype, head=head, peaked=peaked, train=train, bias=True, vocab=20_011, hidden=48))
+    case = make_case(dtype=dtype, head=head, peaked=peaked, train=train, bias=True, vocab=20_011, hidden=48).to(DEVICE)
     with ll.settings(memory_budget=budget, precision="float32" if DEVICE == "cpu" else "auto"):
         stats = run_op(case, ll.OUTPUTS)
     wide = case.double()
@@ -88,7 +81,7 @@ def test_linear_logps(dtype, head, peaked, train, budget):
     "loss", [ll.FusedLinearDPOLoss(), ll.FusedLinearORPOLoss(), ll.FusedLinearSimPOLoss()], ids=["dpo", "orpo", "simpo"]
 )
 def test_loss_modules(dtype, train, budget, loss):
-    case = on_device(make_case(dtype=dtype, train=train, vocab=9001, hidden=64, tokens=40, scale=0.1))
+    case = make_case(dtype=dtype, train=train, vocab=9001, hidden=64, tokens=40, scale=0.1).to(DEVICE)
     kwargs = {"ref_logps": torch.full((4,), -200.0, device=DEVICE)} if isinstance(loss, ll.FusedLinearDPOLoss) else {}
     with ll.settings(memory_budget=budget):
         out = loss(case.hidden, case.weight, case.labels, **kwargs)
@@ -101,18 +94,22 @@ def test_loss_modules(dtype, train, budget, loss):
 
 
 def test_identical_policy_and_reference_give_exactly_ln_2():
-    case = on_device(make_case(dtype=torch.bfloat16, vocab=9001, hidden=64, tokens=40, train="hw"))
+    case = make_case(dtype=torch.bfloat16, vocab=9001, hidden=64, tokens=40, train="hw").to(DEVICE)
     out = ll.FusedLinearDPOLoss()(
         case.hidden, case.weight, case.labels, ref_hidden=case.hidden.detach(), ref_weight=case.weight.detach()
     )
     assert out.loss.item() == torch.tensor(math.log(2)).item()
 
 
-def test_bitwise_repeatable_over_100_runs():
-    case = on_device(make_case(dtype=torch.bfloat16, vocab=9001, hidden=64, tokens=40, train="hw"))
-    first = None
-    for _ in range(100):
+def test_autocast_computes_in_its_dtype_and_keeps_gradient_dtypes():
+    case = make_case(hidden=64, vocab=500).to(DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
         out = ll.FusedLinearSimPOLoss()(case.hidden, case.weight, case.labels)
-        run = [out.loss, *gradients(out.loss, case)]
-        first = run if first is None else first
-        assert all(torch.equal(a, b) for a, b in zip(first, run, strict=True))
+        logps = run_op(case).logps
+    low = make_case(hidden=64, vocab=500, dtype=torch.bfloat16).to(DEVICE)
+    same = ll.FusedLinearSimPOLoss()(low.hidden, low.weight, low.labels)
+    assert torch.equal(out.loss, same.loss)
+    assert torch.equal(logps, run_op(low).logps)
+    for ours, theirs in zip(gradients(out.loss, case), gradients(same.loss, low), strict=True):
+        assert ours.dtype == torch.float32
+        assert relative_error(ours, theirs) < 2**-7

@@ -66,7 +66,7 @@ def all_gradients(given, head, passes):
         dhidden = torch.empty(x.shape, dtype=acc)
         dhead = HeadGradient(w, bias, need_weight=True, need_bias=True, accumulate=True)
         if kept:
-            torch_backend.tile_gradients(x, w, labels, tile, stats, c, head, dhidden=dhidden, head_gradient=dhead)
+            torch_backend.tile_gradients(x, w, labels, tile, stats, c, head, options, dhidden=dhidden, head_gradient=dhead)
         else:
             entropy = torch.full_like(c, 0.3)
             torch_backend.recompute_gradients(

@@ -1,0 +1,59 @@
+"""The GEMMs of a filtered gradient: blocks in which nothing reaches ``grad_filter`` are neither read nor multiplied.
+
+A block of the result is made by one program, which goes over the active blocks of its row (or column) in their order:
+the same bits in every run.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["places", "counts", "inner_size", "out_size", "columns_of_list"])
+def filtered_kernel(
+    g,  # (N, W) the gradient
+    b,  # (W, H) weight, or with TRANSPOSED (N, H) hidden states times their factors
+    out,  # (N, H), or with TRANSPOSED (W, H)
+    places,  # (blocks of out, columns_of_list) int32: the active blocks, in order, first
+    counts,  # (blocks of out,) int32, of active blocks
+    g_stride,
+    b_stride,
+    out_stride,
+    inner_size,  # W, or with TRANSPOSED N
+    out_size,  # N, or with TRANSPOSED W
+    hidden_size,
+    columns_of_list,
+    TRANSPOSED: tl.constexpr,  # out = g.T @ b, else g @ b
+    ACCUMULATE: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    STEP: tl.constexpr,  # divides BLOCK_IN
+    PRECISION: tl.constexpr,
+):
+    # programs that run together share rows of the result's block, so that a block of g is read from memory once
+    h_block, out_block = tl.program_id(0), tl.program_id(1)
+    r = out_block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    h = h_block * BLOCK_H + tl.arange(0, BLOCK_H)
+    is_row, is_column = r < out_size, h < hidden_size
+    wide_r = r.to(tl.int64)
+    steps: tl.constexpr = BLOCK_IN // STEP
+    acc = tl.zeros((BLOCK_OUT, BLOCK_H), dtype=tl.float32)
+    places += out_block.to(tl.int64) * columns_of_list
+    for i in range(0, tl.load(counts + out_block) * steps):
+        first = tl.load(places + i // steps) * BLOCK_IN + i % steps * STEP
+        inner = first + tl.arange(0, STEP)
+        inside = inner < inner_size
+        wide = inner.to(tl.int64)
+        if TRANSPOSED:
+            a = tl.load(g + wide[:, None] * g_stride + r[None, :], mask=inside[:, None] & is_row[None, :], other=0.0).T
+        else:
+            a = tl.load(g + wide_r[:, None] * g_stride + inner[None, :], mask=is_row[:, None] & inside[None, :], other=0.0)
+        rows = tl.load(b + wide[:, None] * b_stride + h[None, :], mask=inside[:, None] & is_column[None, :], other=0.0)
+        acc = tl.dot(a, rows, acc, input_precision=PRECISION)
+    to = out + wide_r[:, None] * out_stride + h[None, :]
+    mask = is_row[:, None] & is_column[None, :]
+    if ACCUMULATE:
+        acc += tl.load(to, mask=mask, other=0.0)
+    tl.store(to, acc.to(out.dtype.element_ty), mask=mask)

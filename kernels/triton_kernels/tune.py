@@ -1,0 +1,463 @@
+"""Measured configurations of the GEMM kernels, for ``LOGITLESS_AUTOTUNE=1`` and ``logitless tune``.
+
+The first call with a shape measures some forty candidates on tensors of its own, random numbers of that shape: for some
+minutes this takes the memory of the hidden states and of the weight once more, ``GRADIENT_BYTES`` for a gradient, and on a
+GPU a buffer of some 256 MiB that empties the L2 cache between measurements. ``logitless tune`` does it before a job.
+
+The winner goes to a file of :func:`configs.cache_folder`, one for each shape, and whoever finds that file takes what is in it.
+Of processes that measure at one time, the first to finish decides for all that share the folder. Ranks of a distributed job
+that do not share it (other machines) may choose differently, which changes the last bits of log-probabilities from rank to
+rank: let ``LOGITLESS_CACHE_DIR`` name a shared folder, or tune beforehand and export into the table.
+
+What is computed (a gradient or none, which statistics) is no part of the key: a policy and its reference get one
+configuration for one number of tokens. Another number, rounded up to a power of 2, may get another: where a policy's tile
+holds fewer tokens than the reference's batch, their last bits may differ.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.errors import TritonError
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from ..dtypes import tile_dtype
+from ..spec import HeadSpec
+from ..stats import OPTIONAL_OUTPUTS, CoreOptions
+from .compat import interpreted, on_device
+from .configs import TABLE, GemmConfig, architecture_of, cache_folder, config_of, operand_bits, parse, pick, table
+from .launch import STATS, gradient_block, input_precision, score_block
+from .rows import target_logit_and_slope
+
+log = logging.getLogger("logitless")
+
+#: Fewer tokens are one block whatever they are; from the larger number on, all that changes is how often the same is done.
+LEAST_TOKENS, MOST_TOKENS = 16, 16384
+#: Of the gradient that is written while measuring. Where all tokens' would be larger, fewer take part and the time is scaled.
+GRADIENT_BYTES = 512 << 20
+#: Candidates of a shape. A search stops by itself after 20 to 40.
+LIMIT = 48
+#: A candidate must be faster by this part to replace another: measurements of one kernel differ by nearly as much.
+GAIN = 0.01
+#: By how much a candidate's log-probabilities may differ from the table's: far above float32's rounding, far below a wrong block.
+TOLERANCE = 1e-4
+#: Milliseconds for which a kernel is run before, and while, it is measured.
+WARM_UP, REPEAT = 25, 150
+#: plan.py reckons with partial sums of no more tokens at a time.
+MOST_BLOCK_N = 128
+#: Elements of a block that a thread holds in registers; more would spill in the epilogue.
+ELEMENTS = range(16, 129)
+#: Whose code decides what is fast.
+SOURCES = ("gemm.py", "epilogue.py", "math.py", "combine.py", "launch.py")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a configuration is chosen for: the sizes that decide how fast it is. Nothing of what is computed."""
+
+    device: torch.device
+    dtype: torch.dtype
+    num_tokens: int  # see bucket
+    hidden_size: int
+    vocab_size: int
+    softcap: bool
+
+    @property
+    def architecture(self) -> str:
+        return architecture_of(self.device)
+
+    def starts(self) -> list[GemmConfig]:
+        """The table's configuration, and those that it has for other numbers of tokens."""
+        configs = table()[self.architecture][operand_bits(self.dtype)]
+        return list(dict.fromkeys(replace(c, max_tokens=None) for c in (pick(configs, self.num_tokens), *configs)))
+
+    def key(self) -> dict[str, Any]:
+        """What a cached configuration holds for."""
+        return {
+            "triton": triton.__version__,
+            "kernels": _sources(),
+            "device": device_name(self.device),
+            "architecture": self.architecture,
+            "operand_bits": operand_bits(self.dtype),
+            # products of TF32 take other resources than single ones
+            "precision": input_precision(self.dtype, self.device),
+            "num_tokens": self.num_tokens,
+            "hidden_size": self.hidden_size,
+            "vocab_size": self.vocab_size,
+            "softcap": self.softcap,
+        }
+
+    def path(self) -> Path:
+        """Of the file that caches its configuration."""
+        key = self.key()
+        folder = re.sub(r"[^\w.]+", "-", f"triton-{key['triton']}-{key['kernels']}-{key['device']}")
+        name = f"{self.architecture}-{key['operand_bits']}-{key['precision']}-n{self.num_tokens}-h{self.hidden_size}"
+        return cache_folder() / folder / f"{name}-v{self.vocab_size}{'-softcap' if self.softcap else ''}.json"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of a configuration: the logits' pass alone, and with the gradient written."""
+
+    config: GemmConfig
+    forward: float
+    gradient: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.gradient
+
+
+def bucket(num_tokens: int) -> int:
+    """The number of tokens that stands for so many: a power of 2."""
+    return min(MOST_TOKENS, max(LEAST_TOKENS, triton.next_power_of_2(num_tokens)))
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    return "interpreter" if interpreted() else torch.get_device_module(device).get_device_name(device)
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of the kernels: a configuration measured with others means nothing."""
+    folder = Path(__file__).parent
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in SOURCES)).hexdigest()[:12]
+
+
+_lock = threading.Lock()
+_known: dict[Path, GemmConfig] = {}
+
+
+def tuned_config(
+    device: torch.device, dtype: torch.dtype, num_tokens: int, hidden_size: int, vocab_size: int, softcap: bool
+) -> GemmConfig:
+    """The best configuration for a shape: from this process, from the cache's file, or measured now.
+
+    Raises:
+        RuntimeError: when no candidate runs, one is miscompiled, or a CUDA graph is being captured.
+        ValueError: naming the file, when the cache holds something else.
+    """
+    problem = Problem(device, dtype, bucket(num_tokens), hidden_size, vocab_size, softcap)
+    path = problem.path()
+    found = _known.get(path)
+    if found is not None:
+        return found
+    with _lock:  # backward passes ask from threads of their own
+        found = _known.get(path) or read(path, problem)
+        if found is None:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"{problem} has no cached configuration, and nothing can be measured while a CUDA graph is captured: run "
+                    "the step once before, or `logitless tune`, or unset LOGITLESS_AUTOTUNE"
+                )
+            log.info("measuring configurations of the Triton kernels for %s", problem)
+            best = search(Workload(problem))[0]
+            found = store(path, problem, best)
+        _known[path] = found
+    return found
+
+
+def read(path: Path, problem: Problem) -> GemmConfig | None:
+    """The configuration in a file of the cache; ``None`` where there is no file.
+
+    Raises:
+        ValueError: naming the file, when it is not what :func:`store` writes for the problem.
+    """
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return None
+    try:
+        entry = json.loads(text)
+        if not isinstance(entry, dict) or entry.get("key") != problem.key():
+            raise ValueError(f"its key is not {problem.key()}")
+        return config_of(entry.get("config") or {})
+    except ValueError as error:  # JSONDecodeError is one
+        raise ValueError(
+            f"{path} is not a configuration that logitless has cached ({error}): delete it, or let LOGITLESS_CACHE_DIR name "
+            "another folder"
+        ) from error
+
+
+def store(path: Path, problem: Problem, best: Timing, *, overwrite: bool = False) -> GemmConfig:
+    """Write a file of the cache, whole or not at all. Returns what holds from now on: what another process wrote before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    milliseconds = {"forward": best.forward, "gradient": best.gradient}
+    entry = {"key": problem.key(), "config": asdict(best.config), "milliseconds": milliseconds}
+    try:
+        draft.write_text(json.dumps(entry, indent=2) + "\n")
+        if overwrite:
+            draft.replace(path)
+            return best.config
+        os.link(draft, path)  # unlike a rename, fails where the file is there: the first decides
+    except FileExistsError:
+        found = read(path, problem)
+        return best.config if found is None else found
+    finally:
+        draft.unlink(missing_ok=True)
+    return best.config
+
+
+def candidates(config: GemmConfig, tma: bool) -> Iterator[GemmConfig]:
+    """What differs from a configuration in one respect; ``tma``: whether the architecture has it.
+
+    BLOCK_V, BLOCK_H and the PARTs stay: the order in which exponentials are added depends on them, and what plan.py sets
+    aside for partial sums.
+    """
+    for block_n in (config.BLOCK_N // 2, config.BLOCK_N, 2 * config.BLOCK_N):
+        for num_warps in (4, 8):
+            if 16 <= block_n <= MOST_BLOCK_N and block_n * config.BLOCK_V // (32 * num_warps) in ELEMENTS:
+                yield replace(config, BLOCK_N=block_n, num_warps=num_warps)
+    for by_descriptor in (False, True) if tma else (False,):
+        for flatten in (False, True):
+            yield replace(config, tma=by_descriptor, flatten=flatten)
+    for num_stages in (config.num_stages - 1, config.num_stages + 1):
+        if 2 <= num_stages <= 6:
+            yield replace(config, num_stages=num_stages)
+    for programs in (config.programs_per_sm - 1, config.programs_per_sm + 1):
+        if 1 <= programs <= 3:
+            yield replace(config, programs_per_sm=programs)
+    for group in (config.GROUP // 2, 2 * config.GROUP):
+        if 1 <= group <= 64:
+            yield replace(config, GROUP=group)
+
+
+class Workload:
+    """Random tensors of a problem's shape, and the kernels on them. Leaves torch's generators alone."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        n, hidden, vocab = problem.num_tokens, problem.hidden_size, problem.vocab_size
+        device, dtype = problem.device, problem.dtype
+        generator = torch.Generator(device).manual_seed(0)
+        self.x = torch.randn((n, hidden), dtype=dtype, device=device, generator=generator)
+        # logits of standard deviation 1: how much a GPU is throttled depends on the numbers
+        self.weight = torch.randn((vocab, hidden), dtype=dtype, device=device, generator=generator).mul_(hidden**-0.5)
+        self.labels = torch.randint(vocab, (n,), device=device, generator=generator)
+        self.head = HeadSpec(softcap=30.0 if problem.softcap else None)
+        self.zy, self.k, _ = target_logit_and_slope(self.x, self.weight, None, self.labels, "auto", self.head)
+        tile = tile_dtype(dtype, device)
+        fit = GRADIENT_BYTES // (vocab * tile.itemsize) // MOST_BLOCK_N * MOST_BLOCK_N
+        self.rows = min(n, max(MOST_BLOCK_N, fit))
+        self.tile = torch.empty((self.rows, vocab), dtype=tile, device=device)
+        self.expected: Tensor | None = None
+
+    def _score(self, config: GemmConfig, gradient: Tensor | None) -> Tensor:
+        """logps (N,), with a gradient those of its rows."""
+        n = len(self.x if gradient is None else gradient)
+        stats = torch.empty((len(STATS), n), dtype=torch.float32, device=self.x.device)
+        score_block(
+            self.x[:n], self.weight, None, self.labels[:n], self.zy[:n], self.k[:n].clone(), None, stats, None,
+            self.head, CoreOptions(), config, first=0, vocab_size=len(self.weight), gradient=gradient,
+        )  # fmt: skip
+        return stats[0]
+
+    def _milliseconds(self, run: Callable[[], Any]) -> float:
+        """The median of several runs, each with an empty L2 cache; one run in the interpreter, which times nothing real."""
+        if self.x.device.type == "cpu":
+            start = time.perf_counter()
+            run()
+            return 1e3 * (time.perf_counter() - start)
+        with on_device(self.x):
+            return float(triton.testing.do_bench(run, warmup=WARM_UP, rep=REPEAT, return_mode="median"))
+
+    def measure(self, config: GemmConfig) -> Timing | None:
+        """``None`` where it does not compile, or takes more than the GPU has.
+
+        Raises:
+            RuntimeError: when its log-probabilities are wrong.
+        """
+        try:
+            self._check(config, self._score(config, None))
+            self._check(config, self._score(config, self.tile))
+            forward = self._milliseconds(lambda: self._score(config, None))
+            gradient = self._milliseconds(lambda: self._score(config, self.tile))
+        except (TritonError, RuntimeError) as error:
+            if not _is_unusable(error):
+                raise
+            _log_skipped(config, error)
+            return None
+        log.debug("%s takes %.3f ms, with a gradient of %d tokens %.3f ms", config, forward, self.rows, gradient)
+        return Timing(config, forward, gradient * len(self.x) / self.rows)
+
+    def _check(self, config: GemmConfig, logps: Tensor) -> None:
+        if self.expected is None:  # of the table's configuration, where a search starts
+            self.expected = logps
+        error = (logps - self.expected[: len(logps)]).abs().max().item()
+        if not error <= TOLERANCE:  # nor NaN
+            raise RuntimeError(f"{config} is miscompiled: its log-probabilities differ from the table's by {error:.2g}")
+
+    def serves(self, config: GemmConfig) -> bool:
+        """Whether the kernels fit with everything that they can be asked for, which takes more than what is measured."""
+        n, device = self.rows, self.x.device
+        options = CoreOptions(frozenset(OPTIONAL_OUTPUTS), grad_filter=1e-9)
+        stats = torch.empty((len(STATS), n), dtype=torch.float32, device=device)
+        is_top1 = torch.empty(n, dtype=torch.bool, device=device)
+        bias = torch.zeros(len(self.weight), dtype=self.x.dtype, device=device)
+        k, ones = self.k[:n].clone(), torch.ones((2, n), dtype=torch.float32, device=device)
+        x, labels, zy = self.x[:n], self.labels[:n], self.zy[:n]
+        try:
+            for tile in (None, self.tile):
+                score_block(
+                    x, self.weight, bias, labels, zy, k, None, stats, is_top1, self.head, options, config,
+                    first=0, vocab_size=len(self.weight), gradient=tile,
+                )  # fmt: skip
+            gradient_block(
+                x, self.weight, bias, labels, k, ones, ones[0], ones[1], self.tile, self.head, options, config, first=0
+            )
+        except (TritonError, RuntimeError) as error:
+            if not _is_unusable(error):
+                raise
+            _log_skipped(config, error)
+            return False
+        return True
+
+    def mm_milliseconds(self) -> float:
+        """Of the vendor's GEMM that makes the same logits, and writes them."""
+        out = torch.empty((len(self.x), len(self.weight)), dtype=self.x.dtype, device=self.x.device)
+        torch.mm(self.x, self.weight.t(), out=out)
+        return self._milliseconds(lambda: torch.mm(self.x, self.weight.t(), out=out))
+
+
+def _is_unusable(error: Exception) -> bool:
+    """Whether Triton can make no kernel of a configuration. Any other error is one."""
+    if isinstance(error, (OutOfResources, CompilationError, PTXASError)):
+        return True
+    # a pass of the compiler that fails has no error of its own
+    return type(error) is RuntimeError and "PassManager::run failed" in str(error)
+
+
+def _log_skipped(config: GemmConfig, error: Exception) -> None:
+    lines = str(error).strip().splitlines() or [""]
+    log.debug("%s is skipped: %s: %s", config, type(error).__name__, lines[0])
+
+
+def search(workload: Workload) -> list[Timing]:
+    """Every candidate that runs; the first is the one to take, the others follow from fast to slow.
+
+    Starts from the table's configurations, and goes on from the best so far until nothing near it is better.
+
+    Raises:
+        RuntimeError: when none runs.
+    """
+    problem = workload.problem
+    starts = problem.starts()
+    tma = any(c.tma for configs in table()[problem.architecture].values() for c in configs)
+    done: dict[GemmConfig, Timing | None] = {}
+    best: Timing | None = None
+    queue = [*starts, *candidates(starts[0], tma)]
+    while queue and len(done) < LIMIT:
+        config = queue.pop(0)
+        if config in done:
+            continue
+        timing = done[config] = workload.measure(config)
+        if timing is not None and (best is None or timing.total < (1 - GAIN) * best.total):
+            best = timing
+            queue = [*starts, *candidates(config, tma)]
+    ranked = sorted((t for t in done.values() if t is not None), key=lambda t: t.total)
+    for timing in [best, *ranked] if best is not None else []:
+        if workload.serves(timing.config):
+            return [timing, *(t for t in ranked if t is not timing)]
+    raise RuntimeError(f"none of {len(done)} configurations runs for {problem}; DEBUG lines of the logger 'logitless' say why")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured for a problem: as :func:`search`, and milliseconds of the vendor's GEMM."""
+
+    problem: Problem
+    timings: list[Timing]
+    mm: float
+
+
+def tune(problem: Problem) -> Result:
+    """Measure now, whatever is cached, and cache what is found."""
+    workload = Workload(problem)
+    result = Result(problem, search(workload), workload.mm_milliseconds())
+    store(problem.path(), problem, result.timings[0], overwrite=True)
+    return result
+
+
+def compromise(results: Sequence[Result]) -> GemmConfig:
+    """Of the table's configuration and those that are best for one shape, the one that loses least on all shapes."""
+    winners = [result.timings[0] for result in results]
+    if len(results) == 1:
+        return winners[0].config
+    losses = dict.fromkeys([*results[0].problem.starts()[:1], *(w.config for w in winners)], 0.0)
+    for result, winner in zip(results, winners, strict=True):
+        workload, known = Workload(result.problem), {t.config: t for t in result.timings}
+        for config in list(losses):
+            timing = known.get(config) or workload.measure(config)
+            if timing is None or not workload.serves(config):
+                del losses[config]
+            else:
+                losses[config] += math.log(timing.total / winner.total)
+        del workload  # before the next one is made: each has a weight
+    if not losses:
+        raise RuntimeError(f"no configuration runs for all of {[result.problem for result in results]}")
+    return min(losses, key=lambda config: losses[config])
+
+
+def export(results: Sequence[Result], environment: str) -> str:
+    """The table with rows for what was measured, as text of configs.json. Shapes of one number of tokens share a row.
+
+    Rows for fewer tokens than were measured stay, as do all other architectures and operands.
+
+    Args:
+        results: of one device and dtype.
+        environment: on what was measured, for ``source``.
+    """
+    by_tokens: dict[int, list[Result]] = {}
+    for result in results:
+        by_tokens.setdefault(result.problem.num_tokens, []).append(result)
+    rows = [asdict(replace(compromise(by_tokens[n]), max_tokens=n)) for n in sorted(by_tokens)]
+    rows[-1]["max_tokens"] = None
+    problem = results[0].problem
+    bits = operand_bits(problem.dtype)
+    entries: dict[str, Any] = json.loads(TABLE.read_text())
+    entry = entries[problem.architecture]
+    least = min(by_tokens)
+    kept = [row for row in entry[bits] if row["max_tokens"] is not None and row["max_tokens"] < least]
+    shapes = ", ".join(_shape(result.problem) for result in results)
+    entry["source"] = f"{bits} bits, {len(rows)} last rows: timed on {environment}, {shapes}; others: {entry['source']}"
+    entry[bits] = kept + rows
+    parse(entries)
+    return dumps(entries)
+
+
+def _shape(problem: Problem) -> str:
+    softcap = " with soft-cap" if problem.softcap else ""
+    return f"N={problem.num_tokens} H={problem.hidden_size} V={problem.vocab_size}{softcap}"
+
+
+def dumps(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """A table as text, with a line for each configuration."""
+
+    def value(v: str | list[dict[str, Any]]) -> str:
+        if isinstance(v, str):
+            return json.dumps(v)
+        return "[\n" + ",\n".join(f"      {json.dumps(row)}" for row in v) + "\n    ]"
+
+    def entry(e: Mapping[str, Any]) -> str:
+        return "{\n" + ",\n".join(f"    {json.dumps(k)}: {value(v)}" for k, v in e.items()) + "\n  }"
+
+    return "{\n" + ",\n".join(f"  {json.dumps(k)}: {entry(v)}" for k, v in entries.items()) + "\n}\n"
