@@ -244,7 +244,11 @@ setup(
     version=version,
     packages=list(FOLDERS),
     package_dir=FOLDERS,
-    package_data={"logitless": ["py.typed"], "logitless.kernels": ["gpu_constants.json"]},
+    package_data={
+        "logitless": ["py.typed"],
+        "logitless.kernels": ["gpu_constants.json"],
+        "logitless.kernels.triton_kernels": ["configs.json"],
+    },
     ext_modules=extensions() if BUILDS & set(sys.argv) else [],
     cmdclass={"build_ext": Build},
 )

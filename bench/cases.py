@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from logitless.kernels.spec import HeadSpec
 
 from .losses import LOSSES
 
@@ -29,6 +33,7 @@ class Shape:
         dtype: of hidden states and weight.
         logits: ``random`` (standard deviation 1), or ``peaked``: the target of each token is raised by 0 to ``log V + 6``
             nats, so that probabilities run from near 0 to near 1 as in a trained model.
+        softcap: of the logits; 0: none.
         seed: of the random numbers.
     """
 
@@ -39,6 +44,7 @@ class Shape:
     masked: float = 0.25
     dtype: str = "bf16"
     logits: str = "random"
+    softcap: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -47,6 +53,8 @@ class Shape:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.masked < 1:
             raise ValueError(f"masked must be in [0, 1), got {self.masked}")
+        if not 0 <= self.softcap < math.inf:
+            raise ValueError(f"softcap must be a number >= 0 (0: none), got {self.softcap}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}")
         if self.logits not in LOGITS:
@@ -70,10 +78,16 @@ class Shape:
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
 
+    @property
+    def head(self) -> HeadSpec:
+        """What is done to the logits."""
+        return HeadSpec(softcap=self.softcap or None)
+
     def __str__(self) -> str:
+        softcap = f", softcap {self.softcap:g}" if self.softcap else ""
         return (
             f"{self.pairs} pairs x 2 x {self.tokens} tokens ({self.scored} scored), H={self.hidden}, V={self.vocab}, "
-            f"{self.dtype}, {self.logits} logits"
+            f"{self.dtype}, {self.logits} logits{softcap}"
         )
 
 
@@ -126,10 +140,14 @@ class Case:
         return "copy" if self.task == "tile" else "GEMM"
 
     @property
-    def title(self) -> str:
+    def kind(self) -> str:
+        """What is computed, in words."""
         what = "logits to gradient" if self.task == "tile" else "forward + backward" if self.backward else "forward only"
-        frozen = "" if self.train_head else ", frozen head"
-        return f"{self.suite}: {self.task} {what}{frozen}; {self.shape}"
+        return what + ("" if self.train_head else ", frozen head")
+
+    @property
+    def title(self) -> str:
+        return f"{self.suite}: {self.task} {self.kind}; {self.shape}"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -174,10 +192,19 @@ _FILL_ROWS = 1024
 
 
 def _normal(shape: tuple[int, ...], std: float, dtype: torch.dtype, device: torch.device, g: torch.Generator) -> Tensor:
-    """Random numbers in ``dtype``, a few rows at a time: a float32 copy of a large weight would blur the memory figures."""
+    """Random numbers in ``dtype``, a few rows at a time: a float32 copy of a large weight would blur the memory figures.
+
+    Drawn by all cores, each block of rows by a generator of its own: a weight of 152k x 4096 takes one core 8 seconds.
+    """
     out = torch.empty(shape, dtype=dtype, device=device)
-    for rows in out.view(-1, shape[-1]).split(_FILL_ROWS):
-        rows.copy_(torch.randn(rows.shape, generator=g) * std)
+    parts = out.view(-1, shape[-1]).split(_FILL_ROWS)
+    seeds = torch.randint(2**62, (len(parts),), generator=g).tolist()
+
+    def fill(rows: Tensor, seed: int) -> None:
+        rows.copy_(torch.randn(rows.shape, generator=torch.Generator().manual_seed(seed)).mul_(std))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(fill, parts, seeds))
     return out
 
 
@@ -199,6 +226,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     # Of N(0, 1) logits the log-sum-exp is log V + 1/2; with that, the reference lands where the policy is on average, and
     # no loss of log-ratios is saturated.
     targets = (hidden[scored.to(device)].float() * weight[labels[scored].to(device)].float()).sum(-1)
+    targets = shape.head.apply(targets)
     others = torch.full_like(targets, math.log(v) + 0.5)
     constant = (targets - torch.logaddexp(others, targets)).mean().item() * (t - shape.prompt)
     return Inputs(
@@ -238,8 +266,17 @@ class Suite:
 
 #: The shape that the project's speed and precision targets are stated for.
 HEADLINE = Shape()
+#: The same for one H100: every position is scored, so N is 8192.
+GPU_HEADLINE = Shape(pairs=4, tokens=1024, hidden=4096, vocab=151936, masked=0.0)
+_GPU_OTHERS = (
+    replace(GPU_HEADLINE, vocab=128256),
+    replace(GPU_HEADLINE, pairs=8, hidden=2048),
+    replace(GPU_HEADLINE, hidden=1024),
+    replace(GPU_HEADLINE, hidden=2304, vocab=256000, softcap=30.0),
+)
 _SMALL = Shape(hidden=512, vocab=32768)
 _TINY = {"tokens": 64, "hidden": 256, "vocab": 8192}
+_ON_GPUS = ("logitless@torch", "logitless@cuda", "logitless@triton")
 _SWEEP = ("gemm", "torch", "trl", "liger", "logitless", "logitless:op", "logitless:small")
 
 
@@ -265,6 +302,19 @@ def _losses(shape: Shape, quick: bool) -> list[Case]:
     return [Case("losses", task, shape) for task in LOSSES]
 
 
+def _gpu(shape: Shape, quick: bool) -> list[Case]:
+    """DPO trained, frozen and forward only: the headline first, so that a time limit leaves it in; another shape alone."""
+
+    def three(one: Shape) -> list[Case]:
+        case = Case("gpu", "dpo", one)
+        return [case, replace(case, train_head=False), replace(case, backward=False)]
+
+    if shape != GPU_HEADLINE:
+        return three(shape)
+    others = [] if quick else [three(one) for one in _GPU_OTHERS]
+    return three(shape) + [case for kind in zip(*others) for case in kind]  # first all that are trained
+
+
 SUITES: dict[str, Suite] = {
     suite.name: suite
     for suite in (
@@ -285,6 +335,14 @@ SUITES: dict[str, Suite] = {
             _single("tile", "tile", backward=False),
             replace(HEADLINE, hidden=64),
             {"tokens": 64},
+        ),
+        Suite(
+            "gpu",
+            "DPO at the sizes of one H100: trained head, frozen head, forward only",
+            _gpu,
+            GPU_HEADLINE,
+            {},
+            ("gemm", "torch", "torch-compile", "trl", "liger", "cce", "logitless", *_ON_GPUS),
         ),
         Suite("frozen", "DPO with a frozen head", _single("frozen", "dpo", train_head=False), _SMALL, _TINY),
         Suite(

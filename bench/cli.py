@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import register_all
+from . import compile_report, register_all
 from .cases import DTYPES, LOGITS, SUITES, Case, Shape, parse_shape
+from .console import Console, make_console
 from .registry import PROVIDERS
-from .report import show, write_files
-from .runner import Outcome, default_providers, planned_steps, run_case
+from .report import can_draw, environment, show, write_files
+from .runner import Outcome, default_providers, estimated_seconds, planned_steps, run_case
 
 DEFAULT_SUITES = ("dpo", "memory")
 DEFAULT_OUT = Path("bench/out")
 _ROUNDS = {"cpu": (3, 7), "cuda": (10, 30)}
-#: Tables are not squeezed when the output is a file.
-_FILE_WIDTH = 150
 
 
 class UsageError(Exception):
@@ -44,6 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller shapes (but for the headline)")
     parser.add_argument("--rounds", type=int, default=None, metavar="N", help="timed steps of each provider")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda; default: %(default)s")
+    parser.add_argument(
+        "--time-limit", type=float, default=None, metavar="S", help="seconds after which no further case is started"
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave out the memory processes")
     parser.add_argument("--list", action="store_true", help="say what there is, and stop")
     return parser
@@ -73,6 +74,7 @@ def _list(console: Console, device: torch.device) -> None:
     console.print("[bold]suites[/bold]")
     for suite in SUITES.values():
         console.print(f"  {suite.name:10} {suite.help} ({suite.base})", highlight=False)
+    console.print(f"  {compile_report.SUITE:10} {compile_report.HELP}", highlight=False)
     console.print(f"[bold]providers[/bold] on {device.type}, at the headline shape")
     for name, provider in PROVIDERS.items():
         reasons = provider.why_not(Case("", min(provider.tasks), Shape()), device)
@@ -84,28 +86,35 @@ def _list(console: Console, device: torch.device) -> None:
 
 
 def _run(
-    console: Console, plan: Sequence[tuple[Case, list[str]]], device: torch.device, rounds: int, memory: bool
+    console: Console,
+    plan: Sequence[tuple[Case, list[str]]],
+    device: torch.device,
+    rounds: int,
+    memory: bool,
+    time_limit: float | None,
 ) -> list[Outcome]:
-    total = sum(planned_steps(case, names, device, rounds) for case, names in plan)
-    columns = (TextColumn("{task.description:45}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), TimeElapsedColumn())
-    outcomes = []
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
-
-        def progress(text: str, steps: int) -> None:
-            bar.update(task, description=text, advance=steps)
-
+    start = time.monotonic()
+    if device.type == "cuda":
+        seconds = sum(estimated_seconds(case, names, device, rounds) for case, names in plan)
+        console.print(f"{len(plan)} cases of {rounds} rounds; by their FLOP about {seconds:.0f} s", highlight=False)
+    outcomes: list[Outcome] = []
+    with console.progress(sum(planned_steps(case, names, device, rounds) for case, names in plan)) as progress:
         for case, names in plan:
+            if outcomes and time_limit is not None and time.monotonic() - start > time_limit:
+                break
             outcome = run_case(case, names, device, rounds=rounds, memory=memory, progress=progress)
             outcomes.append(outcome)
             show(console, outcome)
+    for case, _ in plan[len(outcomes) :]:
+        console.print(f"left out after {time_limit:g} s: {case.title}", highlight=False)
     return outcomes
 
 
 def _main(arguments: argparse.Namespace, console: Console) -> int:
     register_all()
-    suites = _names("suite", arguments.suite, SUITES)
+    suites = _names("suite", arguments.suite, [*SUITES, compile_report.SUITE])
     quick = arguments.quick or not suites  # a run that nobody chose must not take an hour
+    compiles = compile_report.SUITE in suites
     chosen = _names("provider", arguments.providers, PROVIDERS)
     try:
         overrides: dict[str, Any] = parse_shape(arguments.shape)
@@ -118,14 +127,24 @@ def _main(arguments: argparse.Namespace, console: Console) -> int:
     rounds = arguments.rounds if arguments.rounds is not None else _ROUNDS[device.type][0 if quick else 1]
     if rounds < 1:
         raise UsageError(f"--rounds must be at least 1, got {rounds}")
+    if arguments.time_limit is not None and not arguments.time_limit > 0:
+        raise UsageError(f"--time-limit must be more than 0 seconds, got {arguments.time_limit:g}")
+    if compiles and (reason := compile_report.why_not()):
+        raise UsageError(f"suite {compile_report.SUITE!r} cannot run: {reason}")
     plan = [
         (case, chosen or default_providers(name, quick))
         for name in suites or DEFAULT_SUITES
+        if name in SUITES
         for case in SUITES[name].make(overrides, quick)
     ]
-    outcomes = _run(console, plan, device, rounds, memory=not arguments.no_memory)
-    for path in write_files(arguments.out, outcomes, device, quick=quick, rounds=rounds):
+    paths = [compile_report.run(console, arguments.out, environment(device), quick)] if compiles else []
+    outcomes = _run(console, plan, device, rounds, not arguments.no_memory, arguments.time_limit)
+    if outcomes:
+        paths += write_files(arguments.out, outcomes, device, quick=quick, rounds=rounds)
+    for path in paths:
         console.print(f"wrote {path}", highlight=False)
+    if not can_draw():
+        console.print("no figures: matplotlib is not installed", highlight=False)
     return 0
 
 
@@ -139,11 +158,8 @@ def main(argv: list[str] | None = None) -> int:
         int: 0, or 2 for a wrong argument. A provider that fails is a row of the table, not an exit code.
     """
     arguments = _parser().parse_args(argv)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_FILE_WIDTH)
     try:
-        return _main(arguments, console)
+        return _main(arguments, make_console())
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""Peak extra memory of one step, measured in a process of its own. ``python -m logitless.bench.memory`` is that process."""
+"""Peak extra memory of one step; on a CPU in a process of its own, which ``python -m logitless.bench.memory`` is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
-import psutil
 import torch
 
 from .cases import Case, make_inputs
@@ -22,7 +21,7 @@ from .registry import PROVIDERS, Provider, Work
 
 _TIMEOUT_S = 600
 _MARK = "logitless-bench-memory "
-_CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+_CLEAR_REFS, _STATUS, _MEMINFO = Path("/proc/self/clear_refs"), Path("/proc/self/status"), Path("/proc/meminfo")
 
 
 @dataclass(frozen=True)
@@ -62,18 +61,19 @@ def measure(provider: Provider, case: Case, device: torch.device) -> Memory:
 
 def _limit_address_space() -> None:
     """Make an allocation that the machine cannot hold fail in here, before the kernel kills something else for it."""
-    available = psutil.virtual_memory().available
-    limit = psutil.Process().memory_info().vms + available
+    if not _STATUS.exists():
+        return
+    limit = _kilobytes(_STATUS, "VmSize") + _kilobytes(_MEMINFO, "MemAvailable")
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
-def _status(key: str) -> int:
-    """A size in bytes from Linux's account of this process."""
-    for line in _STATUS.read_text().splitlines():
+def _kilobytes(account: Path, key: str) -> int:
+    """A size from one of Linux's accounts, in bytes."""
+    for line in account.read_text().splitlines():
         if line.startswith(key):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{_STATUS} has no {key}")
+    raise RuntimeError(f"{account} has no {key}")
 
 
 class _LinuxPeak:
@@ -84,17 +84,19 @@ class _LinuxPeak:
 
     def __enter__(self) -> _LinuxPeak:
         _CLEAR_REFS.write_text("5")
-        self.before = _status("VmRSS")
+        self.before = _kilobytes(_STATUS, "VmRSS")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.extra = max(0, _status("VmHWM") - self.before)
+        self.extra = max(0, _kilobytes(_STATUS, "VmHWM") - self.before)
 
 
 class _SampledPeak:
     """Where the kernel's mark cannot be reset: resident memory sampled every millisecond by a thread."""
 
     def __enter__(self) -> _SampledPeak:
+        import psutil  # GPUs and most Linux machines do without
+
         self._process, self._stop = psutil.Process(), threading.Event()
         self.before = self._peak = self._process.memory_info().rss
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -154,6 +156,11 @@ def measure_here(provider: Provider, case: Case, device: torch.device) -> int:
     if provider.warm_up:
         work.step()
     work.prepare()
+    return measure_work(work, device)
+
+
+def measure_work(work: Work, device: torch.device) -> int:
+    """Extra bytes of one step of what has been made ready, and has run before."""
     _return_freed_memory()
     with _peak(device) as peak:
         work.step()

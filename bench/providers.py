@@ -40,10 +40,12 @@ def gemm(case: Case, inputs: Inputs) -> Work:
     return Work(step)
 
 
-def _target_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def _target_logps(hidden: Tensor, weight: Tensor, targets: Tensor, head: ll.HeadSpec) -> Tensor:
     """hidden (..., H), weight (V, H), targets (...) -> (...)."""
-    logps = torch.log_softmax(F.linear(hidden, weight).float(), dim=-1)
-    return logps.gather(-1, targets[..., None])[..., 0]
+    logits = F.linear(hidden, weight).float()
+    if head.softcap is not None:
+        logits = head.apply(logits)
+    return torch.log_softmax(logits, dim=-1).gather(-1, targets[..., None])[..., 0]
 
 
 @provider("torch", tasks=TOKEN_TASKS)
@@ -52,19 +54,19 @@ def plain(case: Case, inputs: Inputs) -> Work:
     loss_fn = loss_of(case.task)
 
     def step() -> Result:
-        logps = _target_logps(inputs.hidden, inputs.weight, inputs.labels.clamp(min=0))
+        logps = _target_logps(inputs.hidden, inputs.weight, inputs.labels.clamp(min=0), case.shape.head)
         logps = torch.where(inputs.scored, logps, 0)
         return finish(loss_fn(logps, inputs), inputs, token_logps=logps)
 
     return Work(step)
 
 
-def _on_scored(case: Case, inputs: Inputs, logps_fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Work:
+def _on_scored(case: Case, inputs: Inputs, logps_fn: Callable[..., Tensor]) -> Work:
     loss_fn = loss_of(case.task)
 
     def step() -> Result:
         mask = inputs.scored
-        values = logps_fn(inputs.hidden[mask], inputs.weight, inputs.labels[mask])
+        values = logps_fn(inputs.hidden[mask], inputs.weight, inputs.labels[mask], case.shape.head)
         logps = torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
         return finish(loss_fn(logps, inputs), inputs, token_logps=logps)
 
@@ -86,6 +88,7 @@ def _no_compiler(case: Case, device: torch.device) -> list[str]:
 @provider("torch-compile", tasks=TOKEN_TASKS, why_not=_no_compiler, warm_up=True)
 def compiled(case: Case, inputs: Inputs) -> Work:
     """``torch.compile`` of the plain log-probs, on scored positions."""
+    torch._dynamo.reset()  # after 8 shapes of one function it would run it uncompiled
     return _on_scored(case, inputs, torch.compile(_target_logps, dynamic=False))
 
 
@@ -100,10 +103,10 @@ _MODULES: dict[str, Callable[[], Any]] = {
 }
 
 
-def _call(task: str, module: Any, inputs: Inputs, hidden: Tensor, labels: Tensor) -> tuple[Any, Tensor]:
+def _call(case: Case, module: Any, inputs: Inputs, hidden: Tensor, labels: Tensor) -> tuple[Any, Tensor]:
     """Run a loss module; its output and the log-probs (S,) of the sequences, for any number of them."""
-    count, per = len(labels), len(labels) // len(inputs.labels)
-    more: dict[str, Any] = {}
+    task, count, per = case.task, len(labels), len(labels) // len(inputs.labels)
+    more: dict[str, Any] = {"head": case.shape.head}
     if task in ("dpo", "ipo", "kto"):
         more["ref_logps"] = inputs.ref_logps[:1].expand(count)
     if task == "kto":
@@ -119,14 +122,14 @@ def _module(case: Case, inputs: Inputs, **settings: Any) -> Work:
 
     def step() -> Result:
         with ll.settings(**settings):
-            out, logps = _call(case.task, module, inputs, inputs.hidden, inputs.labels)
+            out, logps = _call(case, module, inputs, inputs.hidden, inputs.labels)
             return finish(out.loss, inputs, sequence_logps=logps, schedule=out.plan.schedule)
 
     def token_logps() -> Tensor:
         # Sequences of one token each: the same tiles, and log-probs of tokens come out.
         labels = inputs.labels.reshape(-1, 1)
         with ll.settings(**settings):
-            _, logps = _call(case.task, module, inputs, inputs.hidden.reshape(len(labels), 1, -1), labels)
+            _, logps = _call(case, module, inputs, inputs.hidden.reshape(len(labels), 1, -1), labels)
         return logps.reshape(inputs.labels.shape)
 
     return Work(step, token_logps)
@@ -148,7 +151,7 @@ def _op(case: Case, inputs: Inputs, **settings: Any) -> Work:
 
     def step() -> Result:
         with ll.settings(**settings):
-            logps = ll.linear_logps(inputs.hidden, inputs.weight, inputs.labels).logps
+            logps = ll.linear_logps(inputs.hidden, inputs.weight, inputs.labels, head=case.shape.head).logps
             assert logps is not None
             return finish(loss_fn(logps, inputs), inputs, token_logps=logps, schedule=schedule)
 
@@ -164,6 +167,8 @@ def _register(name: str, **settings: Any) -> None:
         if "backend" not in settings:
             return []
         backend, dtype = get_backend(settings["backend"]), case.shape.torch_dtype
+        if backend.name == "triton" and device.type == "cpu":
+            return ["Triton's interpreter is no kernel to time"]
         return [*backend.why_unavailable(), *backend.why_not(Call(device, dtype, dtype))]
 
     quick = not settings  # what ``auto`` chose need not run twice

@@ -17,9 +17,13 @@ from .registry import Result, Work, finish, not_installed, provider
 _TOKEN_TASKS = frozenset({"logps", *LOSSES})
 
 
+def _no_softcap(case: Case) -> list[str]:
+    return [f"has no soft-cap, and the shape asks for {case.shape.softcap:g}"] if case.shape.softcap else []
+
+
 def _no_linear_cross_entropy(case: Case, device: torch.device) -> list[str]:
     if hasattr(torch.nn.functional, "linear_cross_entropy"):
-        return []
+        return _no_softcap(case)
     return [f"torch {torch.__version__} has no torch.nn.functional.linear_cross_entropy"]
 
 
@@ -62,7 +66,8 @@ def trl(case: Case, inputs: Inputs) -> Work:
             hidden, labels = inputs.hidden[mask], inputs.labels[mask]
         else:
             hidden, labels = inputs.hidden.reshape(-1, inputs.hidden.shape[-1]), inputs.labels.clamp(min=0).reshape(-1)
-        values = ChunkedLogProbFunction.apply(hidden, inputs.weight, None, labels, 1.0, _TRL_CHUNK, None, 1.0, ())[0]
+        head = (1.0, _TRL_CHUNK, case.shape.head.softcap, 1.0)  # temperature, tile, soft-cap, scale
+        values = ChunkedLogProbFunction.apply(hidden, inputs.weight, None, labels, *head, ())[0]
         if compact:
             logps = values.new_zeros(mask.shape).masked_scatter(mask, values)
         else:
@@ -93,7 +98,7 @@ def _liger_modules() -> dict[str, Callable[..., Any]]:
 
 
 def _no_liger(case: Case, device: torch.device) -> list[str]:
-    return not_installed("liger_kernel")
+    return not_installed("liger_kernel") + _no_softcap(case)
 
 
 @provider("liger", tasks={"dpo", "simpo", "cpo", "orpo", "kto"}, why_not=_no_liger)
@@ -148,13 +153,14 @@ def cut_cross_entropy(case: Case, inputs: Inputs) -> Work:
     loss_fn = loss_of(case.task)
 
     def step() -> Result:
-        logps = -function(inputs.hidden, inputs.weight, inputs.labels, reduction="none", ignore_index=IGNORE).float()
+        options = {"softcap": case.shape.head.softcap, "reduction": "none", "ignore_index": IGNORE}
+        logps = -function(inputs.hidden, inputs.weight, inputs.labels, **options).float()
         return finish(loss_fn(logps, inputs), inputs, token_logps=logps)
 
     return Work(step)
 
 
-@provider("quack", tasks={"nll"}, why_not=_needs_gpu("quack"))
+@provider("quack", tasks={"nll"}, why_not=lambda case, device: _needs_gpu("quack")(case, device) + _no_softcap(case))
 def quack(case: Case, inputs: Inputs) -> Work:
     """QuACK's chunked linear cross-entropy, a mean over tokens."""
     from quack.linear_cross_entropy import chunked_linear_cross_entropy

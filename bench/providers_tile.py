@@ -39,13 +39,13 @@ def _pass(name: str, passes: Passes, case: Case, inputs: Inputs) -> Work:
     """From the tile to log-probs and, in its place, the gradient."""
     source, labels = _tile(inputs), inputs.labels[inputs.scored]
     tile = source.clone()
-    x, weight, head = inputs.hidden.detach()[inputs.scored], inputs.weight.detach(), ll.HeadSpec()
+    x, weight, head = inputs.hidden.detach()[inputs.scored], inputs.weight.detach(), case.shape.head
     options = core_options(512 << 20, frozenset(), "auto", 4, source.device)
     logits = Logits(x, weight, None, options.precision)
     raw = passes.target_logits(x, weight, None, labels, options.precision)
 
     def step() -> Result:
-        zy, k, slope = target_logit_and_slope(raw, head)
+        zy, k, slope = target_logit_and_slope(raw.clone(), head)  # it works in place
         with ll.settings(backend=name):
             part = passes.scan_block(logits, head, options, tile, tile, zy, k, labels, 0, len(weight))
         stats, _ = combine([part], zy, k, slope, len(weight))

@@ -145,7 +145,8 @@ def _work(case: Case, inputs: Inputs, around: Callable[[], Any] | None = None) -
 
 
 def _unavailable(case: Case, device: torch.device) -> list[str]:
-    return [reason for package in _PACKAGES for reason in not_installed(package)]
+    missing = [reason for package in _PACKAGES for reason in not_installed(package)]
+    return missing + (["the model of this suite has no soft-cap"] if case.shape.softcap else [])
 
 
 @provider("trl:trainer", tasks={"train"}, why_not=_unavailable, warm_up=True)

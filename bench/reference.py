@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from logitless.kernels.reference import reference_logps
+from logitless.kernels.spec import HeadSpec
 
 from .cases import Case, Inputs
 from .losses import loss_of
 from .registry import Result, Work
 
-#: Elements of one float64 block of logits: 64 MiB, so that its handful of copies stays well under 1 GiB.
-_BLOCK = 8 << 20
+#: Elements of one float64 block of logits: 64 MiB, so that its handful of copies stays well under 1 GiB. On a GPU, whose
+#: GEMMs need more rows, 512 MiB; beside some 16 GB for the weight of 152k x 4096 in float64, its gradient and a sum.
+_BLOCK, _GPU_BLOCK = 8 << 20, 64 << 20
 #: Elements of one float64 block of a comparison on a CPU: it stays in cache.
 _CACHED = 1 << 18
 
@@ -47,11 +49,12 @@ def compute_reference(case: Case, inputs: Inputs) -> Reference:
     """
     scored = inputs.scored
     hidden, labels = inputs.hidden.detach()[scored], inputs.labels[scored]
-    rows = max(1, _BLOCK // len(inputs.weight))
+    rows = max(1, (_GPU_BLOCK if hidden.is_cuda else _BLOCK) // len(inputs.weight))
     blocks = [slice(i, i + rows) for i in range(0, len(labels), rows)]
+    head = case.shape.head
     weight = inputs.weight.detach().double().requires_grad_(inputs.weight.requires_grad)
     with torch.no_grad():
-        values = torch.cat([_scores(hidden[b].double(), weight, labels[b]) for b in blocks])
+        values = torch.cat([_scores(hidden[b].double(), weight, labels[b], head) for b in blocks])
     logps = torch.zeros(scored.shape, dtype=torch.float64, device=scored.device).masked_scatter(scored, values)
     logps.requires_grad_()
     loss = loss_of(case.task)(logps, inputs)
@@ -61,7 +64,7 @@ def compute_reference(case: Case, inputs: Inputs) -> Reference:
         parts = []
         for b in blocks:
             x = hidden[b].double().requires_grad_()
-            _scores(x, weight, labels[b]).backward(coefficients[scored][b])
+            _scores(x, weight, labels[b], head).backward(coefficients[scored][b])
             assert x.grad is not None
             parts.append(x.grad)
         dhidden = torch.zeros(inputs.hidden.shape, dtype=torch.float64, device=scored.device)
@@ -70,8 +73,8 @@ def compute_reference(case: Case, inputs: Inputs) -> Reference:
     return Reference(loss.item(), logps, sequence_values(case.task, logps, scored), dhidden, weight.grad)
 
 
-def _scores(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    logps = reference_logps(hidden, weight, labels).logps
+def _scores(hidden: Tensor, weight: Tensor, labels: Tensor, head: HeadSpec) -> Tensor:
+    logps = reference_logps(hidden, weight, labels, head=head).logps
     assert logps is not None
     return logps
 

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from .cases import HEADLINE
+from .cases import GPU_HEADLINE, HEADLINE
+from .console import Console
 from .runner import OK, Outcome, Row, is_number
 
 #: Raised when a field of the JSON changes its meaning; ``results/README.md`` describes the fields.
@@ -43,6 +41,23 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _memory() -> int | None:
+    """Bytes of this machine."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _cores() -> int | None:
+    """Physical ones, where that can be known."""
+    try:
+        import psutil
+    except ImportError:
+        return os.cpu_count()
+    return psutil.cpu_count(logical=False) or os.cpu_count()
 
 
 def _git(*arguments: str) -> str | None:
@@ -71,9 +86,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "machine": {
             "cpu": _cpu_model(),
-            "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
+            "cores": _cores(),
             "threads": torch.get_num_threads(),
-            "memory_bytes": psutil.virtual_memory().total,
+            "memory_bytes": _memory(),
             "gpu": gpu,
         },
         "versions": {
@@ -104,27 +119,26 @@ def _notes(row: Row) -> str:
     return row.schedule if row.status == OK and not row.note else f"{row.status}: {row.message or row.note}"
 
 
-def table(outcome: Outcome) -> Table:
+def print_table(console: Console, outcome: Outcome) -> None:
     """One row a provider. A row that is not ``ok`` has no time and no ratio."""
-    result = Table(title=outcome.case.title, title_justify="left", title_style="bold")
-    result.add_column("provider", no_wrap=True)
-    for name in ("ms, median (min..max)", f"x {outcome.case.floor}", "extra MiB", "max logp err", "rel err dX", "rel err dW"):
-        result.add_column(name, justify="right", no_wrap=True)
-    result.add_column("schedule / why not", overflow="fold")
+    floor = outcome.case.floor
+    columns = ["provider", "ms, median (min..max)", f"x {floor}", "extra MiB", "max logp err", "rel err dX", "rel err dW"]
+    rows = []
     for row in outcome.rows:
-        ratio, errors = outcome.ratio(row), row.errors
-        result.add_row(
-            row.provider,
-            _time(row),
-            _number(ratio, ".2f"),
-            "-" if row.extra_bytes is None else f"{row.extra_bytes / 2**20:.1f}",
-            _number(errors.token_logps if errors else None),
-            _number(errors.dhidden if errors else None),
-            _number(errors.dweight if errors else None),
-            "roofline" if row.roofline and row.status == OK else escape(_notes(row)),
-            style=None if row.status == OK else "dim",
+        errors = row.errors
+        rows.append(
+            [
+                row.provider,
+                _time(row),
+                _number(outcome.ratio(row), ".2f"),
+                "-" if row.extra_bytes is None else f"{row.extra_bytes / 2**20:.1f}",
+                _number(errors.token_logps if errors else None),
+                _number(errors.dhidden if errors else None),
+                _number(errors.dweight if errors else None),
+                "roofline" if row.roofline and row.status == OK else _notes(row),
+            ]
         )
-    return result
+    console.table(outcome.case.title, [*columns, "schedule / why not"], rows, [row.status != OK for row in outcome.rows])
 
 
 @dataclass(frozen=True)
@@ -181,9 +195,11 @@ def targets(outcome: Outcome) -> list[Target]:
     if case.suite == "tile":
         reached = _quotient(time("copy"), time("pass@cpu"))
         return [Target("share of the copy's bandwidth that the C++ pass reaches", reached, 0.6, True)]
+    ours = time("logitless")
+    if case.suite == "gpu":
+        return _gpu_targets(outcome, time)
     if case.suite != "dpo" or case.task != "dpo":
         return []
-    ours = time("logitless")
     return [
         Target("time of plain PyTorch over logitless", _quotient(time("torch"), ours), 2.5, True),
         Target("time of Liger over logitless", _quotient(time("liger"), ours), 2.0, True),
@@ -201,6 +217,22 @@ def targets(outcome: Outcome) -> list[Target]:
     ]
 
 
+def _gpu_targets(outcome: Outcome, time: Callable[[str], float | None]) -> list[Target]:
+    case, ours, row = outcome.case, time("logitless"), outcome.row("logitless")
+    found = [
+        Target("time of logitless over the bare GEMMs", _quotient(ours, time("gemm")), 1.10, False),
+        Target("time of plain PyTorch over logitless", _quotient(time("torch"), ours), 1.2, True),
+    ]
+    if case.backward:
+        bound = 1.4 if case.train_head else 1.5
+        found.append(Target("time of TRL's function over logitless", _quotient(time("trl"), ours), bound, True))
+        found.append(Target("time of Liger over logitless", _quotient(time("liger"), ours), 3.0, True))
+    if case.train_head and case.backward:
+        extra = None if row is None or row.status != OK or row.extra_bytes is None else row.extra_bytes / 2**30
+        found.append(Target("extra GiB of logitless", extra, 4.5, False))
+    return found
+
+
 #: Spread of the bare GEMMs' times from which on the machine counts as busy.
 _BUSY = 1.5
 _SPOKEN = {"torch": "plain PyTorch", "logitless": "logitless"}
@@ -208,7 +240,7 @@ _SPOKEN = {"torch": "plain PyTorch", "logitless": "logitless"}
 
 def show(console: Console, outcome: Outcome) -> None:
     """Print the table of a case, and under it the targets where it has some."""
-    console.print(table(outcome))
+    print_table(console, outcome)
     gemm = next((row for row in outcome.rows if row.roofline and row.median is not None), None)
     if gemm is not None and max(gemm.seconds) > _BUSY * min(gemm.seconds):
         console.print(
@@ -221,8 +253,9 @@ def show(console: Console, outcome: Outcome) -> None:
         console.print(f"  copy: {moved / gemm.median / 1e9:.1f} GB/s, read and written", highlight=False)
     for target in found:
         console.print(f"  {target}", highlight=False)
-    if found and outcome.case.task != "tile" and outcome.case.shape != HEADLINE:
-        console.print(f"  (the targets are stated for {HEADLINE}, on a 2-core CPU machine)", highlight=False)
+    stated_for, machine = (GPU_HEADLINE, "one H100") if outcome.case.suite == "gpu" else (HEADLINE, "a 2-core CPU machine")
+    if found and outcome.case.task != "tile" and outcome.case.shape != stated_for:
+        console.print(f"  (the targets are stated for {stated_for}, on {machine})", highlight=False)
     console.print()
 
 
@@ -286,15 +319,55 @@ def write_figure(path: Path, outcomes: Sequence[Outcome], device: torch.device) 
     figure.savefig(path, dpi=130)
 
 
+def write_bars(path: Path, outcomes: Sequence[Outcome], device: torch.device) -> None:
+    """Time over that of the bare GEMMs, one group of bars a case, one bar a provider."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    names = list(
+        dict.fromkeys(row.provider for o in outcomes for row in o.rows if o.ratio(row) is not None and not row.roofline)
+    )
+    figure = Figure(figsize=(11, 1 + 0.17 * len(outcomes) * (len(names) + 1)), layout="constrained")
+    axis = figure.subplots()
+    colors, height = mpl.colormaps["tab10"], 1 / (len(names) + 1)
+    for i, name in enumerate(names):
+        rows = [(j, o.row(name), o) for j, o in enumerate(outcomes)]
+        bars = [(j + i * height, ratio) for j, row, o in rows if row is not None and (ratio := o.ratio(row)) is not None]
+        placed = axis.barh([y for y, _ in bars], [x for _, x in bars], 0.9 * height, color=colors(i % 10), label=name)
+        axis.bar_label(placed, fmt="%.2f", fontsize=7, padding=2)
+    axis.axvline(1, color="black", linewidth=0.8)
+    labels = [
+        f"N={o.case.shape.scored}, H={o.case.shape.hidden}, V={o.case.shape.vocab}\n{o.case.kind}"
+        + (f", softcap {o.case.shape.softcap:g}" if o.case.shape.softcap else "")
+        for o in outcomes
+    ]
+    axis.set_yticks([j + (len(names) - 1) * height / 2 for j in range(len(outcomes))], labels, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("time over the bare GEMMs")
+    if names:
+        figure.legend(loc="outside right upper", fontsize=9, frameon=False)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    figure.suptitle(f"{outcomes[0].case.task}, {outcomes[0].case.shape.dtype}, {where}", fontsize=10)
+    figure.savefig(path, dpi=130)
+
+
 def write_files(out: Path, outcomes: Sequence[Outcome], device: torch.device, *, quick: bool, rounds: int) -> list[Path]:
-    """JSON of the run, and a figure for each suite that has several sequence lengths."""
+    """JSON of the run; a figure for each suite that has several sequence lengths, and for ``gpu``, if matplotlib is there."""
     out.mkdir(parents=True, exist_ok=True)
     suites = list(dict.fromkeys(o.case.suite for o in outcomes))
     paths = [out / f"{device.type}-{'-'.join(suites)}.json"]
     write_json(paths[0], outcomes, device, quick=quick, rounds=rounds)
+    if not can_draw():
+        return paths
     for suite in suites:
         group = [o for o in outcomes if o.case.suite == suite]
-        if len({o.case.shape.tokens for o in group}) > 1:
+        draw = write_bars if suite == "gpu" else write_figure if len({o.case.shape.tokens for o in group}) > 1 else None
+        if draw is not None:
             paths.append(out / f"{device.type}-{suite}.png")
-            write_figure(paths[-1], group, device)
+            draw(paths[-1], group, device)
     return paths
+
+
+def can_draw() -> bool:
+    """Whether figures can be written."""
+    return importlib.util.find_spec("matplotlib") is not None

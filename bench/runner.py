@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .cases import SUITES, Case, Inputs, make_inputs
-from .memory import Memory, measure
+from .memory import Memory, measure, measure_work
 from .reference import Errors, Reference, check, compute_reference, token_error
 from .registry import PROVIDERS, Provider, Result, Work
 
@@ -131,6 +131,21 @@ def _reference(case: Case, inputs: Inputs) -> Reference:
     return compute_reference(case, inputs)
 
 
+#: What an estimate assumes of a GPU of the H100's class: FLOP/s of GEMMs in bf16 and float64, a provider's step over the
+#: bare GEMMs, and seconds to start a provider (it may compile) and a case (inputs are drawn on the CPU). Assumed.
+_GEMM_RATE, _DOUBLE_RATE, _STEP, _PROVIDER_SECONDS, _CASE_SECONDS = 5e14, 3e13, 3.0, 4.0, 5.0
+
+
+def estimated_seconds(case: Case, names: Iterable[str], device: torch.device, rounds: int) -> float:
+    """About how long :func:`run_case` takes on a GPU, from the FLOP of its GEMMs."""
+    shape = case.shape
+    gemm = 2.0 * shape.scored * shape.hidden * shape.vocab
+    providers = len([n for n in names if not PROVIDERS[n].reasons(case, device)])
+    steps = providers * (rounds + 3) * _STEP * max(1, case.gemms) * gemm / _GEMM_RATE
+    reference = (1 + 3 * case.backward) * gemm / _DOUBLE_RATE
+    return _CASE_SECONDS + providers * _PROVIDER_SECONDS + steps + reference
+
+
 def planned_steps(case: Case, names: Iterable[str], device: torch.device, rounds: int) -> int:
     """How often :func:`run_case` will report progress."""
     return 1 + len([n for n in names if not PROVIDERS[n].reasons(case, device)]) * (rounds + 2)
@@ -152,7 +167,7 @@ def run_case(
         names: providers, in the order of the table.
         device: where.
         rounds: timed steps of each provider. They take turns, so that a slow spell of the machine falls on all of them.
-        memory: whether to measure peak memory in processes of their own.
+        memory: whether to measure peak memory, on a CPU in processes of their own.
         progress: told what happens next and how many planned steps are done with it.
     """
     gc.collect()
@@ -168,10 +183,12 @@ def run_case(
             row.fail(UNAVAILABLE, "; ".join(reasons))
         else:
             entries.append(_Entry(provider, row))
-    # Before anything large is held here, and to learn who would not fit. Peaks do not depend on who else runs on a CPU.
-    with ThreadPoolExecutor(2 if device.type == "cpu" else 1) as pool:
+    # Before anything large is held here, and to learn who would not fit. A GPU's allocator keeps accounts, so there a step
+    # of this process tells; a process for each provider would take most of the time.
+    apart = memory and device.type == "cpu"
+    with ThreadPoolExecutor(2) as pool:
         measured = [
-            pool.submit(measure, entry.provider, case, device) if memory and not entry.provider.roofline else None
+            pool.submit(measure, entry.provider, case, device) if apart and not entry.provider.roofline else None
             for entry in entries
         ]
         for entry, result in zip(entries, measured, strict=True):
@@ -181,10 +198,12 @@ def run_case(
     progress(f"{case.task}: float64 reference", 1)
     inputs = make_inputs(case, device)
     reference = _reference(case, inputs)
+    gc.collect()
+    gc.freeze()  # what is imported by now: the collection before each step need not look at it
     for entry in entries:
         progress(f"{case.task}: check of {entry.row.provider}", 1)
         if entry.row.status == OK:
-            _guard(entry, lambda e: _first_step(e, case, inputs, reference))
+            _guard(entry, lambda e: _first_step(e, case, inputs, reference, memory and not apart))
     for i in range(rounds):
         shift = i % max(1, len(entries))
         for entry in entries[shift:] + entries[:shift]:  # nobody always follows the same neighbour
@@ -195,6 +214,7 @@ def run_case(
         if entry.row.status == OK:
             _guard(entry, lambda e: _check(e, case, inputs, reference))
         entry.work = entry.last = None
+    gc.unfreeze()
     return Outcome(case, rows)
 
 
@@ -212,10 +232,12 @@ def _guard(entry: _Entry, action: Callable[[_Entry], None]) -> None:
         entry.row.fail(FAILED, shorten(error))
     if entry.row.status != OK:
         entry.work = entry.last = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what it held in pieces may be in the way of the next
 
 
-def _first_step(entry: _Entry, case: Case, inputs: Inputs, reference: Reference) -> None:
-    """Build, warm up, and let nobody pass whose result is wrong."""
+def _first_step(entry: _Entry, case: Case, inputs: Inputs, reference: Reference, memory: bool) -> None:
+    """Build, warm up, let nobody pass whose result is wrong, and measure the memory of one step more."""
     entry.work = entry.provider.build(case, inputs)
     entry.work.prepare()
     entry.last = entry.work.step()
@@ -223,6 +245,9 @@ def _first_step(entry: _Entry, case: Case, inputs: Inputs, reference: Reference)
     _check(entry, case, inputs, reference)
     if entry.row.errors is not None and entry.row.errors.token_logps is None and entry.row.status == OK:
         entry.row.errors.token_logps = token_error(case, inputs, entry.work, reference)
+    if memory and not entry.provider.roofline and entry.row.status == OK:
+        entry.work.prepare()
+        entry.row.extra_bytes = measure_work(entry.work, inputs.hidden.device)
 
 
 def _check(entry: _Entry, case: Case, inputs: Inputs, reference: Reference) -> None:

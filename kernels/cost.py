@@ -158,8 +158,8 @@ def _predict(backend: str, call: Call, gpu: Gpu) -> Cost:
         by_element += 4 * operand if backend != "torch" else 6 * operand + 4 * acc
         spans += 4 * (backend == "torch")
     if call.work == "frozen":
-        by_element += 4 * operand + 8 * acc + (2 * acc * blocks if backend == "torch" else 0)
-        spans += 5
+        by_element += operand + 2 * acc if triton else 4 * operand + 8 * acc + (2 * acc * blocks if backend == "torch" else 0)
+        spans += 0 if triton else 5  # triton finishes its rows in one launch
     if makes_dx:  # zeroed, scaled, rounded to its place
         by_element += 4 * acc + operand
     if makes_dw:  # X times its rows' coefficients

@@ -27,7 +27,6 @@ from .torch_backend import (
     add_targets,
     add_unit,
     block_dtype,
-    finish_unit,
     for_gemm,
     gradient_factors,
     rounding_of,
@@ -39,7 +38,7 @@ from .torch_scan import blocks, weight_block
 from .triton_kernels.configs import GemmConfig, gemm_config
 from .triton_kernels.launch import STATS, PartialRows, filtered_mm, finish_block, gradient_block, score_block
 from .triton_kernels.passes import TRITON_PASSES
-from .triton_kernels.rows import target_logit_and_slope
+from .triton_kernels.rows import finish_rows, target_logit_and_slope
 
 
 def _is_wide(x: Tensor) -> bool:
@@ -76,7 +75,7 @@ def score(
     if _is_wide(x):
         given: tuple[Any, ...] = (x, weight, bias, labels, head, options)
         return torch_backend.score(*given, tile=tile, unit_dhidden=unit_dhidden, passes=TRITON_PASSES)
-    x, labels = _rows(x), labels.contiguous()
+    x, bias, labels = _rows(x), None if bias is None else bias.contiguous(), labels.contiguous()
     n, vocab = len(x), len(weight)
     config = gemm_config(x.device, x.dtype, n, x.shape[1], vocab, head.softcap is not None)
     if unit_dhidden:
@@ -118,7 +117,9 @@ class _Statistics:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, head: HeadSpec, options: CoreOptions
     ) -> None:
         n = len(x)
-        self.zy, self.k, self.slope = target_logit_and_slope(x, weight, bias, labels, options.precision, head)
+        self.zy, self.start, self.slope = target_logit_and_slope(x, weight, bias, labels, options.precision, head)
+        # Every block starts from the label's offset, whatever blocks before it did: the same sums in any partition.
+        self.k = self.start.clone()
         self.values = torch.empty((len(STATS), n), dtype=torch.float32, device=x.device)
         self.top1 = torch.empty(n, dtype=torch.bool, device=x.device) if "is_top1" in options.outputs else None
         self.outputs = options.outputs
@@ -165,6 +166,7 @@ def _score_rows(
             config,
             first=v0,
             vocab_size=vocab,
+            start=out.start,
             gradient=None if tile is None else tile[:, v0:v1],
         )
         factors.append(factor)
@@ -221,6 +223,7 @@ def _score_unit(
             config,
             first=v0,
             vocab_size=vocab,
+            start=out.start,
             gradient=g,
         )
         finish_block(g, factor, labels, None, config.BLOCK_V)
@@ -228,7 +231,8 @@ def _score_unit(
             finish_block(dhidden, (before - out.k).exp_()[None], labels, None, dhidden.shape[1])
         add_unit(dhidden, g, block if block.dtype == grad_dtype else block.to(grad_dtype))
     stats = out.collect()
-    finish_unit(x, weight, labels, stats, head, dhidden)
+    scale = -head.slope * (-stats.log_denom).exp()
+    finish_rows(dhidden, scale, -scale * target_entry(stats), weight, labels, x.dtype)
     return stats
 
 
@@ -276,7 +280,7 @@ def tile_gradients(
     if dhidden is not None:
         dhidden.mul_(scale[:, None])
     if head_gradient is not None and head_gradient.bias is not None:
-        add_bias_gradient(head_gradient.bias, tile, factors[0])
+        add_bias_gradient(head_gradient.bias, tile, scale if mix is None else factors[0])
     if not targets_in_tile(x.device):
         add_targets(x, weight, labels, target_values, dhidden, head_gradient)
 
@@ -356,7 +360,7 @@ def recompute_gradients(
         given: tuple[Any, ...] = (x, weight, bias, labels, stats, coefficients, entropy_coefficients, head, options)
         torch_backend.recompute_gradients(*given, dhidden=dhidden, head_gradient=head_gradient, passes=TRITON_PASSES)
         return
-    x, labels = _rows(x), labels.contiguous()
+    x, bias, labels = _rows(x), None if bias is None else bias.contiguous(), labels.contiguous()
     n, vocab = len(x), len(weight)
     if dhidden is not None:
         dhidden.zero_()

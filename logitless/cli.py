@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import torch
 
-    from logitless.kernels.triton_kernels.tune import Result
+    from logitless.kernels.triton_kernels.export import Result
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -35,13 +35,13 @@ def _tune_shape(text: str) -> TuneShape:
         key, _, value = part.partition("=")
         if key not in TuneShape._fields or key in values:
             raise argparse.ArgumentTypeError(f"{text!r} must have each of {', '.join(TuneShape._fields)} once, got {key!r}")
-        if not value.isdecimal() or (key != "softcap" and int(value) < 1):
-            raise argparse.ArgumentTypeError(f"{key} must be a positive integer, got {value!r}")
+        accepted = value in ("0", "1") if key == "softcap" else value.isdecimal() and int(value) > 0
+        if not accepted:
+            must = "0 or 1" if key == "softcap" else "a positive integer"
+            raise argparse.ArgumentTypeError(f"{key} must be {must}, got {value!r}")
         values[key] = int(value)
     if missing := [f for f in TuneShape._fields if f not in values and f not in TuneShape._field_defaults]:
         raise argparse.ArgumentTypeError(f"{text!r} has no {', '.join(missing)}")
-    if values.get("softcap", 0) > 1:
-        raise argparse.ArgumentTypeError(f"softcap must be 0 or 1, got {values['softcap']}")
     return TuneShape(**values)
 
 
@@ -68,8 +68,10 @@ def _show(result: Result) -> None:
     p = result.problem
     head = f"{p.num_tokens} tokens, H={p.hidden_size}, V={p.vocab_size}{', soft-cap' if p.softcap else ''}, {p.dtype}"
     table = Table(title=f"{head}; torch.mm takes {result.mm:.3f} ms", title_justify="left", caption_justify="left")
-    table.caption = "The first is taken. x mm: over torch.mm of the shape, which makes the logits and writes them."
-    names = ("N x V x H", "group", "warps", "stages", "tma", "flatten", "per SM", "logits ms", "x mm", "and gradient ms", "x mm")
+    table.caption = (
+        "Milliseconds. The first is taken. x mm: over torch.mm of the shape, which makes the logits and writes them."
+    )
+    names = ("N x V x H", "group", "warps", "stages", "tma", "flatten", "per SM", "logits", "x mm", "and gradient", "x mm")
     for name in names:
         table.add_column(name, justify="right")
     for timing in result.timings:
@@ -102,7 +104,8 @@ def _tune(options: argparse.Namespace) -> int:
     if reasons := backend.why_unavailable() or backend.why_not(Call(device, dtype, dtype)):
         print(f"logitless tune cannot run: {'; '.join(reasons)}", file=sys.stderr)
         return 1
-    from logitless.kernels.triton_kernels.tune import Problem, bucket, export, tune
+    from logitless.kernels.triton_kernels.export import export, tune
+    from logitless.kernels.triton_kernels.tune import Problem, bucket
 
     shapes = dict.fromkeys((bucket(s.tokens), s.hidden, s.vocab, bool(s.softcap)) for s in options.shape)
     results = []

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
-
-pytest.importorskip("rich")
-pytest.importorskip("matplotlib")
-pytest.importorskip("psutil")
 
 from logitless.bench import register_all
 from logitless.bench.cases import SUITES, Case, Shape, make_inputs
@@ -39,6 +37,7 @@ def registered():
 
 
 def test_runs_end_to_end_and_writes_json_and_png(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     names = ["gemm", "torch", "logitless", "logitless:op", "quack"]
     options = ["--quick", "--rounds", "2", "--no-memory", "--device", "cpu", "--out", str(tmp_path)]
     code = main(["--suite", "dpo,memory", "--shape", TINY, *options, "--providers", *names])
@@ -47,6 +46,7 @@ def test_runs_end_to_end_and_writes_json_and_png(tmp_path, capsys):
     assert "max logp err" in printed
     assert "target" in printed
     document = json.loads((tmp_path / "cpu-dpo-memory.json").read_text())
+    assert "no figures" not in printed
     assert document["environment"]["versions"]["torch"] == torch.__version__
     assert [c["suite"] for c in document["cases"]] == ["dpo", "memory", "memory", "memory"]
     rows = {row["provider"]: row for row in document["cases"][0]["rows"]}
@@ -63,6 +63,60 @@ def test_runs_end_to_end_and_writes_json_and_png(tmp_path, capsys):
     assert (tmp_path / "cpu-memory.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_gpu_suite_runs_at_any_shape(tmp_path, capsys):
+    """Its targets are those of an H100, its figure bars; at another shape than its own it has three cases."""
+    names = ["gemm", "torch", "torch-scored", "logitless", "logitless:op"]
+    options = ["--rounds", "2", "--no-memory", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(["--suite", "gpu", "--shape", f"{TINY},softcap=5", *options, "--providers", *names]) == 0
+    printed = capsys.readouterr().out
+    assert "extra GiB of logitless" in printed
+    assert "on one H100" in printed
+    document = json.loads((tmp_path / "cpu-gpu.json").read_text())
+    assert [(c["train_head"], c["backward"], c["gemms"]) for c in document["cases"]] == [
+        (True, True, 3),
+        (False, True, 2),
+        (True, False, 1),
+    ]
+    assert {row["status"] for case in document["cases"] for row in case["rows"]} == {OK}
+    assert [t["bound"] for t in document["cases"][1]["targets"]] == [1.1, 1.2, 1.5, 3.0]
+
+
+def test_the_gpu_suite_starts_with_its_headline():
+    cases = SUITES["gpu"].make({}, False)
+    assert [(c.shape.scored, c.shape.hidden, c.shape.vocab) for c in cases[:3]] == [(8192, 4096, 151936)] * 3
+    assert [(c.shape.scored, c.shape.hidden, c.shape.vocab, c.shape.softcap, c.gemms) for c in cases[3:7]] == [
+        (8192, 4096, 128256, 0, 3),
+        (16384, 2048, 151936, 0, 3),
+        (8192, 1024, 151936, 0, 3),
+        (8192, 2304, 256000, 30, 3),
+    ]
+    assert len(cases) == 15
+
+
+def test_no_further_case_is_started_after_the_time_limit(tmp_path, capsys):
+    options = ["--rounds", "1", "--no-memory", "--device", "cpu", "--out", str(tmp_path), "--providers", "gemm"]
+    assert main(["--suite", "gpu", "--shape", TINY, *options, "--time-limit", "1e-9"]) == 0
+    assert capsys.readouterr().out.count("left out after 1e-09 s: gpu: dpo") == 2
+    assert len(json.loads((tmp_path / "cpu-gpu.json").read_text())["cases"]) == 1
+
+
+def test_runs_as_plain_text_without_rich_matplotlib_and_psutil(tmp_path):
+    script = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(['rich', 'matplotlib', 'psutil']))\n"
+        "from logitless.bench.cli import main\n"
+        "raise SystemExit(main(sys.argv[1:]))\n"
+    )
+    options = ["--rounds", "1", "--no-memory", "--device", "cpu", "--out", str(tmp_path), "--providers", "gemm", "logitless"]
+    command = [sys.executable, "-c", script, "--suite", "gpu", "--shape", TINY, *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "ms, median (min..max)  x GEMM" in done.stdout
+    assert "[" not in done.stdout
+    assert "no figures: matplotlib is not installed" in done.stdout
+    assert len(json.loads((tmp_path / "cpu-gpu.json").read_text())["cases"]) == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "known"),
     [
@@ -72,6 +126,8 @@ def test_runs_end_to_end_and_writes_json_and_png(tmp_path, capsys):
         (["--shape", "dtype=int8"], "bf16"),
         (["--shape", "tokens=many"], "int"),
         (["--rounds", "0"], "at least 1"),
+        (["--time-limit", "0"], "more than 0"),
+        (["--shape", "softcap=-1"], ">= 0"),
         (["--device", "tpu"], "cuda"),
     ],
 )
@@ -184,3 +240,24 @@ def test_reference_is_plain_autograd_in_float64():
     torch.testing.assert_close(reference.dhidden, x.grad)
     torch.testing.assert_close(reference.dweight, w.grad)
     assert reference.loss == pytest.approx(loss.item())
+
+
+@pytest.mark.parametrize("name", ["torch", "torch-scored", "trl", "logitless", "logitless:op", "pass@torch"])
+def test_a_soft_cap_is_applied(name):
+    """Logits of standard deviation 6 under a cap of 4: nobody who forgets it is within the tolerance."""
+    task = "tile" if name.startswith("pass@") else "dpo"
+    case = Case("gpu", task, replace(CASE.shape, softcap=4.0, logits="peaked", hidden=64), backward=task == "dpo")
+    if reasons := PROVIDERS[name].reasons(case, CPU):
+        pytest.skip("; ".join(reasons))
+    assert run_case(case, [name], CPU, rounds=1, memory=False).rows[0].status == OK
+    inputs = make_inputs(case, CPU)
+    capped, plain = (compute_reference(c, inputs).logps for c in (case, replace(case, shape=replace(case.shape, softcap=0.0))))
+    assert (capped - plain).abs().max() > 1
+
+
+@pytest.mark.parametrize("name", ["liger", "quack", "torch-lce"])
+def test_who_has_no_soft_cap_says_so(name):
+    case = Case("gpu", min(PROVIDERS[name].tasks), replace(CASE.shape, softcap=4.0))
+    assert "soft-cap" in "; ".join(PROVIDERS[name].reasons(case, CPU)) or "has no torch.nn" in "; ".join(
+        PROVIDERS[name].reasons(case, CPU)
+    )

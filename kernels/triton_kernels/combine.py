@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """The sums of all blocks of a row become its statistics."""
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,9 @@ class GemmConfig:
         for name in ("BLOCK_N", "BLOCK_V", "BLOCK_H"):
             if getattr(self, name) < 16:
                 raise ValueError(f"{name} must be at least 16, got {getattr(self, name)}")
+        for name in ("GROUP", "num_stages", "programs_per_sm"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
 
 
 def config_of(row: dict[str, Any]) -> GemmConfig:
@@ -103,6 +106,20 @@ def parse(entries: dict[str, Any]) -> dict[str, dict[str, list[GemmConfig]]]:
                 raise ValueError(f"{where} must end with a configuration for any number of tokens (max_tokens null)")
             found.setdefault(architecture, {})[size] = configs
     return found
+
+
+def dumps(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """A table as text, with a line for each configuration."""
+
+    def value(v: str | list[dict[str, Any]]) -> str:
+        if isinstance(v, str):
+            return json.dumps(v)
+        return "[\n" + ",\n".join(f"      {json.dumps(row)}" for row in v) + "\n    ]"
+
+    def entry(e: Mapping[str, Any]) -> str:
+        return "{\n" + ",\n".join(f"    {json.dumps(k)}: {value(v)}" for k, v in e.items()) + "\n  }"
+
+    return "{\n" + ",\n".join(f"  {json.dumps(k)}: {entry(v)}" for k, v in entries.items()) + "\n}\n"
 
 
 @functools.cache

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """What happens to a block of logits in registers: row sums relative to the label, and the gradient.
 
 The functions go over a block PART columns at a time, by halving it. All at once, the compiler holds every intermediate of
@@ -13,6 +14,8 @@ from .math import logits_of
 
 #: As FLOOR of torch_scan, which says why.
 FLOOR = tl.constexpr(-1000.0)
+#: What -inf is for a soft-cap, which makes an ordinary logit of an entry that the bias masks with -inf.
+LOWEST = tl.constexpr(-3.4e38)
 
 
 @triton.jit
@@ -33,18 +36,19 @@ def mask_label(
     top,  # (ROWS,), updated: the largest u but for the label
     label,  # (ROWS,) the label's column, which may be outside
     limit,  # the first column beyond the vocabulary
+    SOFTCAP: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """Returns u with -inf at the label and beyond the vocabulary, and top."""
+    """Returns u with -inf (LOWEST before a soft-cap) at the label and beyond the vocabulary, and top."""
     if u.shape[1] > PART:
         left, right = halves(u)
         half: tl.constexpr = u.shape[1] // 2
-        left, top = mask_label(left, top, label, limit, PART)
-        right, top = mask_label(right, top, label - half, limit - half, PART)
+        left, top = mask_label(left, top, label, limit, SOFTCAP, PART)
+        right, top = mask_label(right, top, label - half, limit - half, SOFTCAP, PART)
         return joined(left, right), top
     else:
         column = tl.arange(0, u.shape[1])[None, :]
-        u = tl.where((column == label[:, None]) | (column >= limit), -float("inf"), u)
+        u = tl.where((column == label[:, None]) | (column >= limit), LOWEST if SOFTCAP else -float("inf"), u)
         return u, tl.maximum(top, tl.max(u, axis=1))
 
 
@@ -83,7 +87,7 @@ def label_and_before(u, none, label, PART: tl.constexpr):
 
 @triton.jit
 def add_exponentials(
-    u,  # (ROWS, COLUMNS), -inf at the label and beyond the vocabulary
+    u,  # (ROWS, COLUMNS), from mask_label
     offset,  # (ROWS,)
     sum_e,  # (ROWS, PART), added to
     sum_ez,  # (ROWS,)
@@ -110,8 +114,8 @@ def add_exponentials(
         )
     else:
         z, slope = logits_of(u, cap, SOFTCAP)
-        if SOFTCAP:  # whose tanh makes a finite number of -inf
-            z = tl.where(u == -float("inf"), u, z)
+        if SOFTCAP:
+            z = tl.where(u == LOWEST, -float("inf"), z)
         d = z - offset[:, None]
         e = tl.exp(d)
         sum_e += tl.sum(e, axis=1)

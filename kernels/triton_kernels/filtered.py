@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """The GEMMs of a filtered gradient: blocks in which nothing reaches ``grad_filter`` are neither read nor multiplied.
 
 A block of the result is made by one program, which goes over the active blocks of its row (or column) in their order:

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Blocks of logits that never leave registers: the head's GEMM with an epilogue.
 
 ``score_kernel`` turns each block of logits into row sums relative to the target (and, if asked, the gradient tile), which
@@ -13,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .epilogue import add_exponentials, label_and_before, mask_label, sum_logits, write_gradient
+from .epilogue import add_exponentials, halves, joined, label_and_before, mask_label, sum_logits, write_gradient
 from .math import logits_of, rounded
 
 #: As RAISE_ABOVE of torch_scan, which says why.
@@ -83,12 +84,23 @@ def place(block, n_blocks, v_blocks, GROUP: tl.constexpr):
 
 
 @triton.jit
-def add_bias(acc, bias, entry, entries, BLOCK_V: tl.constexpr, MATCH: tl.constexpr):
-    """Raw logits. bias (W,) or None."""
-    if bias is not None:
-        v = entry + tl.arange(0, BLOCK_V)
-        acc += tl.load(bias + v, mask=v < entries, other=0.0).to(tl.float32)[None, :]
-    return rounded(acc, MATCH)
+def add_bias(
+    acc,  # (ROWS, COLUMNS)
+    bias,  # to the entry of the block's first column, or None
+    limit,  # the first column beyond the vocabulary
+    MATCH: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """Raw logits."""
+    if bias is not None and acc.shape[1] > PART:
+        left, right = halves(acc)
+        half: tl.constexpr = acc.shape[1] // 2
+        return joined(add_bias(left, bias, limit, MATCH, PART), add_bias(right, bias + half, limit - half, MATCH, PART))
+    else:
+        if bias is not None:
+            v = tl.arange(0, acc.shape[1])
+            acc += tl.load(bias + v, mask=v < limit, other=0.0).to(tl.float32)[None, :]
+        return rounded(acc, MATCH)
 
 
 # What depends on the number of tokens, be it only by its address, is not specialised: no batch compiles anything anew.
@@ -100,7 +112,7 @@ def score_kernel(
     w_stride,
     bias,  # (W,) or None
     labels,  # (N,) int64
-    k,  # (N,) float32 offsets so far
+    k,  # (N,) float32 offsets of ordinary rows
     partial,  # (rows, v_blocks, N) float32, written: row 0 has sums of e, row 1 the block's offset, others as numbered below
     gradient,  # (N, W) or None, gets e * (1 - tanh^2), 0 at the label
     gradient_stride,
@@ -145,7 +157,8 @@ def score_kernel(
         label = (tl.load(labels + r, mask=is_row, other=-1) - first).to(tl.int32) - entry
         offset = tl.load(k + r, mask=is_row, other=0.0)
         to = partial + v_block.to(tl.int64) * num_tokens + r
-        u = add_bias(acc, bias, entry, num_entries, BLOCK_V, MATCH) * scale
+        biases = None if bias is None else bias + entry
+        u = add_bias(acc, biases, num_entries - entry, MATCH, PART) * scale
         zero = tl.zeros((BLOCK_N,), dtype=tl.float32)
         none = tl.full((BLOCK_N,), -float("inf"), dtype=tl.float32)
         if ROW_TARGET:
@@ -153,7 +166,7 @@ def score_kernel(
             tl.store(to + ROW_TARGET * plane, target, mask=is_row)
         if ROW_Z:  # entries beyond the vocabulary are 0
             tl.store(to + ROW_Z * plane, sum_logits(u, cap, SOFTCAP, PART), mask=is_row)
-        u, top = mask_label(u, none, label, num_entries - entry, PART)
+        u, top = mask_label(u, none, label, num_entries - entry, SOFTCAP, PART)
         if ROW_TARGET:
             tl.store(to + (ROW_TARGET + 1) * plane, tl.where(label >= BLOCK_V, top, before), mask=is_row)
             tl.store(to + (ROW_TARGET + 2) * plane, top, mask=is_row)
@@ -236,7 +249,8 @@ def gradient_kernel(
             linear = tl.load(mix + num_tokens.to(tl.int64) + r, mask=is_row, other=0.0)
         if at_target is not None:
             at_label = tl.load(at_target + r, mask=is_row, other=0.0)
-        u = add_bias(acc, bias, entry, num_entries, BLOCK_V, MATCH) * scale
+        biases = None if bias is None else bias + entry
+        u = add_bias(acc, biases, num_entries - entry, MATCH, PART) * scale
         largest = tl.zeros((BLOCK_N,), dtype=tl.float32)
         rows_of_gradient = gradient + (r.to(tl.int64) * gradient_stride + entry)[:, None]
         largest = write_gradient(

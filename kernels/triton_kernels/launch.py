@@ -41,14 +41,15 @@ class PartialRows:
     @classmethod
     def of(cls, outputs: frozenset[str], filtered: bool) -> PartialRows:
         """Those of the token statistics wanted; ``filtered``: a gradient tile follows of which blocks may be left out."""
-        count, rows = 2, []
-        sizes = (("entropy", 1), ("mean_logits", 1), ("log_sum_sq_probs", 1), ("is_top1", 3))
-        for wanted, size in (*((name in outputs, size) for name, size in sizes), (filtered, 1)):
-            rows.append(count if wanted else 0)
-            count += size * wanted
-        return cls(*rows, count)
+        count, rows = 2, {}
+        names = {"ez": "entropy", "z": "mean_logits", "ee": "log_sum_sq_probs", "target": "is_top1"}
+        wanted = {row: name in outputs for row, name in names.items()} | {"top": filtered}
+        for row, is_wanted in wanted.items():
+            rows[row] = count if is_wanted else 0
+            count += (3 if row == "target" else 1) * is_wanted
+        return cls(**rows, count=count)
 
-    def constants(self) -> dict[str, int]:
+    def constants(self) -> dict[str, Any]:
         return {
             "ROW_EZ": self.ez,
             "ROW_Z": self.z,
@@ -149,6 +150,7 @@ def score_block(
     *,
     first: int,
     vocab_size: int,
+    start: Tensor | None = None,  # (N,) k of before the first block; None: this is it
     gradient: Tensor | None = None,  # (N, W), gets e * (1 - tanh^2), 0 at the label, each block by its own offset
 ) -> tuple[Tensor, Tensor | None]:
     """Adds a block of logits to the statistics.
@@ -162,8 +164,8 @@ def score_block(
     partial = torch.empty((rows.count, v_blocks, n), dtype=torch.float32, device=x.device)
     gradient_stride = 0 if gradient is None else gradient.stride(0)
     _gemm(
-        score_kernel, config, head, options, x, weight, bias, labels, k, partial, gradient, gradient_stride,
-        first=first, **rows.constants(),
+        score_kernel, config, head, options, x, weight, bias, labels, k if start is None else start, partial, gradient,
+        gradient_stride, first=first, **rows.constants(),
     )  # fmt: skip
     with on_device(x):
         combine_kernel[triton.cdiv(n, COMBINE_ROWS),](

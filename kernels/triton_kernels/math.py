@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Device functions that every kernel shares: the head's transforms, and exponentials that never meet ``inf - inf``."""
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from .math import rounded, transform
 
 #: Of every launch. Triton 3.9 warns where it is left to its default, which changes in 3.10.
 OPTIONS = {"enable_fp_fusion": True}
+TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64}
 #: Tokens of a program of ``target_kernel``: 4 rows of 1024 elements keep 16 loads of 16 bytes in flight for every thread.
 TOKENS = 4
 #: Elements of a row, or of a tensor, that a program handles at a time.
@@ -59,7 +60,7 @@ def transformed(r, scale, cap, SOFTCAP: tl.constexpr):
     return z, slope
 
 
-@triton.jit(do_not_specialize=["n", "vocab"])
+@triton.jit(do_not_specialize=["labels", "zy", "k", "slope", "n", "vocab"])
 def target_kernel(
     x,  # (N, H)
     weight,  # (V, H)
@@ -112,7 +113,7 @@ def target_kernel(
             tl.store(slope + row, flatness, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["factors", "labels", "at_target", "factors_stride"])
 def finish_tile_kernel(
     tile,  # (N, V)
     factors,  # (blocks, N) or None
@@ -154,6 +155,30 @@ def finish_tile_kernel(
                 factors += factors_stride
     if at_target is not None:
         tl.store(tile + label, entry, mask=(label >= 0) & (label < columns))
+
+
+@triton.jit(do_not_specialize=["scale", "target", "labels"])
+def finish_rows_kernel(
+    values,  # (N, H)
+    scale,  # (N,)
+    target,  # (N,)
+    weight,  # (V, H)
+    labels,  # (N,)
+    values_stride,
+    weight_stride,
+    weight_step,
+    hidden,
+    TYPE: tl.constexpr,  # to which the weight is rounded first
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < hidden
+    label = tl.load(labels + row)
+    w = converted(tl.load(weight + label * weight_stride + column.to(tl.int64) * weight_step, mask=mask), TYPE)
+    at = values + row * values_stride + column
+    ACC: tl.constexpr = values.dtype.element_ty
+    tl.store(at, tl.load(at, mask=mask) * tl.load(scale + row) + w.to(ACC) * tl.load(target + row), mask=mask)
 
 
 @triton.jit
@@ -313,6 +338,35 @@ def finish_tile(
         )
 
 
+def finish_rows(
+    values: Tensor,  # (N, H) float32 (float64), updated
+    scale: Tensor,  # (N,)
+    target: Tensor,  # (N,)
+    weight: Tensor,  # (V, H), rounded to ``dtype`` first
+    labels: Tensor,  # (N,) in range
+    dtype: torch.dtype,
+) -> None:
+    """``values = values * scale + target * weight[labels]``, row by row."""
+    n, hidden = values.shape
+    if values.numel() == 0:
+        return
+    block = min(BLOCK, triton.next_power_of_2(hidden))
+    with on_device(values):
+        finish_rows_kernel[n, triton.cdiv(hidden, block)](
+            values,
+            scale,
+            target,
+            weight,
+            labels,
+            values.stride(0),
+            *weight.stride(),
+            hidden,
+            TYPE=TYPES[dtype],
+            BLOCK=block,
+            num_warps=4,
+        )
+
+
 def segment_sum(
     values: Tensor,  # (N,)
     offsets: Tensor,  # (S + 1,) int64, rising from 0 to N
@@ -374,7 +428,12 @@ def compilations() -> list[Compilation]:
     sizes = dict.fromkeys(("n", "vocab", "hidden", "columns", "width", "blocks", "out_rows", "count"), "i32")
     strides = ("x_stride", "weight_stride", "tile_stride", "factors_stride", "values_stride", "out_stride")
     common = {**numbers, **sizes, **dict.fromkeys(strides, "i32"), "labels": "*i64", "rows": "*i64", "offsets": "*i64"}
-    for dtype, acc in (("bf16", "fp32"), ("fp16", "fp32"), ("fp32", "fp32"), ("fp64", "fp64")):
+    for torch_dtype, dtype, acc in (
+        (torch.bfloat16, "bf16", "fp32"),
+        (torch.float16, "fp16", "fp32"),
+        (torch.float32, "fp32", "fp32"),
+        (torch.float64, "fp64", "fp64"),
+    ):
         types = {**common, "x": f"*{dtype}", "weight": f"*{dtype}", "tile": f"*{dtype}"}
         types |= dict.fromkeys(("zy", "k", "slope", "factors", "at_target", "factor", "values"), f"*{acc}")
         plain = {"x_step": 1, "weight_step": 1, "bias_stride": 1, "MATCH": 0, "TOKENS": TOKENS, "BLOCK": BLOCK, "bias": None}
@@ -385,6 +444,9 @@ def compilations() -> list[Compilation]:
         ):
             constants = {**plain, **changes}
             found.append(aligned(target_kernel, f"target_{name}_{dtype}", types, constants, 4, dtype=dtype))
+        constants = {"weight_step": 1, "TYPE": TYPES[torch_dtype], "BLOCK": BLOCK}
+        rows_of = {**types, "values": f"*{acc}", "scale": f"*{acc}", "target": f"*{acc}"}
+        found.append(aligned(finish_rows_kernel, f"finish_rows_{dtype}", rows_of, constants, 4, dtype=dtype))
         constants = {"BLOCKS": 32, "BLOCK": 2 * BLOCK}
         found.append(aligned(finish_tile_kernel, f"finish_tile_{dtype}", types, constants, 8, dtype=dtype))
         converts = {**types, "source": f"*{acc}", "out": f"*{dtype}"}

@@ -6,6 +6,7 @@ hold the two against each other.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,18 +25,21 @@ ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 #: Triton's own, where a launch does not say.
 DEFAULT_STAGES = 3
 
-_EVERYTHING = frozenset(OPTIONAL_OUTPUTS)
-_LOGPS: frozenset[str] = frozenset()
 _SIZES = ("num_tokens", "num_entries", "hidden_size", "first", "x_stride", "w_stride", "gradient_stride", "v_blocks")
 _TYPES = {
     **dict.fromkeys((*_SIZES, "vocab_size", "g_stride", "b_stride", "out_stride"), "i32"),
     **dict.fromkeys(("inner_size", "out_size", "columns_of_list"), "i32"),
     **dict.fromkeys(("scale", "cap", "threshold"), "fp32"),
     **dict.fromkeys(("k", "zy", "partial", "stats", "mix", "at_target", "row_scale"), "*fp32"),
-    **{"labels": "*i64", "sums": "*fp64", "is_top1": "*i1", "active": "*i8", "places": "*i32", "counts": "*i32"},
+    "labels": "*i64",
+    "sums": "*fp64",
+    "is_top1": "*i1",
+    "active": "*i8",
+    "places": "*i32",
+    "counts": "*i32",
 }
-#: What an address or a row stride that is no multiple of 16 bytes takes from the kernel's knowledge.
-_ALIGNED = ("x", "w", "x_stride", "w_stride", "hidden_size", "g", "b", "g_stride", "b_stride")
+#: Of which nothing is known where a row of an operand does not start at a multiple of 16 bytes.
+_OPERANDS = ("x", "w", "x_stride", "w_stride", "hidden_size", "g", "b", "g_stride", "b_stride")
 
 
 @dataclass(frozen=True)
@@ -67,37 +71,36 @@ def compilations() -> list[Compilation]:
 def _unaligned(compilation: Compilation) -> Compilation:
     """The same for operands of which nothing is known."""
     names = compilation.kernel.arg_names
-    attrs = {place: hints for place, hints in compilation.attrs.items() if names[place[0]] not in _ALIGNED}
+    attrs = {place: hints for place, hints in compilation.attrs.items() if names[place[0]] not in _OPERANDS}
     return replace(compilation, name=f"{compilation.name}_unaligned", attrs=attrs)
 
 
 def _gemm(config: GemmConfig, wide: bool, architecture: int) -> Iterator[Compilation]:
     """Both kernels of gemm.py with a configuration.
 
-    Descriptors are passed where the configuration has them and both operands are aligned to 16 bytes, which needs no hint:
-    an operand that is not comes as a pointer, of which nothing is known. Without descriptors both kinds of pointers are.
+    An operand that is aligned to 16 bytes comes by descriptor where the configuration has them, and else as a pointer known
+    to be aligned. One that is not comes as a pointer of which nothing is known, which takes more registers: its variants
+    here leave out those whose epilogue alone takes minutes to compile.
     """
+    nothing = PartialRows.of(frozenset(), False).constants()
+    everything = PartialRows.of(frozenset(OPTIONAL_OUTPUTS), True).constants()
+    plain = dict.fromkeys(("bias", "mix", "at_target", "row_scale", "active"))
+    variants: tuple[tuple[Any, str, dict[str, Any], bool], ...] = (
+        (score_kernel, "score_logps", {**nothing, "bias": None, "gradient": None}, False),
+        (score_kernel, "score_tile", {**nothing, "bias": None}, False),
+        (score_kernel, "score_all", everything, False),
+        (score_kernel, "score_all_softcap", everything, True),
+        (gradient_kernel, "gradient_plain", plain, False),
+        (gradient_kernel, "gradient_all", {}, False),
+        (gradient_kernel, "gradient_all_softcap", {}, True),
+    )
     for dtype in ("fp32",) if wide else ("bf16", "fp16"):
-        # an fp16 tile is kept in float32
-        tile = {"bf16": "bf16", "fp16": "fp32", "fp32": "fp32"}[dtype]
-        plain_gradient = {"bias": None, "mix": None, "at_target": None, "row_scale": None, "active": None}
-        score = [
-            ("logps", {"bias": None, "gradient": None, **PartialRows.of(_LOGPS, False).constants()}, False),
-            ("tile", {"bias": None, **PartialRows.of(_LOGPS, False).constants()}, False),
-            ("all", PartialRows.of(_EVERYTHING, True).constants(), False),
-            ("all_softcap", PartialRows.of(_EVERYTHING, True).constants(), True),
-        ]
-        gradient: list[tuple[str, dict[str, Any], bool]] = [("plain", plain_gradient, False), ("all", {}, False)]
-        gradient.append(("all_softcap", {}, True))
-        variants = [(score_kernel, "score", tile, *v) for v in score]
-        variants += [(gradient_kernel, "gradient", dtype, *v) for v in gradient]
-        for kernel, kind, out, name, constants, softcap in variants:
-            if dtype == "fp16" and name.startswith("all"):
+        for kernel, name, constants, softcap in variants:
+            if dtype == "fp16" and "_all" in name:  # as bfloat16, but for the type of what is loaded
                 continue
-            for tma in (True, False) if config.tma else (False,):
-                for even in (True,) if tma else (False,) if config.tma else (True, False):
-                    made = _one_gemm(kernel, config, f"{kind}_{name}", dtype, out, constants, softcap, tma, even, architecture)
-                    yield made if tma or even else _unaligned(made)
+            yield _one_gemm(kernel, config, name, dtype, constants, softcap, architecture)
+            if dtype != "fp16" and name in ("score_logps", "score_all", "gradient_all"):
+                yield _unaligned(_one_gemm(kernel, config, name, dtype, constants, softcap, architecture, known=False))
 
 
 def _one_gemm(
@@ -105,14 +108,15 @@ def _one_gemm(
     config: GemmConfig,
     name: str,
     dtype: str,
-    gradient: str,
     constants: dict[str, Any],
     softcap: bool,
-    tma: bool,
-    even: bool,
     architecture: int,
-) -> Compilation:
+    known: bool = True,  # that operands are aligned, and the hidden size is a multiple of BLOCK_H
+) -> GemmCompilation:
+    # an fp16 tile is float32 until its GEMM
+    gradient = "fp32" if dtype == "fp16" and kernel is score_kernel else dtype
     types = {**_TYPES, "bias": f"*{dtype}", "gradient": f"*{gradient}", "x": f"*{dtype}", "w": f"*{dtype}"}
+    tma = config.tma and known
     if tma:
         types["x"] = f"tensordesc<{dtype}[{config.BLOCK_N}, {config.BLOCK_H}]>"
         types["w"] = f"tensordesc<{dtype}[{config.BLOCK_V}, {config.BLOCK_H}]>"
@@ -126,7 +130,7 @@ def _one_gemm(
         "GROUP": config.GROUP,
         "PART": config.SOFTCAP_PART if softcap else config.PART,
         "TMA": tma,
-        "EVEN": even,
+        "EVEN": known,
         "FLATTEN": config.flatten,
         "PRECISION": _precision(dtype),
     }
@@ -162,17 +166,41 @@ def _filtered(config: GemmConfig, wide: bool, architecture: int) -> Iterator[Com
         title = f"filtered_{name}_{dtype}_{block_out}x{block_in}"
         made = replace(aligned(filtered_kernel, title, types, constants, 8, 3, dtype), architectures=(architecture,))
         yield made
-        yield _unaligned(made)
+        if not transposed:
+            yield _unaligned(made)
+
+
+#: A name's beginning (up to the block sizes) of those that a quick look compiles: minutes instead of most of an hour.
+_REPRESENTATIVE = (
+    "score_logps_bf16",
+    "score_all_bf16",
+    "gradient_all_bf16",
+    "score_tile_fp32",
+    "filtered_rows_bf16",
+    "filtered_weight_bf16",
+    "combine_last",
+    "target_softcap_bf16",
+    "finish_tile_bf16",
+    "scan_all_bf16_bf16_softcap",
+    "gradient_mixed_bf16_bf16_softcap",
+)
+
+
+def is_representative(compilation: Compilation) -> bool:
+    """Whether it is one of the few, of every kernel and configuration, that are compiled when time is short."""
+    return not compilation.name.endswith("_unaligned") and any(
+        re.fullmatch(rf"{start}(_\d+x\d+(x\d+)?)?", compilation.name) for start in _REPRESENTATIVE
+    )
 
 
 def _combine() -> Iterator[Compilation]:
     for name, outputs, first, factors, absent in (
-        ("only", _LOGPS, True, False, ("sums", "is_top1")),
-        ("first", _EVERYTHING, True, True, ("stats", "is_top1")),
-        ("last", _EVERYTHING, False, True, ()),
+        ("only", (), True, False, ("sums", "is_top1")),
+        ("first", OPTIONAL_OUTPUTS, True, True, ("stats", "is_top1")),
+        ("last", OPTIONAL_OUTPUTS, False, True, ()),
     ):
         constants = {
-            **PartialRows.of(outputs, factors).constants(),
+            **PartialRows.of(frozenset(outputs), factors).constants(),
             **dict.fromkeys(absent),
             "FIRST": first,
             "FACTORS": factors,

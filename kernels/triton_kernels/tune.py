@@ -20,13 +20,12 @@ import functools
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ from ..dtypes import tile_dtype
 from ..spec import HeadSpec
 from ..stats import OPTIONAL_OUTPUTS, CoreOptions
 from .compat import interpreted, on_device
-from .configs import TABLE, GemmConfig, architecture_of, cache_folder, config_of, operand_bits, parse, pick, table
+from .configs import GemmConfig, architecture_of, cache_folder, config_of, operand_bits, pick, table
 from .launch import STATS, gradient_block, input_precision, score_block
 from .rows import target_logit_and_slope
 
@@ -56,7 +55,7 @@ GRADIENT_BYTES = 512 << 20
 LIMIT = 48
 #: A candidate must be faster by this part to replace another: measurements of one kernel differ by nearly as much.
 GAIN = 0.01
-#: By how much a candidate's log-probabilities may differ from the table's: far above float32's rounding, far below a wrong block.
+#: By how much a candidate's log-probabilities may differ from the table's: rounding is far below it, a wrong block far above.
 TOLERANCE = 1e-4
 #: Milliseconds for which a kernel is run before, and while, it is measured.
 WARM_UP, REPEAT = 25, 150
@@ -182,15 +181,13 @@ def read(path: Path, problem: Problem) -> GemmConfig | None:
         ValueError: naming the file, when it is not what :func:`store` writes for the problem.
     """
     try:
-        text = path.read_text()
+        entry = json.loads(path.read_text())
+        if not isinstance(entry, dict) or entry.get("key") != problem.key() or not isinstance(entry.get("config"), dict):
+            raise ValueError(f"it has no configuration for {problem.key()}")
+        return config_of(entry["config"])
     except FileNotFoundError:
         return None
-    try:
-        entry = json.loads(text)
-        if not isinstance(entry, dict) or entry.get("key") != problem.key():
-            raise ValueError(f"its key is not {problem.key()}")
-        return config_of(entry.get("config") or {})
-    except ValueError as error:  # JSONDecodeError is one
+    except ValueError as error:  # errors of JSON and of UTF-8 are such
         raise ValueError(
             f"{path} is not a configuration that logitless has cached ({error}): delete it, or let LOGITLESS_CACHE_DIR name "
             "another folder"
@@ -378,86 +375,3 @@ def search(workload: Workload) -> list[Timing]:
         if workload.serves(timing.config):
             return [timing, *(t for t in ranked if t is not timing)]
     raise RuntimeError(f"none of {len(done)} configurations runs for {problem}; DEBUG lines of the logger 'logitless' say why")
-
-
-@dataclass(frozen=True)
-class Result:
-    """What was measured for a problem: as :func:`search`, and milliseconds of the vendor's GEMM."""
-
-    problem: Problem
-    timings: list[Timing]
-    mm: float
-
-
-def tune(problem: Problem) -> Result:
-    """Measure now, whatever is cached, and cache what is found."""
-    workload = Workload(problem)
-    result = Result(problem, search(workload), workload.mm_milliseconds())
-    store(problem.path(), problem, result.timings[0], overwrite=True)
-    return result
-
-
-def compromise(results: Sequence[Result]) -> GemmConfig:
-    """Of the table's configuration and those that are best for one shape, the one that loses least on all shapes."""
-    winners = [result.timings[0] for result in results]
-    if len(results) == 1:
-        return winners[0].config
-    losses = dict.fromkeys([*results[0].problem.starts()[:1], *(w.config for w in winners)], 0.0)
-    for result, winner in zip(results, winners, strict=True):
-        workload, known = Workload(result.problem), {t.config: t for t in result.timings}
-        for config in list(losses):
-            timing = known.get(config) or workload.measure(config)
-            if timing is None or not workload.serves(config):
-                del losses[config]
-            else:
-                losses[config] += math.log(timing.total / winner.total)
-        del workload  # before the next one is made: each has a weight
-    if not losses:
-        raise RuntimeError(f"no configuration runs for all of {[result.problem for result in results]}")
-    return min(losses, key=lambda config: losses[config])
-
-
-def export(results: Sequence[Result], environment: str) -> str:
-    """The table with rows for what was measured, as text of configs.json. Shapes of one number of tokens share a row.
-
-    Rows for fewer tokens than were measured stay, as do all other architectures and operands.
-
-    Args:
-        results: of one device and dtype.
-        environment: on what was measured, for ``source``.
-    """
-    by_tokens: dict[int, list[Result]] = {}
-    for result in results:
-        by_tokens.setdefault(result.problem.num_tokens, []).append(result)
-    rows = [asdict(replace(compromise(by_tokens[n]), max_tokens=n)) for n in sorted(by_tokens)]
-    rows[-1]["max_tokens"] = None
-    problem = results[0].problem
-    bits = operand_bits(problem.dtype)
-    entries: dict[str, Any] = json.loads(TABLE.read_text())
-    entry = entries[problem.architecture]
-    least = min(by_tokens)
-    kept = [row for row in entry[bits] if row["max_tokens"] is not None and row["max_tokens"] < least]
-    shapes = ", ".join(_shape(result.problem) for result in results)
-    entry["source"] = f"{bits} bits, {len(rows)} last rows: timed on {environment}, {shapes}; others: {entry['source']}"
-    entry[bits] = kept + rows
-    parse(entries)
-    return dumps(entries)
-
-
-def _shape(problem: Problem) -> str:
-    softcap = " with soft-cap" if problem.softcap else ""
-    return f"N={problem.num_tokens} H={problem.hidden_size} V={problem.vocab_size}{softcap}"
-
-
-def dumps(entries: Mapping[str, Mapping[str, Any]]) -> str:
-    """A table as text, with a line for each configuration."""
-
-    def value(v: str | list[dict[str, Any]]) -> str:
-        if isinstance(v, str):
-            return json.dumps(v)
-        return "[\n" + ",\n".join(f"      {json.dumps(row)}" for row in v) + "\n    ]"
-
-    def entry(e: Mapping[str, Any]) -> str:
-        return "{\n" + ",\n".join(f"    {json.dumps(k)}: {value(v)}" for k, v in e.items()) + "\n  }"
-
-    return "{\n" + ",\n".join(f"  {json.dumps(k)}: {entry(v)}" for k, v in entries.items()) + "\n}\n"

@@ -1,0 +1,171 @@
+"""What the Triton kernels take of a GPU, compiled ahead of time without one: the suite ``compile``.
+
+It times nothing and has no providers: each row is a kernel with a shipped configuration, on an architecture.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .console import Console
+
+if TYPE_CHECKING:  # Triton may be missing
+    from logitless.kernels.triton_kernels.compilation import Compilation
+
+SUITE = "compile"
+HELP = "registers, spills and shared memory of each Triton kernel on sm_80, sm_90 and sm_100; needs no GPU"
+COLUMNS = (
+    "kernel", "arch", "configuration", "registers", "spill bytes", "shared KiB", "tmem KiB", "programs/SM", "instructions",
+)  # fmt: skip
+
+_KIB = 1024
+#: Shared memory of a multiprocessor, of which a program may have all but the last KiB, and each takes a KiB for the driver.
+_SHARED_BYTES = {80: 164 * _KIB, 90: 228 * _KIB, 100: 228 * _KIB}
+_REGISTERS, _REGISTER_STEP = 65536, 8
+_WARPS, _PROGRAMS = {80: 64, 90: 64, 100: 64}, 32
+_TMEM_BYTES = 256 * _KIB
+
+
+@dataclass(frozen=True)
+class Usage:
+    """One program of a compiled kernel, and how many of them a multiprocessor holds."""
+
+    kernel: str
+    architecture: int
+    configuration: str
+    num_warps: int
+    #: Of the configuration, that a launch counts on to run together; 1 where it counts on nothing.
+    programs_wanted: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    tmem_bytes: int
+    instructions: list[str]
+
+    @property
+    def by_registers(self) -> int:
+        step = math.ceil(self.registers / _REGISTER_STEP) * _REGISTER_STEP
+        return min(_REGISTERS // (step * 32 * self.num_warps), _WARPS[self.architecture] // self.num_warps, _PROGRAMS)
+
+    @property
+    def by_memory(self) -> int:
+        """As shared memory, and tensor memory where there is some, allow."""
+        programs = min(_SHARED_BYTES[self.architecture] // (self.shared_bytes + _KIB), _PROGRAMS)
+        return min(programs, _TMEM_BYTES // self.tmem_bytes) if self.tmem_bytes else programs
+
+    def cells(self) -> tuple[str, ...]:
+        """For COLUMNS."""
+        return (
+            self.kernel,
+            f"sm_{self.architecture}",
+            self.configuration,
+            str(self.registers),
+            str(self.spill_bytes),
+            f"{self.shared_bytes / _KIB:.1f}",
+            f"{self.tmem_bytes / _KIB:.0f}" if self.tmem_bytes else "-",
+            f"{self.by_registers} by registers, {self.by_memory} by memory",
+            " ".join(self.instructions) or "-",
+        )
+
+
+def shared_limit(architecture: int) -> int:
+    """Bytes that a program may have."""
+    return _SHARED_BYTES[architecture] - _KIB
+
+
+def why_not() -> str | None:
+    """Why nothing can be compiled in this process."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton does not import: {error}"
+    from logitless.kernels.triton_kernels.compat import interpreted
+
+    if interpreted():
+        return "TRITON_INTERPRET is set, with which Triton compiles nothing: unset it"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return None if version >= (3, 4) else f"Triton {triton.__version__} is too old, 3.4 is needed"
+
+
+def targets(quick: bool) -> dict[tuple[str, int], Compilation]:
+    """What is compiled, by name and architecture. ``quick``: a few of every kernel."""
+    from logitless.kernels.triton_kernels.shipped import all_compilations, is_representative
+
+    chosen = (c for c in all_compilations() if not quick or is_representative(c))
+    return {(c.name, architecture): c for c in chosen for architecture in c.architectures}
+
+
+def _configuration(compilation: Compilation) -> tuple[str, int]:
+    """In words, and the programs that a launch counts on to run together."""
+    from logitless.kernels.triton_kernels.shipped import GemmCompilation
+
+    words, programs = [f"{compilation.num_warps} warps"], 1
+    if isinstance(compilation, GemmCompilation) and compilation.config is not None:
+        constants, programs = compilation.constexprs, compilation.config.programs_per_sm
+        words += [f"{compilation.num_stages} stages", f"part {constants['PART']}"]
+        words += [name.lower() for name in ("TMA", "FLATTEN") if constants[name]]
+    return ", ".join(words), programs
+
+
+def compile_one(target: tuple[str, int]) -> Usage:
+    """Compile what :func:`targets` calls by that name."""
+    from logitless.kernels.triton_kernels.ahead import compile_ahead
+
+    compilation, architecture = targets(quick=False)[target], target[1]
+    configuration, programs = _configuration(compilation)
+    found = compile_ahead(compilation, architecture)
+    return Usage(
+        kernel=found.name,
+        architecture=architecture,
+        configuration=configuration,
+        num_warps=compilation.num_warps,
+        programs_wanted=programs,
+        registers=found.registers,
+        spill_bytes=found.spill_bytes,
+        shared_bytes=found.shared_bytes,
+        tmem_bytes=found.tmem_bytes,
+        instructions=sorted(found.instructions),
+    )
+
+
+def compile_all(chosen: Sequence[tuple[str, int]], jobs: int | None = None) -> Iterator[Usage]:
+    """In the order given, each as soon as it and those before it are there. ``jobs``: processes; default one a core."""
+    # a forked process would inherit torch's threads in whatever state they are
+    with ProcessPoolExecutor(jobs or os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(compile_one, chosen)
+
+
+def markdown(found: Iterable[Usage]) -> str:
+    """The table for the documentation."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines += ["| " + " | ".join(usage.cells()) + " |" for usage in found]
+    return "\n".join(lines) + "\n"
+
+
+def run(console: Console, out: Path, environment: dict[str, Any], quick: bool) -> Path:
+    """Compile, print the table, and write it as JSON."""
+    chosen = list(targets(quick))
+    found: list[Usage] = []
+    with console.progress(len(chosen)) as progress:
+        for (name, architecture), usage in zip(chosen, compile_all(chosen)):
+            found.append(usage)
+            progress(f"{name} on sm_{architecture}", 1)
+    title = f"{SUITE}: one program of each Triton kernel"
+    console.table(title, COLUMNS, [usage.cells() for usage in found], [False] * len(found))
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{SUITE}.json"
+    document = {"quick": quick, "environment": environment, "kernels": [as_dict(usage) for usage in found]}
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    return path
+
+
+def as_dict(usage: Usage) -> dict[str, Any]:
+    return {**asdict(usage), "programs_by_registers": usage.by_registers, "programs_by_memory": usage.by_memory}

@@ -1,0 +1,195 @@
+"""The Triton kernels compile for every architecture without a GPU, within their budget: no spills, and the tensor cores'
+instructions.
+
+Default runs compile a few of every kernel and configuration; ``scripts/check_triton.py`` compiles all, as the test marked
+slow does where ``LOGITLESS_COMPILE_ALL=1`` asks for it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+pytest.importorskip("psutil")
+
+from logitless.bench import cli, compile_report
+from logitless.bench.compile_report import Usage
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SCRIPT = ROOT / "scripts" / "check_triton.py"
+#: Pieces of about the same time, so that pytest's workers share the work.
+PARTS = 6
+#: Kernels of a few lines, which only the whole check compiles.
+SIMPLE = {"segment", "scale", "scaled", "column"}
+
+
+def compiling(*command: str | Path, **options) -> subprocess.CompletedProcess:
+    """Runs Python without Triton's interpreter, with which nothing can be compiled or declared."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["OMP_NUM_THREADS"] = "1"
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, env=environment, **options)
+
+
+@pytest.fixture(scope="module")
+def check_triton():
+    spec = importlib.util.spec_from_file_location("check_triton", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def declarations() -> dict:
+    done = compiling(Path(__file__).with_name("declarations.py"))
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def checked(tmp_path: Path, *arguments: str) -> list[str]:
+    """What the script finds wrong."""
+    found = tmp_path / "found.json"
+    done = compiling(SCRIPT, "--json", found, *arguments)
+    assert found.exists(), done.stdout[-2000:] + done.stderr[-4000:]
+    complaints = json.loads(found.read_text())["problems"]
+    assert done.returncode == (1 if complaints else 0)
+    return complaints
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
+def test_kernels_compile_within_their_budget(part, tmp_path):
+    assert checked(tmp_path, "--quick", "--jobs", "1", "--part", f"{part}/{PARTS}") == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    os.environ.get("LOGITLESS_COMPILE_ALL") != "1", reason="most of an hour: LOGITLESS_COMPILE_ALL=1 asks for it"
+)
+def test_every_kernel_compiles_within_its_budget(tmp_path):
+    assert checked(tmp_path) == []
+
+
+def test_declared_specialisations_are_those_of_launches(declarations):
+    """What is compiled ahead is what is launched: the same types, constants and options."""
+    assert declarations["drift"] == {}
+
+
+def test_the_budget_is_of_the_kernels_that_there_are(check_triton, declarations):
+    """And without a single spill, but where each element of an operand is loaded by itself."""
+    budget = json.loads(check_triton.BUDGET.read_text())
+    assert check_triton.strangers(budget, {(name, arch) for name, arch in declarations["all"]}) == []
+    assert [
+        n for n, archs in budget["kernels"].items() for e in archs.values() if "spills" in e and "_unaligned" not in n
+    ] == []
+    gemms = [
+        (name, arch, entry["instructions"])
+        for name, archs in budget["kernels"].items()
+        for arch, entry in archs.items()
+        if name.startswith(("score_", "gradient_")) and ("_bf16_" in name or "_fp16_" in name) and name.count("x") >= 2
+    ]
+    assert len(gemms) > 30
+    unit = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}
+    assert [g for g in gemms if unit[g[1]] not in g[2] or "wgmma-serialized" in g[2]] == []
+    assert [g for g in gemms if ("tma" in g[2]) != (g[1] != "sm_80" and not g[0].endswith("_unaligned"))] == []
+
+
+def test_the_few_stand_for_every_configuration(declarations):
+    """Those of a kernel, operand size and architecture differ by their blocks."""
+
+    def kinds(targets: list) -> set:
+        parts = ((name.split("_"), arch) for name, arch in targets if name.startswith(("score_", "filtered_")))
+        return {(words[0], blocks, arch) for words, arch in parts for blocks in words if re.fullmatch(r"\d+(x\d+)+", blocks)}
+
+    few = declarations["quick"]
+    assert kinds([t for t in declarations["all"] if t[0].startswith("score")]) == kinds(
+        [t for t in few if t[0].startswith("score")]
+    )
+    assert {name.split("_")[0] for name, _ in declarations["all"]} - {name.split("_")[0] for name, _ in few} <= SIMPLE
+
+
+USAGE = Usage("score_logps_bf16_64x128x64", 90, "4 warps, 3 stages, part 32, tma", 4, 2, 100, 0, 50000, 0, ["tma", "wgmma"])
+
+
+def test_the_budget_check_can_fail(check_triton):
+    budget = check_triton.as_budget([USAGE])
+    assert check_triton.problems([USAGE], budget) == []
+    assert check_triton.problems([replace(USAGE, registers=104)], budget) == []
+    for wrong, words in (
+        ({"registers": 105}, "uses 105 registers"),
+        ({"shared_bytes": 50001}, "uses 50001 shared"),
+        ({"spill_bytes": 4}, "spills 4 bytes"),
+        ({"tmem_bytes": 2**19}, "tensor memory"),
+        ({"instructions": ["wgmma"]}, "lacks tma"),
+        ({"instructions": ["tma", "mma"]}, "lacks wgmma"),
+        ({"instructions": ["tma", "wgmma", "wgmma-serialized"]}, "waits for every wgmma"),
+        ({"kernel": "score_all"}, "not in the budget"),
+        ({"programs_wanted": 5}, "memory 4"),
+        ({"num_warps": 32}, "registers allow 0"),
+    ):
+        assert any(words in text for text in check_triton.problems([replace(USAGE, **wrong)], budget)), words
+    too_much = replace(USAGE, shared_bytes=228 << 10)
+    assert "more than there are" in check_triton.problems([too_much], check_triton.as_budget([too_much]))[0]
+
+
+def test_another_triton_is_held_to_its_instructions_alone(check_triton):
+    budget = check_triton.as_budget([USAGE])
+    assert check_triton.same_triton(budget)
+    assert not check_triton.same_triton({"triton": "3.4.0"})
+    assert check_triton.problems([replace(USAGE, registers=255, spill_bytes=8)], budget, numbers=False) == []
+    assert check_triton.problems([replace(USAGE, instructions=["mma"])], budget, numbers=False)
+
+
+def test_unaligned_operands_may_spill_what_their_budget_says(check_triton):
+    usage = replace(USAGE, kernel=USAGE.kernel + "_unaligned", configuration="4 warps, 3 stages, part 32", spill_bytes=8)
+    budget = check_triton.as_budget([usage])
+    assert check_triton.problems([usage], budget) == []
+    assert "its budget is 8" in check_triton.problems([replace(usage, spill_bytes=12)], budget)[0]
+
+
+def test_the_suite_prints_a_table_and_writes_json(tmp_path):
+    """Of one kernel, beside a suite that measures."""
+    code = """
+import sys
+from logitless.bench import cli, compile_report
+targets = compile_report.targets
+compile_report.targets = lambda quick: {k: v for k, v in targets(quick).items() if k == ("segment_sum_fp32", 90)}
+shape = "pairs=1,tokens=8,hidden=16,vocab=64"
+arguments = ["--suite", "compile,dpo", "--shape", shape, "--providers", "torch", "--rounds", "1", "--no-memory"]
+if __name__ == "__main__":
+    sys.exit(cli.main([*arguments, "--device", "cpu", "--out", sys.argv[1]]))
+"""
+    script = tmp_path / "suite.py"
+    script.write_text(code)
+    done = compiling(script, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "segment_sum_fp32" in done.stdout and "by registers" in done.stdout and "dpo forward + backward" in done.stdout
+    (kernel,) = json.loads((tmp_path / "compile.json").read_text())["kernels"]
+    assert (kernel["kernel"], kernel["architecture"], kernel["spill_bytes"]) == ("segment_sum_fp32", 90, 0)
+    assert kernel["registers"] > 0 and kernel["programs_by_registers"] >= 4
+    assert (tmp_path / "cpu-dpo.json").exists()
+
+
+@pytest.mark.parametrize("reason", ["TRITON_INTERPRET is set", "Triton does not import"])
+def test_the_suite_refuses_where_nothing_can_be_compiled(reason, monkeypatch, capsys, tmp_path):
+    if reason.startswith("Triton does"):
+        monkeypatch.setitem(sys.modules, "triton", None)
+    else:
+        monkeypatch.setattr("triton.knobs.runtime.interpret", True)
+    assert reason in (compile_report.why_not() or "")
+    assert cli.main(["--suite", "compile", "--out", str(tmp_path)]) == 2
+    assert reason in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_list_of_suites_names_it(capsys):
+    assert cli.main(["--list", "--device", "cpu"]) == 0
+    assert compile_report.HELP in capsys.readouterr().out
