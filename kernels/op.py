@@ -33,7 +33,8 @@ from .stats import OPTIONAL_OUTPUTS, CoreOptions, RowStats, TokenStats
 _library = torch.library.Library("logitless", "DEF")
 _library.define(
     "logps_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor head, int ignore_index, int outputs, "
-    "int unit_dhidden, str backend, str precision, int memory_budget, float grad_filter) -> (Tensor logps, Tensor entropy, Tensor mean_logits, "
+    "int unit_dhidden, str backend, str precision, int memory_budget, float grad_filter) "
+    "-> (Tensor logps, Tensor entropy, Tensor mean_logits, "
     "Tensor is_top1, Tensor log_sum_sq_probs, Tensor k, Tensor sum_others, Tensor log_denom, Tensor target_offset, "
     "Tensor target_slope, Tensor unit)"
 )

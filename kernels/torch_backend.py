@@ -32,6 +32,10 @@ from .torch_scan import (
     weight_block,
 )
 
+#: Elements of a tile that a GPU widens at a time.
+_GPU_ELEMENTS = 1 << 24
+#: Scale of a fp16 gradient tile, so that probabilities down to 2e-9 keep their precision.
+FP16_SCALE = 2.0**15
 
 
 def targets_in_tile(device: torch.device) -> bool:
@@ -42,12 +46,6 @@ def targets_in_tile(device: torch.device) -> bool:
     changes.
     """
     return device.type != "cpu"
-
-
-#: Elements of a tile that a GPU widens at a time.
-_GPU_ELEMENTS = 1 << 24
-#: Scale of a fp16 gradient tile, so that probabilities down to 2e-9 keep their precision.
-FP16_SCALE = 2.0**15
 
 
 def scale_rows(x: Tensor, a: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -29,7 +29,6 @@ from .torch_backend import (
     block_dtype,
     for_gemm,
     gradient_factors,
-    rounding_of,
     scale_rows,
     target_entry,
     targets_in_tile,
@@ -101,13 +100,11 @@ def score(
     return stats
 
 
-def _gradient_shape(
-    n: int, vocab: int, g_dtype: torch.dtype, config: GemmConfig, options: CoreOptions
-) -> tuple[int, int]:
+def _gradient_shape(n: int, vocab: int, g_dtype: torch.dtype, config: GemmConfig, options: CoreOptions) -> tuple[int, int]:
     """Tokens and vocabulary entries of a block of the gradient in the workspace, multiples of the kernels' blocks."""
     rows, width = block_shape(n, vocab, g_dtype.itemsize, options.workspace)
     rows = n if rows >= n else max(config.BLOCK_N, rows // config.BLOCK_N * config.BLOCK_N)
-    return max(1, rows), min(vocab, max(config.BLOCK_V, width // config.BLOCK_V * config.BLOCK_V))
+    return max(1, rows), vocab if width >= vocab else max(config.BLOCK_V, width // config.BLOCK_V * config.BLOCK_V)
 
 
 class _Statistics:

@@ -63,14 +63,10 @@ def as_budget(found: Sequence[Usage]) -> dict[str, Any]:
 
 
 def needs(usage: Usage) -> list[str]:
-    """Instructions that a GEMM of the logits must contain, whatever the budget says, and those it must not ("not ...")."""
+    """Instructions that a GEMM of the logits must contain, whatever the budget says."""
     if not usage.kernel.startswith(("score_", "gradient_")) or "stages" not in usage.configuration:
         return []
-    wanted = []
-    if "_fp32_" in usage.kernel:
-        wanted.append("mma")
-    else:
-        wanted.append({80: "mma", 90: "wgmma", 100: "tcgen05"}[usage.architecture])
+    wanted = [{80: "mma", 90: "wgmma", 100: "tcgen05"}[usage.architecture]]
     if "tma" in usage.configuration.split(", "):
         wanted.append("tma")
     return wanted

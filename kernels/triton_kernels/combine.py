@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import FLOOR
-from .math import log1p, logits_of
+from .math import log1p
 
 
 @triton.jit

@@ -10,6 +10,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .epilogue import halves
+
+
+@triton.jit
+def write_product(
+    acc,  # (ROWS, COLUMNS)
+    out,  # (ROWS, 1) pointers to the rows' first column
+    is_row,
+    limit,  # the first column beyond the matrix
+    ACCUMULATE: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """Write or add a block, PART columns at a time: what is added to does not fit in registers beside it."""
+    if acc.shape[1] > PART:
+        left, right = halves(acc)
+        half: tl.constexpr = acc.shape[1] // 2
+        write_product(left, out, is_row, limit, ACCUMULATE, PART)
+        write_product(right, out + half, is_row, limit - half, ACCUMULATE, PART)
+    else:
+        column = tl.arange(0, acc.shape[1])[None, :]
+        mask = is_row[:, None] & (column < limit)
+        if ACCUMULATE:
+            acc += tl.load(out + column, mask=mask, other=0.0)
+        tl.store(out + column, acc.to(out.dtype.element_ty), mask=mask)
+
 
 @triton.jit(do_not_specialize=["places", "counts", "inner_size", "out_size", "columns_of_list"])
 def filtered_kernel(
@@ -42,7 +67,7 @@ def filtered_kernel(
     steps: tl.constexpr = BLOCK_IN // STEP
     acc = tl.zeros((BLOCK_OUT, BLOCK_H), dtype=tl.float32)
     places += out_block.to(tl.int64) * columns_of_list
-    for i in range(0, tl.load(counts + out_block) * steps):
+    for i in range(tl.load(counts + out_block) * steps):
         first = tl.load(places + i // steps) * BLOCK_IN + i % steps * STEP
         inner = first + tl.arange(0, STEP)
         inside = inner < inner_size
@@ -53,8 +78,5 @@ def filtered_kernel(
             a = tl.load(g + wide_r[:, None] * g_stride + inner[None, :], mask=is_row[:, None] & inside[None, :], other=0.0)
         rows = tl.load(b + wide[:, None] * b_stride + h[None, :], mask=inside[:, None] & is_column[None, :], other=0.0)
         acc = tl.dot(a, rows, acc, input_precision=PRECISION)
-    to = out + wide_r[:, None] * out_stride + h[None, :]
-    mask = is_row[:, None] & is_column[None, :]
-    if ACCUMULATE:
-        acc += tl.load(to, mask=mask, other=0.0)
-    tl.store(to, acc.to(out.dtype.element_ty), mask=mask)
+    rows_of_out = out + (wide_r * out_stride + h_block * BLOCK_H)[:, None]
+    write_product(acc, rows_of_out, is_row, hidden_size - h_block * BLOCK_H, ACCUMULATE, min(BLOCK_H, 32))

@@ -17,10 +17,8 @@ from .compat import on_device
 from .configs import GemmConfig, multiprocessors
 from .filtered import filtered_kernel
 from .gemm import gradient_kernel, score_kernel
-from .rows import finish_tile_kernel, head_numbers
+from .rows import OPTIONS, finish_tile_kernel, head_numbers
 
-#: What a launch is told besides its sizes. Triton 3.9 warns where the first is left to its default, which changes in 3.10.
-OPTIONS = {"enable_fp_fusion": True}
 #: Rows of a program of ``combine_kernel``, and blocks that it adds at a time.
 COMBINE_ROWS, COMBINE_CHUNK = 32, 32
 #: Rows of ``stats`` in ``combine_kernel``.
@@ -67,8 +65,9 @@ def input_precision(dtype: torch.dtype, device: torch.device) -> str:
 
 
 def _describable(t: Tensor) -> bool:
-    """Whether a tensor descriptor can stand for a matrix."""
-    return t.stride(1) == 1 and t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 and t.numel() > 0
+    """Whether a tensor descriptor can stand for a matrix: aligned rows that do not overlap."""
+    aligned = t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
+    return aligned and t.stride(1) == 1 and t.stride(0) >= t.shape[1] and t.numel() > 0
 
 
 def _operands(x: Tensor, weight: Tensor, config: GemmConfig) -> tuple[Any, Any, bool]:
@@ -158,6 +157,7 @@ def score_block(
     Returns what ``gradient``'s blocks of BLOCK_V columns are to be multiplied by, (blocks, N), and with ``grad_filter`` the
     largest exponential of each, (blocks, N).
     """
+    assert len(weight) % config.BLOCK_V == 0 or first + len(weight) == vocab_size  # a label beyond a block is not in it
     n = len(x)
     rows = PartialRows.of(options.outputs, gradient is not None and options.grad_filter > 0)
     v_blocks = triton.cdiv(len(weight), config.BLOCK_V)

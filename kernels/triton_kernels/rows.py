@@ -364,6 +364,7 @@ def finish_rows(
             TYPE=TYPES[dtype],
             BLOCK=block,
             num_warps=4,
+            **OPTIONS,
         )
 
 

@@ -112,9 +112,8 @@ def some_rows(n=37, hidden=24, vocab=150, dtype=torch.float32, bias=True, seed=0
 
 
 def with_rivals(rows: Rows, rivals: dict[int, int], gap: float) -> Rows:
-    """Row ``i``, and no other, has a logit that is ``gap`` above its label's at ``rivals[i]``: each has a dimension of its own."""
-    x = torch.cat((rows.x, torch.zeros(len(rows.x), len(rivals), dtype=rows.x.dtype, device=rows.x.device)), dim=1)
-    w = torch.cat((rows.weight, torch.zeros(len(rows.weight), len(rivals), dtype=rows.x.dtype, device=rows.x.device)), dim=1)
+    """Row ``i``, and no other, has a logit ``gap`` above its label's, at ``rivals[i]``: each such row has a dimension more."""
+    x, w = (torch.nn.functional.pad(t, (0, len(rivals))) for t in (rows.x, rows.weight))
     raw = rows.raw()
     for j, (row, rival) in enumerate(rivals.items(), rows.x.shape[1]):
         x[row, j] = 1
@@ -400,6 +399,7 @@ def test_any_strides_give_the_same_bits():
     transposed, cut = rows.weight.t().contiguous().t(), torch.cat((rows.weight,) * 2, dim=1)[:, 24:]
     assert_same_bits(statistics(Rows(wide[:, 1, ::2], transposed, biases[:, 1], rows.labels.int())), expected)
     assert_same_bits(statistics(Rows(rows.x.t().contiguous().t(), cut, rows.bias, rows.labels)), expected)
+    assert not launch._describable(rows.x[:1].expand(9, -1))
     same = Rows(rows.x[:1].expand(9, -1), rows.weight, rows.bias, rows.labels[:9])
     assert_same_bits(statistics(same), statistics(Rows(same.x.contiguous(), *list(same)[1:])))
 

@@ -180,13 +180,13 @@ def test_segment_sums(lengths, seed):
     for dtype in (F32, F64):
         values = torch.randn(sum(lengths), generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
         parts = values.double().split(lengths) if lengths else []
-        wanted = torch.tensor([float(p.sum()) for p in parts], dtype=F64)
-        size = torch.tensor([float(p.abs().sum()) for p in parts], dtype=F64)
+        wanted = torch.tensor([float(p.sum()) for p in parts], dtype=F64, device=DEVICE)
+        size = torch.tensor([float(p.abs().sum()) for p in parts], dtype=F64, device=DEVICE)
         for function in (rows.segment_sum, segment_sum):
             got = function(values.to(DEVICE), offsets)
             assert got.dtype == dtype
             limit = 2 * EPSILON[dtype] * wanted.abs() + 16 * EPSILON[F64] * size
-            assert ((got.cpu().double() - wanted).abs() <= limit).all()
+            assert ((got.double() - wanted).abs() <= limit).all()
 
 
 @pytest.mark.parametrize("function", [rows.segment_sum, segment_sum], ids=["triton", "any device"])
