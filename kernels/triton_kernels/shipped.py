@@ -170,7 +170,7 @@ def _filtered(config: GemmConfig, wide: bool, architecture: int) -> Iterator[Com
             yield _unaligned(made)
 
 
-#: A name's beginning (up to the block sizes) of those that a quick look compiles: minutes instead of most of an hour.
+#: A name's beginning (up to the block sizes) of those that a quick look compiles: a few minutes instead of 20.
 _REPRESENTATIVE = (
     "score_logps_bf16",
     "score_all_bf16",

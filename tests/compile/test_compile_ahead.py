@@ -71,9 +71,7 @@ def test_kernels_compile_within_their_budget(part, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    os.environ.get("LOGITLESS_COMPILE_ALL") != "1", reason="most of an hour: LOGITLESS_COMPILE_ALL=1 asks for it"
-)
+@pytest.mark.skipif(os.environ.get("LOGITLESS_COMPILE_ALL") != "1", reason="20 minutes: LOGITLESS_COMPILE_ALL=1 asks for it")
 def test_every_kernel_compiles_within_its_budget(tmp_path):
     assert checked(tmp_path) == []
 
@@ -84,12 +82,12 @@ def test_declared_specialisations_are_those_of_launches(declarations):
 
 
 def test_the_budget_is_of_the_kernels_that_there_are(check_triton, declarations):
-    """And without a single spill, but where each element of an operand is loaded by itself."""
+    """And without spills, but for those that the script names with their reason."""
     budget = json.loads(check_triton.BUDGET.read_text())
     assert check_triton.strangers(budget, {(name, arch) for name, arch in declarations["all"]}) == []
-    assert [
-        n for n, archs in budget["kernels"].items() for e in archs.values() if "spills" in e and "_unaligned" not in n
-    ] == []
+    spilling = {name for name, archs in budget["kernels"].items() for entry in archs.values() if "spills" in entry}
+    assert {name for name in spilling if not check_triton.may_spill(name)} == set()
+    assert set(check_triton.TOLERATED) <= spilling
     gemms = [
         (name, arch, entry["instructions"])
         for name, archs in budget["kernels"].items()

@@ -189,7 +189,7 @@ def test_bitwise_repeatable():
 @pytest.mark.parametrize(("workspace", "dtype"), [(1, torch.float16), (30_000, torch.float32)])
 def test_a_small_workspace_changes_the_blocks_and_not_the_result(workspace, dtype):
     """Chunks of tokens, and blocks of the vocabulary: log-probabilities are the same bits."""
-    case = make_case(sequences=1, tokens=40, hidden=17, vocab=140, dtype=dtype, masked=0.0, scale=3.0, bias=True).to(DEVICE)
+    case = make_case(sequences=1, tokens=40, hidden=17, vocab=300, dtype=dtype, masked=0.0, scale=3.0, bias=True).to(DEVICE)
     given = case.hidden.detach()[0], case.weight.detach(), case.bias.detach(), case.labels[0]
     options = CoreOptions(workspace=workspace)
     roomy, unit = (
@@ -339,7 +339,8 @@ def test_the_backward_pass_of_the_op_leaves_out_what_the_filter_says(of, head, d
 
 @pytest.mark.parametrize("convention", ["beside", pytest.param("in the tile", marks=needs_cpu)])
 @pytest.mark.parametrize(("raised", "dtype"), [(False, torch.float16), (True, torch.float32)])
-def test_the_gradients_of_a_tile_leave_out_what_the_filter_says(raised, dtype, convention, seen, request):
+def test_the_gradients_of_a_tile_leave_out_what_the_filter_says(raised, dtype, convention, seen, request, monkeypatch):
+    monkeypatch.setattr(triton_backend, "VOCAB_BLOCK", 128)
     if convention == "in the tile":
         for name in ("labels_in_tile", *(["fp16_gemms"] if dtype == torch.float16 else [])):
             request.getfixturevalue(name)

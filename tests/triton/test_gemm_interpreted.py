@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:Casting complex:RuntimeWarning"),
 ]
-quick = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+quick = settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 CONFIG = table()["interpreter"]["32"][0]
 PLAIN, SCALED, SOFTCAP = ll.HeadSpec(), ll.HeadSpec(0.7, None, 1.3), ll.HeadSpec(1.2, 8.0, 0.6)
 HEADS = [PLAIN, SCALED, SOFTCAP]
@@ -164,9 +164,9 @@ def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 @quick
 @given(
-    n=st.integers(1, 70),
+    n=st.integers(1, 40),
     hidden=st.integers(1, 40),
-    vocab=st.integers(1, 200),
+    vocab=st.integers(1, 140),
     dtype=st.sampled_from([torch.float32, torch.float16]),
     head=st.sampled_from([*HEADS, ll.HeadSpec(-0.7, None, 0.8)]),
     bias=st.booleans(),
@@ -265,9 +265,9 @@ RAISES = {
 }
 
 
-@pytest.mark.parametrize("rivals", RAISES.values(), ids=RAISES)
-@pytest.mark.parametrize("gap", [40.0, 200.0])
-def test_a_gap_between_logits_is_the_affair_of_its_row(rivals, gap):
+@pytest.mark.parametrize(("where", "gap"), [*((where, 200.0) for where in RAISES), ("several blocks, several rows", 40.0)])
+def test_a_gap_between_logits_is_the_affair_of_its_row(where, gap):
+    rivals = RAISES[where]
     ordinary = some_rows()
     ordinary.labels[3] = 64
     rows = with_rivals(ordinary, rivals, gap)
@@ -375,18 +375,25 @@ def test_match_rounds_the_logits_to_fp16_once():
 
 
 def test_a_weight_of_another_dtype_is_done_in_blocks(monkeypatch):
+    """Whose later ones may raise a row's offset: what earlier ones wrote, and the bounds of it, follow."""
     monkeypatch.setattr(triton_backend, "VOCAB_BLOCK", 64)
-    rows = some_rows(dtype=torch.float16)
+    rows = with_rivals(some_rows(dtype=torch.float16, scale=0.2), {3: 149, 20: 70, 30: 1}, 40.0)
     wide = rows.weight.float() * 1.0001
-    options, tiles = CoreOptions(ALL), [torch.empty(rows.shape, device=DEVICE) for _ in range(2)]
+    options, tiles = CoreOptions(ALL, grad_filter=1e-6), [torch.empty(rows.shape, device=DEVICE) for _ in range(2)]
     one, other = (
-        triton_backend.score(rows.x, w, rows.bias, rows.labels, SOFTCAP, options, tile=tile)
+        triton_backend.score(rows.x, w, rows.bias, rows.labels, PLAIN, options, tile=tile)
         for w, tile in zip((wide, wide.half()), tiles, strict=True)
     )
     for name in ("logps", "k", "is_top1", "sum_others"):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
-    assert_stats(vars(one), expected_stats(Rows(rows.x, wide, rows.bias, rows.labels), SOFTCAP))
-    assert torch.equal(*tiles)
+    assert (one.target_offset < -30).nonzero()[:, 0].tolist() == [3, 20, 30]
+    assert_stats(vars(one), expected_stats(Rows(rows.x, wide, rows.bias, rows.labels)))
+    torch.testing.assert_close(*tiles, rtol=1e-5, atol=1e-30)
+    torch.testing.assert_close(one.block_max, other.block_max, rtol=1e-5, atol=1e-30)
+    # on a GPU the tile has the labels' entries
+    tiles[1][torch.arange(len(rows.x)), rows.labels] = 0
+    largest = torch.stack([block.amax(dim=1) for block in tiles[1].split(64, dim=1)], dim=1)
+    torch.testing.assert_close(one.block_max, largest, rtol=1e-5, atol=1e-30)
 
 
 def test_any_strides_give_the_same_bits():
