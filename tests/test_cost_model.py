@@ -72,7 +72,7 @@ def test_figures_worked_out_by_hand():
         for found in (cuda, triton):
             assert found[name].seconds == pytest.approx(gemm + launch)
             assert found[name].flops == 2 * N * H * V
-    assert triton["logits GEMM"].seconds == pytest.approx(gemm / 0.9 + launch)
+    assert triton["logits GEMM"].seconds == pytest.approx(gemm / 0.95 + launch)
     # 128 MiB of float32 logits and room for as many more: 2048 tokens by 8192 entries, so 4 x 19 blocks
     assert cuda["logits GEMM"].seconds == pytest.approx(gemm + 76 * launch)
     assert cuda["pass over the logits"].bytes == 6 * N * V == 7_467_958_272
@@ -201,13 +201,13 @@ def test_a_plan_for_a_gpu_that_is_not_here_says_its_choice_in_words(gpu_backends
     assert planned.cost == predict("triton", call())
     assert planned.cost.flops == planned.flops
     for words in (
-        "on sm_90 (nothing measured) triton should take 47.0 ms: its three GEMMs take 45.3 ms",
+        "on sm_90 (nothing measured) triton should take 46.2 ms: its three GEMMs take 44.5 ms",
         "cuda would take 48.8 ms: 3.7 ms more for its pass over the logits, which moves 7.5 GB more",
         "torch would take 63.0 ms",
     ):
         assert words in planned.reason
         assert words in str(planned)
-    large = plan(hidden_size=16384)
+    large = plan(hidden_size=24576)
     assert large.backend == "cuda"
     assert re.search(r"triton would take \d+\.\d ms: \d+\.\d ms more for its logits GEMM", large.reason)
 
