@@ -18,15 +18,14 @@ from logitless.kernels.op import gather_rows, once_differentiable, scatter_rows
 from logitless.kernels.plan import DEFERRED_SCALE, FORWARD_ONLY, RECOMPUTE, Plan, Step, plan
 from logitless.kernels.stats import RowStats
 
-from .evaluate import Evaluation
-from .job import Job, Report
+from .job import Job
 
 
-def run(job: Job, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, report_only: bool = False) -> tuple[Tensor, Report]:
+def run(job: Job, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, report_only: bool = False) -> tuple[Tensor, Any]:
     """The loss of a job (0-dim, differentiable in hidden (P, H), weight (V, H) and bias (V,)) and its report."""
     grads = torch.is_grad_enabled() and not report_only
     needs = tuple(grads and t is not None and t.requires_grad for t in (hidden, weight, bias))
-    box: list[Report] = []
+    box: list[Any] = []
     loss = _FusedLoss.apply(hidden, weight, bias, job, needs, box)
     return loss, box[0]
 
@@ -48,11 +47,11 @@ class _Runner:
         self.hidden, self.weight, self.bias, self.needs = hidden, weight, bias, needs
         acc = accumulate_dtype(hidden.dtype)
         wide = acc if hidden.device.type == "mps" else torch.float64
-        self.evaluation = Evaluation(job, len(job.entries.sequence_sizes), wide, hidden.device)
+        self.evaluation = job.evaluation(wide, hidden.device)
         n = len(job.entries.rows)
         self.head_gradient = self._new_head_gradient() if needs[1] or needs[2] else None
         self.dhidden: Tensor | None = None
-        if needs[0] and self.head_gradient is not None:  # with a frozen head, scoring makes it
+        if needs[0] and not self._scoring_makes_dhidden():
             self.dhidden = torch.empty((n, hidden.shape[1]), dtype=acc, device=hidden.device)
         self.second: HeadGradient | None = None
         self.fresh = True  # nothing is in head_gradient yet
@@ -68,6 +67,10 @@ class _Runner:
             need_bias=self.needs[2],
             accumulate=self.plan.accumulate,
         )
+
+    def _scoring_makes_dhidden(self) -> bool:
+        """With a frozen head, where the loss needs the log-probabilities alone."""
+        return self.head_gradient is None and any(s.schedule == DEFERRED_SCALE for s in self.plan.steps)
 
     def run(self) -> None:
         for step in self.plan.steps:
@@ -119,8 +122,8 @@ class _Runner:
         """Frozen head: dX up to one factor a row needs no tile; the factor comes once the loss is known."""
         stats = self._score(step.start, step.stop, self._x(step.start, step.stop), unit_dhidden=True)
         c = self.evaluation.coefficients(step, stats, self._reference(step.start, step.stop), True)
-        assert c is not None and stats.unit_dhidden is not None
-        self.dhidden = stats.unit_dhidden.mul_(c[:, None])
+        assert c.logps is not None and stats.unit_dhidden is not None
+        self.dhidden = stats.unit_dhidden.mul_(c.logps[:, None])
 
     def _gradient_in_forward(self, step: Step) -> None:
         x, tile = self._x(step.start, step.stop), self._tile(step.num_tokens)
@@ -132,11 +135,12 @@ class _Runner:
             self.job.entries.labels[step.start : step.stop],
             tile,
             stats,
-            c,
+            c.logps,
             self.job.head,
             self.plan.options,
             dhidden=self._dhidden(step.start, step.stop),
             head_gradient=self.head_gradient,
+            entropy_coefficients=c.entropy,
         )
 
     def _recompute(self, step: Step) -> None:
@@ -149,8 +153,8 @@ class _Runner:
             self.bias,
             self.job.entries.labels[step.start : step.stop],
             stats,
-            c,
-            None,
+            c.logps,
+            c.entropy,
             self.job.head,
             self.plan.options,
             dhidden=self._dhidden(step.start, step.stop),
@@ -191,7 +195,7 @@ class _Runner:
             collected.append(stats)
         joined = RowStats.cat(collected)
         ref = None if references[0] is None else torch.cat([r for r in references if r is not None])
-        c = self.evaluation.coefficients(step, joined, ref, True)
+        c = self.evaluation.coefficients(step, joined, ref, True).logps
         assert c is not None
         scalar = (c * unit).sum() / (unit * unit).sum().clamp(min=torch.finfo(unit.dtype).tiny)  # all weights may be 0
         excess = (c - scalar * unit).abs().max() - 1e-4 * c.abs().max()
@@ -199,7 +203,7 @@ class _Runner:
             torch._assert_async(~(excess > 0))
         elif excess > 0:
             raise ValueError(
-                f"margin={self.job.terms[0].loss.margin!r} is declared, but the loss depends on more than the difference of "
+                f"margin={self.job.margin!r} is declared, but the loss depends on more than the difference of "
                 "chosen and rejected log-probabilities: declare margin=None"
             )
         scalar = scalar.to(joined.logps.dtype)
@@ -213,7 +217,6 @@ class _Runner:
     def _unit_coefficients(self, step: Step) -> Tensor:
         """d margin / d logps of the step's pair: the weight of each token, negative for the rejected sequence. (n,)."""
         entries, span = self.job.entries, slice(step.start, step.stop)
-        (term,) = self.job.terms
         (pair,) = entries.groups[step.first_group : step.last_group]
         sequences = entries.sequences[span]
         unit = torch.where(sequences == pair[0], 1.0, -1.0).double()
@@ -221,7 +224,7 @@ class _Runner:
             unit = unit * entries.weights[span]
         if entries.counted is not None:  # tokens of the NLL alone are not in the margin
             unit = torch.where(entries.counted[span], unit, 0)
-        if term.loss.margin == "mean":
+        if self.job.margin == "mean":
             sizes = entries.counted_sizes()
             for s in pair:
                 unit = torch.where(sequences == s, unit / max(1, sizes[s]), unit)
@@ -239,40 +242,30 @@ class _FusedLoss(torch.autograd.Function):
         bias: Tensor | None,
         job: Job,
         needs: tuple[bool, bool, bool],
-        box: list[Report],
+        box: list[Any],
     ) -> Tensor:
         entries = job.entries
-        confidence = any(t.loss.uses_confidence for t in job.terms)
-        outputs = job.outputs | ({"log_sum_sq_probs"} if confidence else set())
-        margin = len(job.terms) == 1 and job.terms[0].loss.margin is not None
         the_plan = plan(
             num_tokens=len(entries.rows),
             hidden_size=hidden.shape[1],
             vocab_size=len(weight),
-            group_sizes=entries.group_sizes,
+            group_sizes=None if job.token_groups else entries.group_sizes,
             dtype=hidden.dtype,
             weight_dtype=weight.dtype,
             train_hidden=needs[0],
             train_weight=needs[1],
             train_bias=needs[2],
-            margin=margin,
+            margin=job.margin is not None,
             device=hidden.device,
-            outputs=outputs | {"logps"},
+            outputs=job.outputs | job.loss_outputs | {"logps"},
+            token_groups=job.token_groups,
+            entropy_gradient=job.entropy_gradient and any(needs),
         )
         with torch.autocast(hidden.device.type, enabled=False):
             runner = _Runner(job, the_plan, get_backend(the_plan.backend), hidden, weight, bias, needs)
             runner.run()
         evaluation, acc = runner.evaluation, accumulate_dtype(hidden.dtype)
-        box.append(
-            Report(
-                plan=the_plan,
-                logps=evaluation.logps.to(acc),
-                lengths=evaluation.lengths.to(acc),
-                ref_logps=None if evaluation.ref_logps is None else evaluation.ref_logps.to(acc),
-                results=evaluation.results(),
-                tokens=runner.tokens,
-            )
-        )
+        box.append(evaluation.report(the_plan, runner.tokens, acc))
         head = runner.head_gradient
         ctx.needs, ctx.distinct = needs, entries.nll is None
         ctx.shape, ctx.dtype, ctx.device = hidden.shape, hidden.dtype, hidden.device

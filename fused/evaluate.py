@@ -3,25 +3,45 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from logitless.kernels import native
-from logitless.kernels.plan import Step
+from logitless.kernels.plan import Plan, Step
 from logitless.kernels.sequence import segment_sum
 from logitless.kernels.stats import RowStats
 
-from .batch import LossResult, Pairs, Sequences, Totals
-from .job import Job
+from .batch import LossResult, Margin, Pairs, Sequences, Totals
+from .job import Coefficients, Job, Report, Term
+
+
+@dataclass
+class PreferenceJob(Job):
+    """Objectives over sequences and pairs."""
+
+    terms: Sequence[Term]
+
+    @property
+    def margin(self) -> Margin | None:  # type: ignore[override]
+        return self.terms[0].loss.margin if len(self.terms) == 1 else None
+
+    @property
+    def loss_outputs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"log_sum_sq_probs"} if any(t.loss.uses_confidence for t in self.terms) else ())
+
+    def evaluation(self, wide: torch.dtype, device: torch.device) -> Evaluation:
+        return Evaluation(self, wide, device)
 
 
 class Evaluation:
     """Evaluates the terms on the sequences of one step and keeps the results."""
 
-    def __init__(self, job: Job, num_sequences: int, wide: torch.dtype, device: torch.device) -> None:
+    def __init__(self, job: PreferenceJob, wide: torch.dtype, device: torch.device) -> None:
         self.job, self.wide, self.device = job, wide, device
-        entries = job.entries
+        entries, num_sequences = job.entries, len(job.entries.sequence_sizes)
         self.loss = torch.zeros((), dtype=wide, device=device)
         self.logps = torch.zeros(num_sequences, dtype=wide, device=device)
         self.lengths = torch.zeros(num_sequences, dtype=wide, device=device)
@@ -38,8 +58,8 @@ class Evaluation:
             self.totals.append(Totals(term.num_units, sum(nll_sizes[s] for s in term.nll_sequences)))
             self.index_of_group.append({s: i for i, s in enumerate(unit_leaders)})
 
-    def coefficients(self, step: Step, stats: RowStats, ref_token_logps: Tensor | None, needs_grad: bool) -> Tensor | None:
-        """dLoss / dlogps of the step's tokens (n,); adds the step's share to the loss."""
+    def coefficients(self, step: Step, stats: RowStats, ref_token_logps: Tensor | None, needs_grad: bool) -> Coefficients:
+        """See :class:`Evaluates`."""
         entries, span = self.job.entries, slice(step.start, step.stop)
         sequences = [s for group in entries.groups[step.first_group : step.last_group] for s in group]
         ends = itertools.accumulate(entries.sequence_sizes[s] for s in sequences)
@@ -53,7 +73,7 @@ class Evaluation:
 
         counted, nll, weights = part(entries.counted), part(entries.nll), part(entries.weights)
         if sequences and self._is_closed_form():
-            return self._closed_form(sequences, offsets, stats.logps, weights, ref_token_logps, needs_grad)
+            return Coefficients(self._closed_form(sequences, offsets, stats.logps, weights, ref_token_logps, needs_grad))
         factor = None if counted is None else counted.to(self.wide)
         if weights is not None:  # tokens of the NLL alone may have any weight, or none
             factor = weights.to(self.wide) if counted is None else torch.where(counted, weights.to(self.wide), 0)
@@ -82,7 +102,7 @@ class Evaluation:
         if ref is not None and self.ref_logps is not None:
             self.ref_logps[index] = ref
         self.loss += total.detach()
-        return None if gradient is None else gradient.to(stats.logps.dtype)
+        return Coefficients(None if gradient is None else gradient.to(stats.logps.dtype))
 
     def _is_closed_form(self) -> bool:
         """Whether the compiled operators know the only loss, and all it looks at."""
@@ -101,7 +121,7 @@ class Evaluation:
         ref_token_logps: Tensor | None,  # (n,)
         needs_grad: bool,
     ) -> Tensor | None:
-        """As ``coefficients``, by one operator."""
+        """dLoss / dlogps of the step's tokens (n,), by one operator."""
         (term,) = self.job.terms
         form, mean = term.loss.closed_form, term.loss.margin == "mean"
         assert form is not None
@@ -186,9 +206,16 @@ class Evaluation:
             self.parts[number].append((units, _detached(result)))
         return total
 
-    def results(self) -> list[LossResult]:
-        """The results of each term, with its units back in the caller's order."""
-        return [_in_order(parts, self.wide, self.device) for parts in self.parts]
+    def report(self, plan: Plan, tokens: dict[str, Tensor], dtype: torch.dtype) -> Report:
+        """See :class:`Evaluates`; the results of each term have its units back in the caller's order."""
+        return Report(
+            plan=plan,
+            logps=self.logps.to(dtype),
+            lengths=self.lengths.to(dtype),
+            ref_logps=None if self.ref_logps is None else self.ref_logps.to(dtype),
+            results=[_in_order(parts, self.wide, self.device) for parts in self.parts],
+            tokens=tokens,
+        )
 
 
 def _weighted(logps: Tensor, factor: Tensor | None) -> Tensor:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-from logitless.kernels.plan import Plan
+from logitless.kernels.plan import Plan, Step
 from logitless.kernels.spec import HeadSpec
+from logitless.kernels.stats import RowStats
 
-from .batch import Loss, LossResult
+from .batch import Loss, LossResult, Margin
 from .entries import Entries
 
 
@@ -59,15 +63,49 @@ class Reference:
     bias: Tensor | None
 
 
+class Coefficients(NamedTuple):
+    """What the gradient of a step's tokens is made from, each (n,); both ``None`` where none is wanted."""
+
+    logps: Tensor | None  # dLoss / dlogps
+    entropy: Tensor | None = None  # dLoss / dentropy
+
+
+class Evaluates(Protocol):
+    """Evaluates a loss step by step, and keeps the results."""
+
+    loss: Tensor  # 0-dim, of the steps so far
+
+    def coefficients(
+        self, step: Step, stats: RowStats, ref_token_logps: Tensor | None, needs_grad: bool
+    ) -> Coefficients: ...  # adds the step's share to the loss
+
+    def report(self, plan: Plan, tokens: dict[str, Tensor], dtype: torch.dtype) -> Any: ...  # tokens: (N,) each, for metrics
+
+
 @dataclass
-class Job:
-    """All of a call but the differentiable tensors."""
+class Job(ABC):
+    """All of a call but the differentiable tensors, as the engine sees it.
+
+    Attributes:
+        entries: the scored tokens.
+        head: the head's transforms, of the reference too.
+        reference: scored in the same tiles; ``None``: not here.
+        outputs: token statistics for metrics.
+    """
 
     entries: Entries
-    terms: Sequence[Term]
     head: HeadSpec
     reference: Reference | None
-    outputs: frozenset[str]  # token statistics for metrics
+    outputs: frozenset[str]
+
+    margin: ClassVar[Margin | None] = None  # as in Loss
+    loss_outputs: ClassVar[frozenset[str]] = frozenset()  # token statistics that the loss itself needs
+    token_groups: ClassVar[bool] = False  # every token is a group of its own
+    entropy_gradient: ClassVar[bool] = False  # the loss depends on the tokens' entropy too
+
+    @abstractmethod
+    def evaluation(self, wide: torch.dtype, device: torch.device) -> Evaluates:
+        """What evaluates the loss, in that dtype."""
 
 
 @dataclass

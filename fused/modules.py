@@ -27,7 +27,8 @@ from logitless.kernels.spec import HeadSpec
 from .batch import Loss, LossResult, Margin, Pairs, Sequences
 from .engine import run
 from .entries import Entries, make_entries, merge_groups
-from .job import Job, Reference, Report, Term
+from .evaluate import PreferenceJob
+from .job import Reference, Report, Term
 from .metrics import pair_metrics, sequence_metrics, token_outputs
 
 
@@ -329,7 +330,7 @@ class _Batch:
         )
         self.module.token_weights(entries)
         outputs = token_outputs() if metrics else frozenset()
-        job = Job(entries, terms, self.head, states, outputs)
+        job = PreferenceJob(entries, self.head, states, outputs, terms)
         x = self.hidden.to(compute_dtype(self.hidden)).reshape(-1, self.hidden.shape[-1])
         loss, report = run(job, x, self.weight, self.bias)
         return loss, report, entries

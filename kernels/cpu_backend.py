@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import torch_backend
+from .entropy_tile import mix_tile_
 from .head_grad import HeadGradient
 from .native import SPAN, has_bf16_gemm, new_sums, packed_rows_size, packed_tokens_size
 from .native_scan import NATIVE_PASSES, block_sums, head_numbers, output_bits, rounding, target_logits
@@ -112,7 +113,7 @@ def _score(
     n, vocab = len(x), len(weight)
     zy, k, slope = target_logit_and_slope(target_logits(x, weight, bias, labels, options.precision), head)
     packed, sums, raised = _pack_tokens(x), new_sums(n, x.device), k.clone()
-    how = *head_numbers(head), output_bits(options.outputs), rounding(x.dtype, options.precision)
+    how = *head_numbers(head), output_bits(options), rounding(x.dtype, options.precision)
 
     def scan(v0: int, v1: int, gradient: Tensor | None) -> None:
         _ops.score_block(packed, weight[v0:v1], bias, labels, k, raised, sums, None, gradient, *how[:3], v0, *how[3:])
@@ -147,15 +148,18 @@ def tile_gradients(
     *,
     dhidden: Tensor | None,  # (N, H) float32, written
     head_gradient: HeadGradient | None,
+    entropy_coefficients: Tensor | None = None,  # (N,)
 ) -> None:
     """See ``torch_backend.tile_gradients``."""
     if not _takes(x, weight):
-        torch_backend.tile_gradients(
-            x, weight, labels, tile, stats, coefficients, head, options, dhidden=dhidden, head_gradient=head_gradient
-        )
+        given: tuple[Any, ...] = (x, weight, labels, tile, stats, coefficients, head, options)
+        made: dict[str, Any] = {"dhidden": dhidden, "head_gradient": head_gradient}
+        torch_backend.tile_gradients(*given, **made, entropy_coefficients=entropy_coefficients)
         return
     gradient = tile.view(-1)
-    scale, at_target, _ = gradient_factors(stats, coefficients, None, head)
+    scale, at_target, mix = gradient_factors(stats, coefficients, entropy_coefficients, head)
+    if mix is not None:
+        mix_tile_(tile.view(len(weight), -1), mix, stats.k, head, options, transposed=True)
     target = scale * at_target
     if dhidden is not None:
         dhidden.zero_()

@@ -15,11 +15,12 @@ from .torch_scan import BlockSums, Logits, Passes
 _ops = torch.ops.logitless
 #: Bits of ``tile_pass``' outputs.
 _BITS = {"entropy": 1, "mean_logits": 2, "is_top1": 4, "log_sum_sq_probs": 8}
+_WITHOUT_SLOPE = 16
 _ROUNDING = {torch.bfloat16: 1, torch.float16: 2}
 
 
-def output_bits(outputs: frozenset[str]) -> int:
-    return sum(_BITS[name] for name in outputs)
+def output_bits(options: CoreOptions) -> int:
+    return sum(_BITS[name] for name in options.outputs) + _WITHOUT_SLOPE * options.slopes_later
 
 
 def head_numbers(head: HeadSpec) -> tuple[float, float, float]:
@@ -82,7 +83,7 @@ def scan_block(
         None,
         *head_numbers(head),
         v0,
-        output_bits(options.outputs),
+        output_bits(options),
         _ROUNDING[logits.model_dtype] if logits.match else 0,
     )
     # to look whether any was raised would synchronise a GPU

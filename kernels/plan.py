@@ -168,6 +168,8 @@ def plan(
     precision: str | None = None,
     device: str | torch.device = "cpu",
     outputs: str | Iterable[str] = ("logps",),
+    token_groups: bool = False,
+    entropy_gradient: bool = False,
     architecture: str | None = None,
 ) -> Plan:
     """Choose the schedule with the fewest FLOP that fits the budget; on a GPU, one with more if it should be much faster.
@@ -186,6 +188,8 @@ def plan(
         memory_budget, precision: default from :func:`logitless.settings`.
         device: where the tensors live.
         outputs: token statistics wanted.
+        token_groups: every token is a group of its own (PPO), so tiles may end anywhere; in place of ``group_sizes``.
+        entropy_gradient: the loss depends on each token's entropy too.
         architecture: plan for a GPU that may not be here, such as ``"sm_90"``, as if every backend ran on it; with
             ``device="cuda"``. Default the device's own.
 
@@ -212,6 +216,10 @@ def plan(
         if value not in DTYPES:
             raise TypeError(f"{name} must be one of {DTYPES}, got {value!r}")
     wanted = check_outputs(outputs) - {"logps"}
+    if entropy_gradient:
+        wanted |= {"entropy"}
+    if token_groups and (group_sizes is not None or arbitrary_loss):
+        raise ValueError("token_groups goes without group_sizes and arbitrary_loss")
     groups = [num_tokens] if group_sizes is None else list(group_sizes)
     if any(isinstance(g, bool) or not isinstance(g, int) for g in groups):
         raise TypeError(f"group_sizes must be integers, got {group_sizes!r}")
@@ -221,6 +229,7 @@ def plan(
     weight_dtype = dtype if weight_dtype is None else weight_dtype
     acc = accumulate_dtype(dtype).itemsize
     options = core_options(budget, wanted, precision, acc, device, current.grad_filter)
+    options = replace(options, slopes_later=entropy_gradient)
     needs_head = train_weight or train_bias
     vh = vocab_size * hidden_size
     row_bytes = vocab_size * tile_dtype(dtype, device).itemsize
@@ -234,7 +243,7 @@ def plan(
     drafts: list[_Draft]  # the second, if any, has more FLOP
     if not (train_hidden or needs_head):
         drafts = [_Draft(tuple(replace(s, schedule=FORWARD_ONLY) for s in whole), 2.0, "no gradient is needed")]
-    elif not needs_head:
+    elif not needs_head and not entropy_gradient:
         reason = "the head is frozen: dX is known up to one factor a row, so no tile is kept"
         drafts = [_Draft(tuple(replace(s, schedule=DEFERRED_SCALE) for s in whole), 4.0, reason)]
     elif arbitrary_loss:
@@ -247,9 +256,13 @@ def plan(
         second = margin and spare <= tile_budget // 2
         if second and sum(g > rows for g in groups) > 1:  # pairs wait for their margins in an accumulator of their own
             rows = max(1, (tile_budget - spare) // row_bytes)
-        steps, again = _loss_steps(groups, rows, margin, second)
+        steps, again = _token_steps(num_tokens, rows) if token_groups else _loss_steps(groups, rows, margin, second)
         tiles = sum(_tiles(s) for s in steps)
-        if again:
+        if token_groups:
+            reason = (
+                f"tokens need not wait for each other, so the gradients are made in {tiles} tile(s) of at most {rows} tokens"
+            )
+        elif again:
             reason = f"{again} tokens are in groups of more than the {rows} that a tile holds; their logits are made twice"
         elif steps[0].schedule == DEFERRED_SCALE:
             reason = f"a pair exceeds a tile of {rows} tokens; its gradient is scaled once its margin is known"
@@ -257,7 +270,7 @@ def plan(
             reason = f"every group fits a tile of {rows} tokens, so the gradients are made in the forward pass"
         largest = max((min(rows, s.num_tokens) for s in steps if s.schedule != RECOMPUTE), default=0)
         passes = 2.0 + 2 * (train_hidden + train_weight) + 2 * again / max(1, num_tokens)
-        drafts = [_Draft(steps, passes, reason, tiles > 1, largest * row_bytes)]
+        drafts = [_Draft(steps, passes, reason, tiles > 1 and needs_head, largest * row_bytes)]
         if tiles > 1 and device.type == "cuda":
             reason = f"{tiles} tiles of at most {rows} tokens"
             drafts.append(recompute._replace(reason=reason))
@@ -333,7 +346,7 @@ def _calls(draft: _Draft, call: Call, needs_head: bool) -> list[Call]:
         works: tuple[Work, ...] = ("tile",)
         if step.schedule in (FORWARD_ONLY, RECOMPUTE):
             works = ("forward",) if step.schedule == FORWARD_ONLY else ("forward", "recompute")
-        elif not needs_head:
+        elif step.schedule == DEFERRED_SCALE and not needs_head:
             works = ("frozen",)
         else:
             tiles += _tiles(step)
@@ -389,6 +402,15 @@ def _choose(served: list[_Served]) -> tuple[_Served, str]:
     if best.cost is not None:
         reason += "; " + describe(best.backend, best.costs)
     return best, reason
+
+
+def _token_steps(num_tokens: int, rows: int) -> tuple[tuple[Step, ...], int]:
+    """As ``_loss_steps`` for tokens that do not wait for each other: equal tiles, of whole blocks where there is room."""
+    tiles = max(1, -(-num_tokens // rows))
+    even = -(-num_tokens // tiles)
+    even = min(rows, -(-even // _PARTIAL_BLOCK) * _PARTIAL_BLOCK) if rows >= _PARTIAL_BLOCK else even
+    starts = range(0, max(1, num_tokens), max(1, even))
+    return tuple(Step(GRADIENT_IN_FORWARD, 0, 0, start, min(start + even, num_tokens), rows) for start in starts), 0
 
 
 def _loss_steps(groups: list[int], rows: int, margin: bool, second: bool) -> tuple[tuple[Step, ...], int]:

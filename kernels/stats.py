@@ -47,6 +47,8 @@ class CoreOptions:
 
     #: A block of the gradient in which no entry reaches this is left out of the GEMMs of dX and dW. 0: none.
     grad_filter: float = 0.0
+    #: A tile of ``score`` holds ``exp(z - k)`` without a soft-cap's slope: what a gradient of the entropy is made from.
+    slopes_later: bool = False
 
     def without_outputs(self) -> CoreOptions:
         """The same, for a pass that needs logps alone."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .dtypes import accumulate_dtype, gemm_dtype, logits_gemm_dtype
+from .entropy_tile import mix_tile_
 from .gemm import mm_accumulate
 from .head_grad import HeadGradient
 from .plan import VOCAB_BLOCK, block_shape
@@ -229,16 +230,27 @@ def tile_gradients(
     *,
     dhidden: Tensor | None,  # (N, H) float32 (float64), written
     head_gradient: HeadGradient | None,
+    entropy_coefficients: Tensor | None = None,  # (N,) dLoss / dentropy, with stats.entropy and options.slopes_later
 ) -> None:
     """``dX = a (.) (G W)``, ``dW = G^T (a (.) X)`` and ``db = G^T a`` with ``a = -c * slope / D``."""
     grad_dtype = gemm_dtype(x.dtype, x.device)
     vocab = tile.shape[1]
-    scale, normalise = -coefficients * head.slope, (-stats.log_denom).exp()
-    target_values = -target_entry(stats) * normalise * scale
-    if grad_dtype == torch.float16:  # the float32 tile is normalised block by block, into fp16's range
+    row_factor = None
+    if entropy_coefficients is not None:
+        factors = gradient_factors(stats, coefficients, entropy_coefficients, head)
+        target_values = factors[0] * factors[1]
+        scale, at_target, mix = for_gemm(*factors, stats, grad_dtype)
+        assert mix is not None
+        mix_tile_(tile, mix, stats.k, head, options)
+        if targets_in_tile(tile.device):
+            tile[torch.arange(len(tile), device=tile.device), labels] = at_target.to(tile.dtype)
+    elif grad_dtype == torch.float16:  # the float32 tile is normalised block by block, into fp16's range
+        normalise, scale = (-stats.log_denom).exp(), -coefficients * head.slope
+        target_values = -target_entry(stats) * normalise * scale
         row_factor, scale = normalise * FP16_SCALE, scale / FP16_SCALE
     else:
-        row_factor, scale = None, scale * normalise
+        scale = -coefficients * head.slope * (-stats.log_denom).exp()
+        target_values = -target_entry(stats) * scale
         if targets_in_tile(tile.device):
             scale = scale * rounding_of(target_entry(stats), tile.dtype)
 
@@ -301,7 +313,13 @@ def for_gemm(
     """``gradient_factors`` such that a block of the gradient is in fp16's range, or its labels' entries are exact in bf16."""
     if grad_dtype == torch.float16:
         normal = (-stats.log_denom).exp() * FP16_SCALE
-        mix = torch.stack((normal, torch.zeros_like(normal))) if mix is None else mix * normal
+        if mix is None:
+            mix = torch.stack((normal, torch.zeros_like(normal)))
+        else:  # coefficients, too, are in the tile: an entry is at most a few times their size
+            assert stats.entropy is not None
+            size = mix[0].abs() + mix[1].abs() * (1 + stats.entropy + stats.log_denom.abs())
+            normal = normal / (4 * size).clamp(min=1e-30)
+            mix = mix * normal
         return scale / normal, at_target * normal, mix
     return scale * rounding_of(at_target, grad_dtype) if targets_in_tile(scale.device) else scale, at_target, mix
 

@@ -101,7 +101,8 @@ def scan_block(
     head: HeadSpec,
     options: CoreOptions,
     source: Tensor,  # (N, W) raw logits v0..v1
-    destination: Tensor | None,  # (N, W) gets exp(z - k) * (1 - tanh^2), 0 at the target; may be ``source``
+    destination: Tensor
+    | None,  # (N, W) gets exp(z - k) * (1 - tanh^2, unless slopes_later), 0 at the target; may be ``source``
     zy: Tensor,  # (N,) target logits
     k: Tensor,  # (N,) zy, but finite
     labels: Tensor,  # (N,)
@@ -165,7 +166,7 @@ def scan_block(
             sums.k = k.clone() if sums.k is None else sums.k
             sums.k[r0:r1] = offset
         if destination is not None:
-            if squared is not None:
+            if squared is not None and not options.slopes_later:
                 z.addcmul_(z, squared, value=-1)
             if not (in_place and destination is source):
                 destination[r0:r1].copy_(z)

@@ -8,6 +8,7 @@ element-wise passes in Triton.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from . import torch_backend
 from .dtypes import gemm_dtype
+from .entropy_tile import mix_tile_
 from .gemm import mm_accumulate
 from .grad_filter import count_blocks
 from .head_grad import HeadGradient
@@ -245,21 +247,30 @@ def tile_gradients(
     *,
     dhidden: Tensor | None,  # (N, H) float32 (float64), written
     head_gradient: HeadGradient | None,
+    entropy_coefficients: Tensor | None = None,  # (N,) dLoss / dentropy
 ) -> None:
     """See ``torch_backend.tile_gradients``."""
     if stats.block_max is None:
-        torch_backend.tile_gradients(
-            x, weight, labels, tile, stats, coefficients, head, options, dhidden=dhidden, head_gradient=head_gradient
-        )
+        given: tuple[Any, ...] = (x, weight, labels, tile, stats, coefficients, head, options)
+        made: dict[str, Any] = {"dhidden": dhidden, "head_gradient": head_gradient}
+        torch_backend.tile_gradients(*given, **made, entropy_coefficients=entropy_coefficients)
         return
     x = _rows(x)
     n, vocab = tile.shape
     config = gemm_config(x.device, x.dtype, n, x.shape[1], vocab, head.softcap is not None)
     grad_dtype = gemm_dtype(x.dtype, x.device)
-    factors = gradient_factors(stats, coefficients, None, head)
+    factors = gradient_factors(stats, coefficients, entropy_coefficients, head)
     target_values = factors[0] * factors[1]
-    scale, _, mix = for_gemm(*factors, stats, grad_dtype)
-    active = _active_blocks(stats.block_max, factors[0], labels, options.grad_filter, config)
+    scale, at_target, mix = for_gemm(*factors, stats, grad_dtype)
+    largest = stats.block_max
+    if factors[2] is not None:
+        assert mix is not None
+        largest = _largest_mixed(largest, factors[2])
+        mix_tile_(tile, mix, stats.k, head, options)
+        mix = None  # it is in the tile
+        if targets_in_tile(x.device):
+            tile[torch.arange(n, device=x.device), labels] = at_target.to(tile.dtype)
+    active = _active_blocks(largest, factors[0], labels, options.grad_filter, config)
     count_blocks(active)
     ax = None
     if dhidden is not None:
@@ -280,6 +291,16 @@ def tile_gradients(
         add_bias_gradient(head_gradient.bias, tile, scale if mix is None else factors[0])
     if not targets_in_tile(x.device):
         add_targets(x, weight, labels, target_values, dhidden, head_gradient)
+
+
+def _largest_mixed(
+    block_max: Tensor,  # (N, v_blocks): no exponential of the block is larger
+    mix: Tensor,  # (2, N)
+) -> Tensor:
+    """No ``|e * (mix[0] + mix[1] * log e)|`` of the block is larger."""
+    entropic = (block_max * block_max.clamp(min=1e-38).log()).abs()  # |e log e| has another maximum, at 1 / e
+    entropic = torch.where(block_max > math.exp(-1), entropic.clamp(min=math.exp(-1)), entropic)
+    return block_max * mix[0].abs()[:, None] + entropic * mix[1].abs()[:, None]
 
 
 def _active_blocks(

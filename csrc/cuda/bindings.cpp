@@ -221,7 +221,7 @@ void tile_pass(const Tensor& source, const MaybeTensor& destination, const Maybe
   STD_TORCH_CHECK(std::isfinite(logit_scale), "logit_scale must be finite, got ", logit_scale);
   STD_TORCH_CHECK(softcap >= 0 && std::isfinite(softcap), "softcap must be finite and >= 0, got ", softcap);
   STD_TORCH_CHECK(temperature > 0 && std::isfinite(temperature), "temperature must be finite and > 0, got ", temperature);
-  STD_TORCH_CHECK(outputs >= 0 && outputs < 16, "outputs must be a sum of 1, 2, 4 and 8, got ", outputs);
+  STD_TORCH_CHECK(outputs >= 0 && outputs < 32, "outputs must be a sum of 1, 2, 4, 8 and 16, got ", outputs);
   STD_TORCH_CHECK(rounding >= 0 && rounding <= 2, "rounding must be 0, 1 or 2, got ", rounding);
   if (n == 0 || width == 0) return;
   logitless::cuda::TilePass op{};

@@ -106,7 +106,8 @@ def expected_tile(t: Tile) -> Expected:
     e = d.exp()
     g = (z - k[:, None]).exp()
     terms = g  # 1 - tanh^2 has an absolute error
-    g = g * (1 - squared)
+    if not t.outputs & WITHOUT_SLOPE:
+        g = g * (1 - squared)
     if t.mix is not None:
         parts = t.mix[0, :, None].double(), t.mix[1, :, None] * (z - k[:, None]).clamp(min=-1000)
         size = (z.abs() + k[:, None].abs()).clamp(max=1000)  # of what z - k is the difference of

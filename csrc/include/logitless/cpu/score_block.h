@@ -105,6 +105,7 @@ class Scorer {
         gemm_(gemm),
         transform_(p.head),
         general_(transform_.capped || p.bias || p.rounding || p.mix || p.outputs),
+        sloped_(transform_.capped && !(p.outputs & WithoutSlope)),
         padded_(round_up(p.rows, kTokenPad)),
         spans_((p.width + kSpanRows - 1) / kSpanRows),
         kept_(p.outputs ? NumSums : 1),
@@ -287,7 +288,7 @@ class Scorer {
       e_sum += e;
       if (General && (p_.outputs & WantEZ)) ez_sum += e * (d < float(kFloor) ? splat(float(kFloor)) : d);
       if (General && (p_.outputs & WantEE)) ee_sum += e * e;
-      if (p_.gradient) store(u, i, General && transform_.capped ? e * slope : e);
+      if (p_.gradient) store(u, i, General && sloped_ ? e * slope : e);
     }
     if (!certain && any(~(e_sum <= float(kRaiseSum)))) return false;
     add(sum_row(u.span, SumE) + u.token, e_sum);
@@ -368,7 +369,7 @@ class Scorer {
   const ScoreBlock& p_;
   const SmallGemm gemm_;
   const Transform<float> transform_;
-  const bool general_;
+  const bool general_, sloped_;
   const int64_t padded_, spans_, kept_;
   Buffer<float> k_;
   Buffer<int32_t> labels_;

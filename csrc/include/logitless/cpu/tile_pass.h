@@ -300,7 +300,7 @@ class TileRow {
   }
 
   void write(int64_t c, int64_t count) {
-    if (transform_.capped) {
+    if (transform_.capped && !(p_.outputs & WithoutSlope)) {
       for (int64_t i = 0; i < count; i += lanes) {
         store_bits(work_ + i, load_bits<Vec<Real>>(work_ + i) * load_bits<Vec<Real>>(slope_ + i));
       }

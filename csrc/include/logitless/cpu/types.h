@@ -18,7 +18,8 @@ enum Rounding : int { KeepFloat = 0, RoundToBFloat16 = 1, RoundToFloat16 = 2 };
 
 // Rows of the sums, and the bits that ask for them (e is always there).
 enum Sum : int { SumE, SumEZ, SumEE, SumZ, SumTarget, SumBefore, SumAfter, NumSums };
-enum Output : int { WantEZ = 1, WantZ = 2, WantTop = 4, WantEE = 8 };
+// WithoutSlope leaves a soft-cap's slope out of the gradient: exp(z - k) alone.
+enum Output : int { WantEZ = 1, WantZ = 2, WantTop = 4, WantEE = 8, WithoutSlope = 16 };
 
 // A logit this far (nats) above the offset k raises k to the row's maximum. exp(30)^2 * V stays finite in float32.
 constexpr double kRaiseAbove = 30.0;

@@ -30,8 +30,8 @@ struct IndexedDot {
   bool match;
 };
 
-// Bits of TilePass::outputs.
-enum TileOutputs : int { kEntropy = 1, kLogitSum = 2, kTopOne = 4, kSquares = 8 };
+// Bits of TilePass::outputs. kWithoutSlope leaves a soft-cap's slope out of the destination: exp(z - k) alone.
+enum TileOutputs : int { kEntropy = 1, kLogitSum = 2, kTopOne = 4, kSquares = 8, kWithoutSlope = 16 };
 // Rows of TilePass::sums, as SUMS in kernels/native.py.
 enum TileSums : int { kSumE, kSumEz, kSumEe, kSumZ, kTarget, kBefore, kAfter, kTileSums };
 

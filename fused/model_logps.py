@@ -1,0 +1,450 @@
+"""Per-token log-probabilities of a Hugging Face causal language model, without padding and without vocabulary logits."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from logitless.kernels.checks import check_outputs, check_spec
+from logitless.kernels.op import linear_logps
+from logitless.kernels.spec import HeadSpec
+from logitless.kernels.stats import TokenStats
+
+from .packing import Layout, PackedSequences, TokenSequences, lay_out, make_pack, unpack
+
+log = logging.getLogger("logitless")
+
+#: Attention that transformers gives a mask made from the position ids, and kinds of layers that read such a mask.
+_MASKED = ("eager", "sdpa", "flex_attention")
+_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+#: Arguments of the model's forward that this module fills in, or that change what reaches the head.
+_NOT_FOR_THE_MODEL = (
+    "cu_seq_lens_k",
+    "cu_seq_lens_q",
+    "fused_lm_head",
+    "inputs_embeds",
+    "logits_to_keep",
+    "max_length_k",
+    "max_length_q",
+    "past_key_values",
+    "shift_labels",
+    "use_cache",
+)
+_PROBE_TOKENS = 8
+#: What another sequence may change in the hidden states, and what being packed may, in units of what a true context changes.
+_LEAK, _DIFFERENCE = 1 / 64, 1 / 8
+#: What the probe found, by causal language model and attention implementation.
+_probed: weakref.WeakKeyDictionary[nn.Module, dict[str, list[str]]] = weakref.WeakKeyDictionary()
+
+
+@torch.compiler.disable
+def model_logps(
+    model: nn.Module,
+    input_ids: TokenSequences | PackedSequences,
+    *,
+    attention_mask: Tensor | None = None,  # (S, T)
+    cu_seqlens: Tensor | None = None,  # (S + 1,)
+    position_ids: TokenSequences | None = None,  # like input_ids
+    labels: TokenSequences | None = None,  # like input_ids
+    prompt_lengths: Tensor | Iterable[int] | None = None,  # (S,)
+    head: HeadSpec | None = None,
+    temperature: float | None = None,
+    outputs: str | Iterable[str] = ("logps",),
+    ignore_index: int = -100,
+    padding_free: bool | None = None,
+    **model_kwargs: Any,
+) -> TokenStats:
+    """Log-probability of each token given those before it, under a Hugging Face causal language model.
+
+    The model runs with its head left out: what would go into the head goes to :func:`logitless.linear_logps`, and only the
+    scored positions are multiplied by the head's weight. Everything around the model stays in force: autocast, gradient
+    checkpointing, ``DistributedDataParallel``, PEFT adapters.
+
+    **Padding-free.** The sequences are laid end to end in one row, with position ids that start again at 0 in each and no
+    attention mask, from which transformers tells them apart; ``flash_attention_*`` also gets ``cu_seq_lens_q/k`` and
+    ``max_length_q/k``. Some models silently let such sequences see each other (recurrent and convolutional layers; models
+    that do not pass position ids to their mask, as Bloom, OPT, GPT-OSS and AFMoE in transformers 5.23). So a model is looked
+    at and tried out once, with 16 tokens, before it is used this way (:func:`why_not_padding_free`); where it cannot, the
+    sequences run as a right-padded batch. With ``sdpa`` and ``eager`` attention, the mask of one row of N tokens has N * N
+    entries; unless asked for, these run padding-free only where that costs less than the padding does.
+
+    Args:
+        model: what ``AutoModelForCausalLM`` returns, or a wrapper of it. Its head must be a plain ``nn.Linear``.
+        input_ids: padded ``[S, T]`` (with ``attention_mask``), packed ``[N]`` with ``cu_seqlens``, a list of 1-D tensors or
+            lists of ints, or :class:`PackedSequences`. Sequences of no or one token are fine.
+        attention_mask, cu_seqlens, labels, prompt_lengths, ignore_index: as in :func:`logitless.pack`: ``labels`` are not
+            shifted; without ``labels`` and ``prompt_lengths`` every token but the first of each sequence is scored. Not with
+            :class:`PackedSequences`, which has its own.
+        position_ids: like ``input_ids``, for positions that do not start at 0 in each sequence.
+        head: logit scale, soft-cap and temperature; default ``HeadSpec.from_config(model.config)``.
+        temperature: divides the logits, in place of the head's.
+        outputs: which fields of the result to compute, of :data:`logitless.OUTPUTS`.
+        padding_free: ``True``: one row, or an error where that would be wrong; ``False``: a right-padded batch; ``None``:
+            whichever is right and costs less. The choice is logged at DEBUG.
+        model_kwargs: further arguments of the model's forward, passed on as they are.
+
+    Returns:
+        TokenStats: each ``[S, T]`` for padded ids, else ``[N]``, aligned with the token itself as Hugging Face and TRL do:
+        entry t belongs to the distribution that token t was drawn from. 0 at the first token of each sequence, where not
+        scored, and at padding. Differentiable with respect to the model's parameters.
+
+    Raises:
+        TypeError, ValueError: naming the argument; for a head that is not a plain linear layer (LoRA on ``lm_head``,
+            quantised), prompt-learning PEFT methods, an encoder-decoder, a compiled model (compile its decoder instead:
+            ``model.model.compile()``), or ``padding_free=True`` where the model or the position ids do not allow it.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=99, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+        >>> stats = model_logps(LlamaForCausalLM(config), [[5, 6, 7, 8], [9, 10]], prompt_lengths=[2, 0])
+        >>> (stats.logps != 0).tolist()
+        [False, False, True, True, False, True]
+    """
+    if padding_free not in (True, False, None):
+        raise TypeError(f"padding_free must be True, False or None, got {padding_free!r}")
+    for name in _NOT_FOR_THE_MODEL:
+        if name in model_kwargs:
+            raise ValueError(f"{name} is not an argument of model_logps, which decides what the model gets for it")
+    wanted = check_outputs(outputs)
+    lm = causal_lm(model)
+    spec = _spec(lm, head, temperature)
+    packed, layout = _packed(input_ids, attention_mask, cu_seqlens, labels, prompt_lengths, ignore_index)
+    positions = packed.position_ids if position_ids is None else _positions(position_ids, packed, layout)
+    reasons = _why_not(model, lm, padding_free, packed, layout.bounds, None if position_ids is None else positions)
+    log.debug("model_logps: %s", f"right-padded batch: {'; '.join(reasons)}" if reasons else "one padding-free row")
+
+    if reasons:
+        own = None if position_ids is None else positions
+        inputs, targets, where = _right_padded(lm, packed, layout.bounds, own)
+    else:
+        inputs = packed.model_inputs(flash_attention="flash" in _attention(lm))
+        inputs["position_ids"] = positions[None]
+        targets, where = _labels(packed)[None], torch.arange(len(packed.input_ids), device=packed.input_ids.device)
+    if not len(packed.input_ids):
+        # The model still runs, on one token that is not scored: ranks stay in step, and the result has a gradient, of 0.
+        inputs, targets = {"input_ids": where.new_zeros(1, 1)}, where.new_full((1, 1), packed.ignore_index)
+
+    def score(hidden: Tensor) -> TokenStats:
+        if hidden.shape[:-1] != targets.shape:
+            raise ValueError(
+                f"model must hand its head one hidden state a token, {tuple(targets.shape)}, got {tuple(hidden.shape[:-1])}"
+            )
+        weight, bias = _weights(lm)
+        y = targets.to(weight.device)
+        return linear_logps(hidden.to(weight.device), weight, y, bias, spec, wanted, packed.ignore_index)
+
+    stats = _at_the_head(model, lm, {**inputs, **model_kwargs}, score)
+    return TokenStats(**{name: _of_tokens(getattr(stats, name), where, layout) for name in wanted})
+
+
+def why_not_padding_free(model: nn.Module) -> list[str]:
+    """Every reason why a model cannot take several sequences in one row of tokens; empty when it can.
+
+    Looked at: whether its forward pass takes position ids, its attention implementation (``eager``, ``sdpa``,
+    ``flex_attention`` or ``flash_attention_*``), whether it keeps a recurrent state, and ``layer_types`` of its config. That
+    is not enough, since some models that pass all of it drop the position ids on the way to the mask. So the model is also
+    tried out: two sequences of eight tokens in one row must give the hidden states that they give alone, whatever tokens
+    the other one has. This costs five forward passes without gradients, in evaluation mode, the first time that a model is
+    seen with an attention implementation.
+
+    Raises:
+        TypeError, ValueError: as :func:`model_logps` does, for a model that it cannot run.
+
+    Example:
+        >>> from transformers import BloomConfig, BloomForCausalLM
+        >>> why_not_padding_free(BloomForCausalLM(BloomConfig(vocab_size=99, hidden_size=16, n_layer=1, n_head=2)))
+        ['BloomForCausalLM.forward takes no position_ids']
+    """
+    lm = causal_lm(model)
+    config = lm.config.get_text_config()
+    reasons = []
+    name = type(lm).__name__
+    if not _takes_positions(lm):
+        reasons.append(f"{name}.forward takes no position_ids")
+    attention = _attention(lm)
+    if attention not in _MASKED and "flash" not in attention:
+        reasons.append(f"attention implementation {attention!r} is not known to tell sequences apart")
+    if getattr(lm, "_is_stateful", False):
+        reasons.append(f"{name} keeps a recurrent state, which runs on from one sequence into the next")
+    if others := sorted(set(getattr(config, "layer_types", None) or ()) - _LAYERS):
+        reasons.append(f"config.layer_types has {', '.join(others)}: only attention layers tell sequences apart")
+    if reasons:
+        return reasons
+    known = _probed.setdefault(lm, {})
+    if attention not in known:
+        known[attention] = _probe(model, lm)
+    return list(known[attention])
+
+
+def causal_lm(model: nn.Module) -> Any:
+    """The ``transformers`` causal language model inside of wrappers (PEFT, DistributedDataParallel and the like)."""
+    lm: Any = model
+    while isinstance(lm, nn.Module) and not hasattr(lm, "get_output_embeddings") and hasattr(lm, "module"):
+        lm = lm.module
+    if not isinstance(lm, nn.Module) or not hasattr(lm, "get_output_embeddings") or not hasattr(lm, "config"):
+        raise TypeError(f"model must be a transformers causal language model, got {type(lm).__name__}")
+    if hasattr(lm, "peft_config") and hasattr(lm, "get_base_model"):
+        if lm.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                f"model has a prompt-learning adapter ({lm.active_peft_config.peft_type}), which adds tokens of its own: "
+                "model_logps serves adapters that keep the tokens, such as LoRA"
+            )
+        lm = lm.get_base_model()
+    if getattr(lm.config, "is_encoder_decoder", False):
+        raise ValueError(f"model must be a causal language model, got the encoder-decoder {type(lm).__name__}")
+    for part in {id(m): m for m in (model, lm, lm.get_output_embeddings())}.values():
+        if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                "model is compiled together with its head, which cannot be left out then: compile the decoder alone, as in "
+                "model.model.compile()"
+            )
+    return lm
+
+
+def _spec(lm: Any, head: HeadSpec | None, temperature: float | None) -> HeadSpec:
+    if head is None:
+        return HeadSpec.from_config(lm.config, 1.0 if temperature is None else temperature)
+    spec = check_spec(head)
+    if temperature is None:
+        return spec
+    if spec.temperature not in (1.0, temperature):
+        raise ValueError(f"temperature={temperature!r} contradicts head.temperature={spec.temperature!r}: pass one of them")
+    return spec.with_temperature(temperature)
+
+
+def _packed(
+    input_ids: Any, attention_mask: Any, cu_seqlens: Any, labels: Any, prompt_lengths: Any, ignore_index: int
+) -> tuple[PackedSequences, Layout]:
+    """The sequences end to end, and how the caller laid them out."""
+    if not isinstance(input_ids, PackedSequences):
+        ids, layout = lay_out(input_ids, attention_mask, cu_seqlens)
+        return make_pack(ids, layout, labels, prompt_lengths, ignore_index), layout
+    given = {
+        "attention_mask": attention_mask,
+        "cu_seqlens": cu_seqlens,
+        "labels": labels,
+        "prompt_lengths": prompt_lengths,
+    }
+    if extra := [name for name, value in given.items() if value is not None]:
+        raise ValueError(f"{', '.join(extra)}: input_ids is a PackedSequences, which has its own; give them to pack instead")
+    if ignore_index not in (-100, input_ids.ignore_index):
+        raise ValueError(f"ignore_index={ignore_index} contradicts that of input_ids, {input_ids.ignore_index}")
+    return input_ids, lay_out(input_ids.input_ids, None, input_ids.cu_seqlens)[1]
+
+
+def _labels(packed: PackedSequences) -> Tensor:
+    """Shifted labels, (N,)."""
+    if packed.labels is not None:
+        return packed.labels
+    ids, layout = lay_out(packed.input_ids, None, packed.cu_seqlens)
+    labels = make_pack(ids, layout, ignore_index=packed.ignore_index).labels
+    assert labels is not None
+    return labels
+
+
+def _positions(position_ids: Any, packed: PackedSequences, layout: Layout) -> Tensor:
+    positions = layout.flatten("position_ids", position_ids)
+    inside = packed.position_ids[1:] > 0
+    if bool((inside & (positions.diff() != 1)).any()):
+        raise ValueError("position_ids must rise by 1 from token to token of a sequence")
+    return positions
+
+
+def _attention(lm: Any) -> str:
+    return str(lm.config.get_text_config()._attn_implementation)
+
+
+def _takes_positions(lm: Any) -> bool:
+    return "position_ids" in inspect.signature(type(lm).forward).parameters
+
+
+def _why_not(
+    model: nn.Module,
+    lm: Any,
+    padding_free: bool | None,
+    packed: PackedSequences,
+    bounds: list[int],
+    positions: Tensor | None,  # (N,), where the caller gave them
+) -> list[str]:
+    """Why this call is not to run as one row; empty when it is."""
+    if padding_free is False:
+        return ["padding_free=False"]
+    reasons = []
+    if positions is not None and bool((positions != packed.position_ids).any()):
+        # transformers takes a step other than 1 for the start of a sequence, and 5, 6, 7 | 8, 9 for one sequence
+        reasons.append("position_ids do not start at 0 in each sequence, by which models tell them apart")
+    if not reasons:
+        reasons = why_not_padding_free(model)
+    if reasons and padding_free:
+        raise ValueError(f"padding_free=True cannot be had: {'; '.join(reasons)}. Pass None or False for a right-padded batch")
+    if reasons or padding_free or _attention(lm) not in ("eager", "sdpa"):
+        return reasons
+    sizes = [b - a for a, b in itertools.pairwise(bounds) if b > a]
+    width = _head_weight(lm)[0].shape[1]
+    if (one := _row_cost(1, bounds[-1], width)) > (batch := _row_cost(len(sizes), packed.max_seqlen, width)):
+        return [
+            f"{_attention(lm)} attention over one row of {bounds[-1]} tokens costs {one / batch:.1f} times the padded batch"
+        ]
+    return []
+
+
+def _row_cost(rows: int, tokens: int, width: int) -> int:
+    """FLOP of a decoder layer over ``rows`` of ``tokens`` with every entry of the attention computed, / (4 * width).
+
+    24 * width ** 2 a token for projections and a 4 * width feed-forward, 4 * width an entry of the attention.
+    """
+    return rows * tokens * (6 * width + tokens)
+
+
+def _right_padded(
+    lm: Any,
+    packed: PackedSequences,
+    bounds: list[int],
+    positions: Tensor | None,  # (N,)
+) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """The model's inputs, shifted labels of their shape, and the place of each token in it, (N,). Empty rows are left out."""
+    if positions is not None and not _takes_positions(lm):
+        raise ValueError(f"position_ids: {type(lm).__name__}.forward takes none")
+    compact = packed.cu_seqlens.unique_consecutive()
+    pad = getattr(lm.config.get_text_config(), "pad_token_id", None)
+
+    def padded(values: Tensor, value: int) -> Tensor:
+        result = unpack(values, compact, padded=True, padding_value=value)
+        assert isinstance(result, Tensor)
+        return result
+
+    n = len(packed.input_ids)
+    mask = padded(packed.input_ids.new_ones(n), 0)
+    inputs: dict[str, Any] = {
+        # roberta-like models count positions by the pad token
+        "input_ids": padded(packed.input_ids, pad if isinstance(pad, int) and pad >= 0 else 0),
+        "attention_mask": mask,
+    }
+    if positions is not None:
+        inputs["position_ids"] = padded(positions, 0)
+    return inputs, padded(_labels(packed), packed.ignore_index), mask.reshape(-1).nonzero()[:, 0]
+
+
+def _of_tokens(values: Tensor, where: Tensor, layout: Layout) -> Tensor:
+    """Results at the positions that predict, as run, moved to the tokens that they predict, as the caller laid them out."""
+    flat = values.reshape(-1).to(where.device)[where]
+    # what the last token of a sequence predicts is 0, and so becomes the first token of the next one's
+    return layout.unflatten(torch.cat((flat.new_zeros(min(1, len(flat))), flat[:-1])))
+
+
+def _head_weight(lm: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight (V, H) and bias (V,) of the head, once it is known to be ``hidden @ weight.T + bias`` and nothing else."""
+    head = lm.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"model must have a head, but {type(lm).__name__}.get_output_embeddings() is None")
+    linear = head
+    while not isinstance(linear, nn.Linear):
+        # PEFT's wrappers; getattr, since transformers and torch have none of these names
+        off = getattr(linear, "disable_adapters", False) or not getattr(linear, "active_adapters", [])
+        if not off and isinstance(getattr(linear, "modules_to_save", None), nn.ModuleDict):
+            linear = linear.modules_to_save[linear.active_adapters[0]]
+        elif off and isinstance(inner := getattr(linear, "original_module", None), nn.Module):
+            linear = inner
+        elif (off or getattr(linear, "merged", False)) and isinstance(inner := getattr(linear, "base_layer", None), nn.Module):
+            linear = inner
+        else:
+            break
+    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+        raise ValueError(
+            f"model's head must be an nn.Linear, got {type(linear).__module__}.{type(linear).__name__}; an adapter on the head "
+            "must be merged, or left out of target_modules (modules_to_save=['lm_head'] trains it whole)"
+        )
+    return linear.weight, linear.bias
+
+
+def _weights(lm: Any) -> tuple[Tensor, Tensor | None]:
+    weight, bias = _head_weight(lm)
+    # FSDP2 shards parameters as DTensors, whose gradient finds its way back through full_tensor
+    return _full(weight), None if bias is None else _full(bias)
+
+
+def _full(parameter: Tensor) -> Tensor:
+    full_tensor = getattr(parameter, "full_tensor", None)
+    return parameter if full_tensor is None else full_tensor()
+
+
+def _at_the_head(model: nn.Module, lm: Any, inputs: dict[str, Any], score: Callable[[Tensor], Any]) -> Any:
+    """What ``score(hidden)`` makes of what the model hands its head, which itself gets no rows to work on.
+
+    A hook on the head, and not a call of the decoder: so wrappers of the model do their work, what a model does to its
+    hidden states before the head is done, and autocast is on or off as it is for the head.
+    """
+    results: list[Any] = []
+    owner = threading.get_ident()
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if threading.get_ident() != owner:
+            return None
+        hidden, *rest = args
+        results.append(score(hidden))
+        return (hidden[..., :0, :], *rest)
+
+    handle = lm.get_output_embeddings().register_forward_pre_hook(hook)
+    try:
+        model(**inputs, use_cache=False)  # with a cache, transformers does not tell packed sequences apart
+    finally:
+        handle.remove()
+    if len(results) != 1:
+        raise ValueError(f"model must call its head once in a forward pass, but {type(lm).__name__} did {len(results)} times")
+    return results[0]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _probe(model: nn.Module, lm: Any) -> list[str]:
+    """Whether two short sequences in one row get the hidden states that they get alone."""
+    weight, _ = _head_weight(lm)
+    device, vocab, n = lm.get_input_embeddings().weight.device, lm.get_input_embeddings().weight.shape[0], _PROBE_TOKENS
+    first, other, second = ((torch.arange(3 * n, device=device) * 7 + vocab // 3) % vocab).view(3, n)
+    alone, joined = torch.arange(n, device=device), torch.arange(2 * n, device=device)
+    bounds = torch.tensor([0, n, 2 * n], dtype=torch.int32, device=device)
+
+    def hidden(inputs: dict[str, Any]) -> Tensor:
+        state = _at_the_head(model, lm, inputs, lambda x: x)[0]
+        return state[-n:].to(weight.device, torch.float64)
+
+    def packed(before: Tensor) -> Tensor:
+        pack = PackedSequences(torch.cat((before, second)), alone.repeat(2), bounds, n)
+        return hidden(pack.model_inputs(flash_attention="flash" in _attention(lm)))
+
+    def continued(before: Tensor) -> Tensor:
+        return hidden({"input_ids": torch.cat((before, second))[None], "position_ids": joined[None]})
+
+    def change(a: Tensor, b: Tensor) -> float:
+        return float((a - b).norm(dim=-1).max())
+
+    with torch.no_grad(), _evaluating(model):
+        by_itself = hidden({"input_ids": second[None], "position_ids": alone[None]})
+        row, scale = packed(first), change(continued(first), continued(other))
+        leak, difference = change(row, packed(other)), change(row, by_itself)
+    name = f"{type(lm).__name__} with {_attention(lm)} attention"
+    # written so that NaN, and a model in which context changes nothing, are reasons
+    if not leak < _LEAK * scale:
+        return [f"{name} lets the sequences of one row see each other (or does not react to context at all)"]
+    if not difference < _DIFFERENCE * scale:
+        return [f"{name} gives the sequences of one row other hidden states than alone"]
+    return []
