@@ -201,7 +201,7 @@ class Evaluation:
             )
             result = term.loss(batch)
             _check_result(result, len(units))
-            _check_leaves(result.losses, leaf)
+            check_leaves(result.losses, [leaf])
             total = total + result.losses.sum() * (term.weight / term.num_units)
             self.parts[number].append((units, _detached(result)))
         return total
@@ -240,8 +240,8 @@ def _check_result(result: LossResult, count: int) -> None:
             )
 
 
-def _check_leaves(losses: Tensor, leaf: Tensor) -> None:
-    """Only log-probabilities get gradients: a parameter inside of a loss function would be left out silently."""
+def check_leaves(losses: Tensor, leaves: Sequence[Tensor]) -> None:
+    """Only statistics of tokens get gradients: a parameter inside of a loss function would be left out silently."""
     seen, todo = set(), [losses.grad_fn] if losses.grad_fn is not None else []
     while todo:
         node = todo.pop()
@@ -249,7 +249,7 @@ def _check_leaves(losses: Tensor, leaf: Tensor) -> None:
             continue
         seen.add(node)
         variable = getattr(node, "variable", None)
-        if variable is not None and variable is not leaf:
+        if variable is not None and not any(variable is leaf for leaf in leaves):
             raise ValueError(
                 f"the loss function uses a tensor of shape {tuple(variable.shape)} that requires a gradient, which it would "
                 "not get: detach it, or write the loss with linear_logps or sequence_logps"

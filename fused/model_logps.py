@@ -39,11 +39,14 @@ _NOT_FOR_THE_MODEL = (
     "shift_labels",
     "use_cache",
 )
+#: Arguments that a forward pass may take without naming them.
+_UNNAMED = frozenset({"adapter_names", "is_causal", "output_attentions", "output_hidden_states", "output_router_logits"})
 _PROBE_TOKENS = 8
-#: What another sequence may change in the hidden states, and what being packed may, in units of what a true context changes.
+#: What another sequence may change in the hidden states, and what being packed may, in units of what a true context changes:
+#: far above rounding in bfloat16 and far below what a mask that is missing or positions that run on do.
 _LEAK, _DIFFERENCE = 1 / 64, 1 / 8
-#: What the probe found, by causal language model and attention implementation.
-_probed: weakref.WeakKeyDictionary[nn.Module, dict[str, list[str]]] = weakref.WeakKeyDictionary()
+#: What the probes found, by causal language model, then attention implementation and probe.
+_probed: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, str], list[str]]] = weakref.WeakKeyDictionary()
 
 
 @torch.compiler.disable
@@ -103,9 +106,9 @@ def model_logps(
             ``model.model.compile()``), or ``padding_free=True`` where the model or the position ids do not allow it.
 
     Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(vocab_size=99, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-        >>> stats = model_logps(LlamaForCausalLM(config), [[5, 6, 7, 8], [9, 10]], prompt_lengths=[2, 0])
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=16, n_layer=1, n_head=2))
+        >>> stats = model_logps(model, [[5, 6, 7, 8], [9, 10]], prompt_lengths=[2, 0])
         >>> (stats.logps != 0).tolist()
         [False, False, True, True, False, True]
     """
@@ -116,6 +119,9 @@ def model_logps(
             raise ValueError(f"{name} is not an argument of model_logps, which decides what the model gets for it")
     wanted = check_outputs(outputs)
     lm = causal_lm(model)
+    if unknown := model_kwargs.keys() - inspect.signature(type(lm).forward).parameters.keys() - _UNNAMED:
+        # most models take any name, and drop what they do not know
+        raise TypeError(f"{type(lm).__name__}.forward takes no argument {', '.join(sorted(unknown))}")
     spec = _spec(lm, head, temperature)
     packed, layout = _packed(input_ids, attention_mask, cu_seqlens, labels, prompt_lengths, ignore_index)
     positions = packed.position_ids if position_ids is None else _positions(position_ids, packed, layout)
@@ -124,6 +130,8 @@ def model_logps(
 
     if reasons:
         own = None if position_ids is None else positions
+        if wrong := _known(model, lm, _probe_padded):
+            raise ValueError(f"model cannot be used: {'; '.join(wrong)}")
         inputs, targets, where = _right_padded(lm, packed, layout.bounds, own)
     else:
         inputs = packed.model_inputs(flash_attention="flash" in _attention(lm))
@@ -179,10 +187,7 @@ def why_not_padding_free(model: nn.Module) -> list[str]:
         reasons.append(f"config.layer_types has {', '.join(others)}: only attention layers tell sequences apart")
     if reasons:
         return reasons
-    known = _probed.setdefault(lm, {})
-    if attention not in known:
-        known[attention] = _probe(model, lm)
-    return list(known[attention])
+    return _known(model, lm, _probe_row)
 
 
 def causal_lm(model: nn.Module) -> Any:
@@ -192,21 +197,23 @@ def causal_lm(model: nn.Module) -> Any:
         lm = lm.module
     if not isinstance(lm, nn.Module) or not hasattr(lm, "get_output_embeddings") or not hasattr(lm, "config"):
         raise TypeError(f"model must be a transformers causal language model, got {type(lm).__name__}")
-    if hasattr(lm, "peft_config") and hasattr(lm, "get_base_model"):
-        if lm.active_peft_config.is_prompt_learning:
+    if callable(get_base_model := getattr(lm, "get_base_model", None)):
+        adapter: Any = lm.active_peft_config
+        if adapter.is_prompt_learning:
             raise ValueError(
-                f"model has a prompt-learning adapter ({lm.active_peft_config.peft_type}), which adds tokens of its own: "
-                "model_logps serves adapters that keep the tokens, such as LoRA"
+                f"model has a prompt-learning adapter ({adapter.peft_type}), which adds tokens of its own: model_logps serves "
+                "adapters that keep the tokens, such as LoRA"
             )
-        lm = lm.get_base_model()
+        lm = get_base_model()
     if getattr(lm.config, "is_encoder_decoder", False):
         raise ValueError(f"model must be a causal language model, got the encoder-decoder {type(lm).__name__}")
-    for part in {id(m): m for m in (model, lm, lm.get_output_embeddings())}.values():
+    for part in (model, lm, lm.get_output_embeddings()):
         if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None:
             raise ValueError(
                 "model is compiled together with its head, which cannot be left out then: compile the decoder alone, as in "
                 "model.model.compile()"
             )
+    _head_weight(lm)
     return lm
 
 
@@ -226,7 +233,7 @@ def _packed(
 ) -> tuple[PackedSequences, Layout]:
     """The sequences end to end, and how the caller laid them out."""
     if not isinstance(input_ids, PackedSequences):
-        ids, layout = lay_out(input_ids, attention_mask, cu_seqlens)
+        ids, layout = lay_out(input_ids, attention_mask, cu_seqlens, name="input_ids")
         return make_pack(ids, layout, labels, prompt_lengths, ignore_index), layout
     given = {
         "attention_mask": attention_mask,
@@ -290,11 +297,8 @@ def _why_not(
         return reasons
     sizes = [b - a for a, b in itertools.pairwise(bounds) if b > a]
     width = _head_weight(lm)[0].shape[1]
-    if (one := _row_cost(1, bounds[-1], width)) > (batch := _row_cost(len(sizes), packed.max_seqlen, width)):
-        return [
-            f"{_attention(lm)} attention over one row of {bounds[-1]} tokens costs {one / batch:.1f} times the padded batch"
-        ]
-    return []
+    one, batch = _row_cost(1, bounds[-1], width), _row_cost(len(sizes), packed.max_seqlen, width)
+    return [f"a row of {bounds[-1]} tokens costs {one / batch:.1f} times the padded batch"] if one > batch else []
 
 
 def _row_cost(rows: int, tokens: int, width: int) -> int:
@@ -347,22 +351,23 @@ def _head_weight(lm: Any) -> tuple[Tensor, Tensor | None]:
     if head is None:
         raise ValueError(f"model must have a head, but {type(lm).__name__}.get_output_embeddings() is None")
     linear = head
-    while not isinstance(linear, nn.Linear):
-        # PEFT's wrappers; getattr, since transformers and torch have none of these names
+    while not isinstance(linear, nn.Linear):  # PEFT's wrappers, told by names that neither torch nor transformers has
         off = getattr(linear, "disable_adapters", False) or not getattr(linear, "active_adapters", [])
-        if not off and isinstance(getattr(linear, "modules_to_save", None), nn.ModuleDict):
-            linear = linear.modules_to_save[linear.active_adapters[0]]
-        elif off and isinstance(inner := getattr(linear, "original_module", None), nn.Module):
-            linear = inner
-        elif (off or getattr(linear, "merged", False)) and isinstance(inner := getattr(linear, "base_layer", None), nn.Module):
-            linear = inner
-        else:
+        copies = getattr(linear, "modules_to_save", None)
+        if not off and isinstance(copies, nn.ModuleDict):
+            linear = copies[linear.active_adapters[0]]
+            continue
+        inner = getattr(linear, "base_layer" if hasattr(linear, "base_layer") else "original_module", None)
+        if not isinstance(inner, nn.Module) or not (off or getattr(linear, "merged", False)):
             break
+        linear = inner
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
         raise ValueError(
             f"model's head must be an nn.Linear, got {type(linear).__module__}.{type(linear).__name__}; an adapter on the head "
             "must be merged, or left out of target_modules (modules_to_save=['lm_head'] trains it whole)"
         )
+    if hasattr(linear.weight, "ds_id"):  # gone again when the backward pass asks for it
+        raise ValueError("model's head is sharded by DeepSpeed ZeRO-3, which model_logps does not serve: use stage 1 or 2")
     return linear.weight, linear.bias
 
 
@@ -415,36 +420,70 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _probe(model: nn.Module, lm: Any) -> list[str]:
-    """Whether two short sequences in one row get the hidden states that they get alone."""
-    weight, _ = _head_weight(lm)
-    device, vocab, n = lm.get_input_embeddings().weight.device, lm.get_input_embeddings().weight.shape[0], _PROBE_TOKENS
-    first, other, second = ((torch.arange(3 * n, device=device) * 7 + vocab // 3) % vocab).view(3, n)
-    alone, joined = torch.arange(n, device=device), torch.arange(2 * n, device=device)
-    bounds = torch.tensor([0, n, 2 * n], dtype=torch.int32, device=device)
+def _known(model: nn.Module, lm: Any, probe: Callable[[nn.Module, Any], list[str]]) -> list[str]:
+    """What a probe finds about a model, found once."""
+    known = _probed.setdefault(lm, {})
+    key = (_attention(lm), probe.__name__)
+    if key not in known:
+        with torch.no_grad(), _evaluating(model):
+            known[key] = probe(model, lm)
+    return list(known[key])
 
-    def hidden(inputs: dict[str, Any]) -> Tensor:
-        state = _at_the_head(model, lm, inputs, lambda x: x)[0]
-        return state[-n:].to(weight.device, torch.float64)
+
+def _probe_ids(lm: Any, count: int) -> Tensor:
+    """Token ids (count, _PROBE_TOKENS)."""
+    vocab = lm.config.get_text_config().vocab_size
+    ids = torch.arange(count * _PROBE_TOKENS, device=lm.get_input_embeddings().weight.device)
+    return ((ids * 7 + vocab // 3) % vocab).view(count, _PROBE_TOKENS)
+
+
+def _states(model: nn.Module, lm: Any, inputs: dict[str, Any]) -> Tensor:
+    """What the model hands its head, (S, T, H) float64."""
+    return _at_the_head(model, lm, inputs, lambda hidden: hidden).double()
+
+
+def _change(a: Tensor, b: Tensor) -> float:
+    """The most that a hidden state differs. Each (..., H)."""
+    return float((a - b).norm(dim=-1).max())
+
+
+def _probe_row(model: nn.Module, lm: Any) -> list[str]:
+    """Whether two short sequences in one row get the hidden states that they get alone."""
+    n = _PROBE_TOKENS
+    first, other, second = _probe_ids(lm, 3)
+    alone, joined = torch.arange(n, device=second.device), torch.arange(2 * n, device=second.device)
+    bounds = torch.tensor([0, n, 2 * n], dtype=torch.int32, device=second.device)
 
     def packed(before: Tensor) -> Tensor:
         pack = PackedSequences(torch.cat((before, second)), alone.repeat(2), bounds, n)
-        return hidden(pack.model_inputs(flash_attention="flash" in _attention(lm)))
+        return _states(model, lm, pack.model_inputs(flash_attention="flash" in _attention(lm)))[0, n:]
 
     def continued(before: Tensor) -> Tensor:
-        return hidden({"input_ids": torch.cat((before, second))[None], "position_ids": joined[None]})
+        ids = torch.cat((before, second))
+        return _states(model, lm, {"input_ids": ids[None], "position_ids": joined[None]})[0, n:]
 
-    def change(a: Tensor, b: Tensor) -> float:
-        return float((a - b).norm(dim=-1).max())
-
-    with torch.no_grad(), _evaluating(model):
-        by_itself = hidden({"input_ids": second[None], "position_ids": alone[None]})
-        row, scale = packed(first), change(continued(first), continued(other))
-        leak, difference = change(row, packed(other)), change(row, by_itself)
+    by_itself = _states(model, lm, {"input_ids": second[None], "position_ids": alone[None]})[0]
+    row, scale = packed(first), _change(continued(first), continued(other))
     name = f"{type(lm).__name__} with {_attention(lm)} attention"
     # written so that NaN, and a model in which context changes nothing, are reasons
-    if not leak < _LEAK * scale:
+    if not _change(row, packed(other)) < _LEAK * scale:
         return [f"{name} lets the sequences of one row see each other (or does not react to context at all)"]
-    if not difference < _DIFFERENCE * scale:
+    if not _change(row, by_itself) < _DIFFERENCE * scale:
         return [f"{name} gives the sequences of one row other hidden states than alone"]
+    return []
+
+
+def _probe_padded(model: nn.Module, lm: Any) -> list[str]:
+    """Whether neither padding to its right nor later tokens change the hidden states of a sequence."""
+    (ids,) = _probe_ids(lm, 1)
+    short = ids[: _PROBE_TOKENS // 2]
+    mask = torch.ones_like(ids).repeat(2, 1)
+    mask[1, len(short) :] = 0
+    alone = _states(model, lm, {"input_ids": short[None], "attention_mask": torch.ones_like(short)[None]})[0]
+    later, padded = _states(model, lm, {"input_ids": ids.repeat(2, 1), "attention_mask": mask})[:, : len(short)]
+    limit = _DIFFERENCE * float((alone - alone.mean(0)).norm(dim=-1).max())
+    if not _change(later, alone) <= limit:
+        return [f"{type(lm).__name__} is not causal: later tokens change the hidden states of earlier ones"]
+    if not _change(padded, alone) <= limit:
+        return [f"{type(lm).__name__} gives sequences with padding to their right other hidden states than alone"]
     return []

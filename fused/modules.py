@@ -202,8 +202,30 @@ class FusedLinearLoss(nn.Module):
         )
 
 
+def check_reference_states(
+    hidden: Tensor, weight: Tensor, ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None
+) -> Reference | None:
+    """The reference's hidden states and head, shaped like the policy's up to the hidden size; ``None`` if none are given."""
+    named = {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
+    given = [name for name, value in named.items() if value is not None]
+    if given and (ref_hidden is None or ref_weight is None):
+        raise ValueError(f"ref_hidden and ref_weight must be given together, got only {', '.join(given)}")
+    if ref_hidden is None or ref_weight is None:
+        return None
+    check_tensor("ref_hidden", ref_hidden)
+    if ref_hidden.device != hidden.device:
+        raise ValueError(f"ref_hidden is on {ref_hidden.device} but hidden is on {hidden.device}: move one of them")
+    check_head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
+    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(f"ref_hidden must have shape {(*hidden.shape[:-1], 'H')} like hidden, got {tuple(ref_hidden.shape)}")
+    if len(ref_weight) != len(weight):
+        raise ValueError(f"ref_weight must have {len(weight)} rows like weight, got {len(ref_weight)}")
+    states = ref_hidden.detach().to(compute_dtype(ref_hidden)).reshape(-1, ref_hidden.shape[-1])
+    return Reference(states, ref_weight.detach(), None if ref_bias is None else ref_bias.detach())
+
+
 @functools.cache
-def _eagerly(fn: Callable[..., Any]) -> Callable[..., Any]:
+def eagerly(fn: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.compiler.disable``, at the first call: as a decorator it would add a second to every import of the package."""
     return torch.compiler.disable(fn)
 
@@ -291,31 +313,15 @@ class _Batch:
             raise ValueError(f"{name} is given, but this loss does not use a reference")
         if ref_logps is not None and given:
             raise ValueError(f"ref_logps and {given[0]} are given: pass the log-probabilities or the hidden states, not both")
-        if (ref_hidden is None) != (ref_weight is None) or (ref_bias is not None and ref_weight is None):
-            raise ValueError(f"ref_hidden and ref_weight must be given together, got only {', '.join(given)}")
         if loss.needs_reference and ref_logps is None and ref_hidden is None:
             raise ValueError("this loss needs a reference: pass ref_logps, or ref_hidden and ref_weight")
         if ref_logps is not None:
             return _ReferenceInputs(check_per_sequence("ref_logps", ref_logps, self.num_sequences, device), None)
-        if ref_hidden is None or ref_weight is None:
-            return _ReferenceInputs(None, None)
-        check_tensor("ref_hidden", ref_hidden)
-        if ref_hidden.device != device:
-            raise ValueError(f"ref_hidden is on {ref_hidden.device} but hidden is on {device}: move one of them")
-        check_head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
-        if ref_hidden.shape[:-1] != self.hidden.shape[:-1]:
-            raise ValueError(
-                f"ref_hidden must have shape {(*self.hidden.shape[:-1], 'H')} like hidden, got {tuple(ref_hidden.shape)}"
-            )
-        if len(ref_weight) != len(self.weight):
-            raise ValueError(f"ref_weight must have {len(self.weight)} rows like weight, got {len(ref_weight)}")
-        states = ref_hidden.detach().to(compute_dtype(ref_hidden)).reshape(-1, ref_hidden.shape[-1])
-        bias = None if ref_bias is None else ref_bias.detach()
-        return _ReferenceInputs(None, Reference(states, ref_weight.detach(), bias))
+        return _ReferenceInputs(None, check_reference_states(self.hidden, self.weight, ref_hidden, ref_weight, ref_bias))
 
     def run(self, terms: list[Term], states: Reference | None, metrics: bool) -> tuple[Tensor, Report, Entries]:
         """Hand the call to the engine. Inside compiled code this runs eagerly: the schedule depends on the data."""
-        return _eagerly(_Batch._run)(self, terms, states, metrics)
+        return eagerly(_Batch._run)(self, terms, states, metrics)
 
     def _run(self, terms: list[Term], states: Reference | None, metrics: bool) -> tuple[Tensor, Report, Entries]:
         entries = make_entries(

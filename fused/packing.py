@@ -220,6 +220,7 @@ def lay_out(
     attention_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     device: torch.device | str | None = None,
+    name: str = "sequences",
 ) -> tuple[Tensor, Layout]:
     """The token ids end to end, (N,) int64, and how they were laid out; what :func:`pack` says of its arguments holds."""
     if attention_mask is not None and not (isinstance(sequences, Tensor) and sequences.dim() == 2):
@@ -227,17 +228,17 @@ def lay_out(
     if cu_seqlens is not None and not (isinstance(sequences, Tensor) and sequences.dim() == 1):
         raise ValueError("cu_seqlens is for packed ids of shape [N]; padded ids take attention_mask, and lists need neither")
     if not isinstance(sequences, Tensor):
-        flat, lengths = _concatenated("sequences", sequences)
+        flat, lengths = _concatenated(name, sequences)
         flat = flat if device is None else flat.to(device)
         return flat, Layout("list", tuple(flat.shape), [0, *itertools.accumulate(lengths)], flat.device)
-    _check_integers("sequences", sequences)
+    _check_integers(name, sequences)
     ids = sequences if device is None else sequences.to(device)
     if ids.dim() == 2:
         layout = _of_padded(ids, attention_mask)
-        return layout.flatten("sequences", ids), layout
+        return layout.flatten(name, ids), layout
     if ids.dim() != 1 or cu_seqlens is None:
         raise ValueError(
-            f"sequences must be padded [S, T], packed [N] with cu_seqlens, or a list, got a tensor of shape {tuple(ids.shape)}"
+            f"{name} must be padded [S, T], packed [N] with cu_seqlens, or a list, got a tensor of shape {tuple(ids.shape)}"
             f"{'' if ids.dim() != 1 else ' without cu_seqlens'}"
         )
     return ids.long(), Layout("packed", tuple(ids.shape), check_cu_seqlens(cu_seqlens, len(ids), ids.device), ids.device)

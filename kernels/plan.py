@@ -259,9 +259,7 @@ def plan(
         steps, again = _token_steps(num_tokens, rows) if token_groups else _loss_steps(groups, rows, margin, second)
         tiles = sum(_tiles(s) for s in steps)
         if token_groups:
-            reason = (
-                f"tokens need not wait for each other, so the gradients are made in {tiles} tile(s) of at most {rows} tokens"
-            )
+            reason = f"no token waits for another: the gradients are made in the forward pass, in {tiles} tile(s) of up to {rows}"
         elif again:
             reason = f"{again} tokens are in groups of more than the {rows} that a tile holds; their logits are made twice"
         elif steps[0].schedule == DEFERRED_SCALE:

@@ -7,6 +7,10 @@ from logitless.fused.losses.kto import KTO_LOSSES
 from logitless.fused.losses.simple import CPO_LOSSES
 from logitless.fused.modules import FusedLinearLoss, KTOOutput, PreferenceOutput
 from logitless.fused.multi_objective import FusedLinearMultiObjectiveLoss, MultiObjectiveOutput, Objective
+from logitless.fused.policy.batch import PolicyLoss, PolicyLossResult, Tokens
+from logitless.fused.policy.grpo import GRPO_LOSSES
+from logitless.fused.policy.importance import importance_sampling_ratio
+from logitless.fused.policy.modules import FusedLinearGRPOLoss, FusedLinearPolicyLoss, FusedLinearPPOLoss, PolicyOutput
 from logitless.fused.preference import (
     FusedLinearCPOLoss,
     FusedLinearDPOLoss,
@@ -30,15 +34,19 @@ __version__ = "0.1.0"
 __all__ = [
     "CPO_LOSSES",
     "DPO_LOSSES",
+    "GRPO_LOSSES",
     "KTO_LOSSES",
     "OUTPUTS",
     "FusedLinearCPOLoss",
     "FusedLinearDPOLoss",
+    "FusedLinearGRPOLoss",
     "FusedLinearIPOLoss",
     "FusedLinearKTOLoss",
     "FusedLinearLoss",
     "FusedLinearMultiObjectiveLoss",
     "FusedLinearORPOLoss",
+    "FusedLinearPPOLoss",
+    "FusedLinearPolicyLoss",
     "FusedLinearSimPOLoss",
     "HeadSpec",
     "KTOOutput",
@@ -48,12 +56,17 @@ __all__ = [
     "Objective",
     "Pairs",
     "Plan",
+    "PolicyLoss",
+    "PolicyLossResult",
+    "PolicyOutput",
     "PreferenceOutput",
     "Sequences",
     "Settings",
     "TokenStats",
+    "Tokens",
     "available_backends",
     "current_settings",
+    "importance_sampling_ratio",
     "integrations",
     "linear_logps",
     "plan",

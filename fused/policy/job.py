@@ -1,0 +1,162 @@
+"""A policy loss as the engine's job: tokens in, one coefficient a token out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from logitless.kernels.plan import Plan, Step
+from logitless.kernels.stats import RowStats
+
+from ..evaluate import check_leaves
+from ..job import Coefficients, Job
+from .batch import PolicyLoss, PolicyLossResult, Tokens
+
+
+@dataclass
+class PolicyReport:
+    """What came of a call besides the loss; detached, (N,) each, in the order of the entries.
+
+    Attributes:
+        logps, old_logps: log-probabilities under the policy, and those that it was compared with.
+        metrics: of the loss function.
+        bonus_mask: bool; ``None``: all.
+    """
+
+    plan: Plan
+    logps: Tensor
+    old_logps: Tensor
+    ref_logps: Tensor | None
+    entropies: Tensor | None
+    metrics: dict[str, Tensor]
+
+
+@dataclass
+class PolicyJob(Job):
+    """One policy loss over the tokens of a batch; all tensors are in the order of the entries.
+
+    Attributes:
+        loss: the loss function.
+        weights: (N,) what a token's loss is multiplied by.
+        inputs: (N,) tensors; ``advantages`` and, where given, ``old_logps`` and ``ref_logps`` among them.
+        sequence_inputs: (S,) tensors, by sequence.
+        entropy_coef: weight of the entropy bonus.
+        bonus_weights: (N,) of a token's entropy in the bonus; ``None``: their mean over the loss's ``bonus_mask``.
+    """
+
+    loss: PolicyLoss
+    weights: Tensor
+    inputs: Mapping[str, Tensor]
+    sequence_inputs: Mapping[str, Tensor]
+    entropy_coef: float
+    bonus_weights: Tensor | None
+
+    @property
+    def loss_outputs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"entropy"} if self.loss.uses_entropy or self.entropy_gradient else ())
+
+    @property
+    def token_groups(self) -> bool:  # type: ignore[override]
+        return self.loss.group == "token"
+
+    @property
+    def entropy_gradient(self) -> bool:  # type: ignore[override]
+        return self.loss.entropy_gradient or self.entropy_coef != 0
+
+    def evaluation(self, wide: torch.dtype, device: torch.device) -> PolicyEvaluation:
+        return PolicyEvaluation(self, wide, device)
+
+
+class PolicyEvaluation:
+    """Evaluates the loss on the tokens of one step and keeps what came of them. See :class:`Evaluates`."""
+
+    def __init__(self, job: PolicyJob, wide: torch.dtype, device: torch.device) -> None:
+        self.job, self.wide = job, wide
+        self.loss = torch.zeros((), dtype=wide, device=device)
+        self.parts: list[dict[str, Tensor]] = []
+        sizes = torch.tensor([job.entries.sequence_sizes[s] for group in job.entries.groups for s in group])
+        self.ends = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0).long()])  # in the order of the entries
+
+    def _offsets(self, step: Step) -> tuple[list[int], Tensor]:
+        """The sequences of the step, and where each starts and ends among its tokens."""
+        groups = self.job.entries.groups
+        before = sum(len(group) for group in groups[: step.first_group])
+        sequences = [s for group in groups[step.first_group : step.last_group] for s in group]
+        offsets = self.ends[before : before + len(sequences) + 1] - step.start
+        return sequences, offsets.to(self.loss.device)
+
+    def coefficients(self, step: Step, stats: RowStats, ref_token_logps: Tensor | None, needs_grad: bool) -> Coefficients:
+        job, span = self.job, slice(step.start, step.stop)
+        sequences, offsets = ([], None) if job.token_groups else self._offsets(step)
+        inputs = {name: value[span].to(self.wide) for name, value in job.inputs.items()}
+        for name, value in job.sequence_inputs.items():
+            inputs[name] = value[torch.tensor(sequences, dtype=torch.long, device=value.device)].to(self.wide)
+        with torch.enable_grad():
+            logps = stats.logps.to(self.wide).requires_grad_(needs_grad)
+            entropies = None if stats.entropy is None else stats.entropy.to(self.wide)
+            if entropies is not None and job.entropy_gradient:
+                entropies.requires_grad_(needs_grad)
+            ref = inputs.pop("ref_logps", None if ref_token_logps is None else ref_token_logps.to(self.wide))
+            old = inputs.pop("old_logps", None)
+            tokens = Tokens(
+                logps=logps,
+                old_logps=logps.detach() if old is None else old,
+                advantages=inputs.pop("advantages"),
+                ref_logps=ref,
+                entropies=entropies,
+                inputs=inputs,
+                offsets=offsets,
+            )
+            result = job.loss(tokens)
+            _check_result(result, len(logps))
+            leaves = [logps] if entropies is None or not job.entropy_gradient else [logps, entropies]
+            check_leaves(result.losses, leaves)
+            total = (result.losses * job.weights[span]).sum()
+            if job.entropy_coef != 0:
+                assert entropies is not None
+                total = total - job.entropy_coef * (entropies * self._bonus_weights(result, span)).sum()
+            gradients: list[Tensor | None] = [None, None]
+            if needs_grad:
+                found = torch.autograd.grad(total, leaves, allow_unused=True)
+                gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)] + [None]
+        self.loss += total.detach()
+        kept = {"logps": tokens.logps, "old_logps": tokens.old_logps, "ref_logps": ref, "entropies": entropies}
+        part = {name: value.detach() for name, value in kept.items() if value is not None}
+        part |= {"metrics/" + name: value.detach() for name, value in result.metrics.items()}
+        self.parts.append(part)
+        return Coefficients(*(None if g is None else g.to(stats.logps.dtype) for g in gradients[:2]))
+
+    def _bonus_weights(self, result: PolicyLossResult, span: slice) -> Tensor:
+        if self.job.bonus_weights is not None:
+            return self.job.bonus_weights[span]
+        # a mask that is known only now, over the whole batch: the loss is of group "batch"
+        assert result.bonus_mask is not None
+        mask = result.bonus_mask.to(self.wide)
+        return mask / mask.sum().clamp(min=1)
+
+    def report(self, plan: Plan, tokens: dict[str, Tensor], dtype: torch.dtype) -> PolicyReport:
+        joined = {name: torch.cat([part[name] for part in self.parts]) for name in self.parts[0]}
+        metrics = {name.removeprefix("metrics/"): value for name, value in joined.items() if name.startswith("metrics/")}
+        named = {name: joined[name].to(dtype) if name in joined else None for name in ("ref_logps", "entropies")}
+        if "entropy" in tokens:
+            named["entropies"] = tokens["entropy"]
+        return PolicyReport(
+            plan, joined["logps"].to(dtype), joined["old_logps"].to(dtype), named["ref_logps"], named["entropies"], metrics
+        )
+
+
+def _check_result(result: PolicyLossResult, count: int) -> None:
+    """What a loss function returned: one value a token, in tensors."""
+    named: dict[str, object] = {"losses": result.losses}
+    named.update({f"metrics[{name!r}]": value for name, value in result.metrics.items()})
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"the loss function returned {name} of type {type(value).__name__}; it must be a torch.Tensor")
+        if tuple(value.shape) != (count,) or not value.is_floating_point():
+            raise ValueError(
+                f"the loss function returned {name} of shape {tuple(value.shape)} and {value.dtype}; it must be floating point "
+                f"with one value a token: ({count},)"
+            )

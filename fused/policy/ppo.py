@@ -1,0 +1,70 @@
+"""PPO's clipped policy loss as a pure function of token log-probabilities. https://huggingface.co/papers/1707.06347"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .batch import PolicyLoss, PolicyLossResult, Tokens
+from .kl import KL_ESTIMATORS, kl_estimate
+
+#: Estimators whose value comes with the gradient of k2, which is that of the KL divergence on average; verl's names.
+STRAIGHT_THROUGH = {name + "+": name for name in KL_ESTIMATORS if name != "k2"}
+#: What ``kl_estimator`` may be.
+KL_PENALTIES = (*KL_ESTIMATORS, *STRAIGHT_THROUGH)
+
+
+def kl_penalty(logps: Tensor, ref_logps: Tensor, estimator: str) -> Tensor:
+    """``kl_estimate``, and with a ``+`` its value with the gradient of ``"k2"``. logps, ref_logps (n,) -> (n,)."""
+    if estimator not in STRAIGHT_THROUGH:
+        return kl_estimate(logps, ref_logps, estimator)
+    value = kl_estimate(logps, ref_logps, STRAIGHT_THROUGH[estimator])
+    carrier = kl_estimate(logps, ref_logps, "k2")
+    return value.detach() + (carrier - carrier.detach())
+
+
+def divergence_metrics(tokens: Tokens, logratios: Tensor) -> dict[str, Tensor]:
+    """How far the policy has moved from the one that sampled: both estimates of ``KL(old || new)``, which clipping limits."""
+    moved = logratios.detach()
+    return {
+        "ratio": moved.exp(),
+        "approx_kl": -moved,
+        "approx_kl_k3": kl_estimate(tokens.old_logps, tokens.logps.detach(), "k3"),
+    }
+
+
+def ppo(
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    kl_coef: float,
+    kl_estimator: str,
+) -> PolicyLoss:
+    """See :class:`logitless.FusedLinearPPOLoss`."""
+
+    def fn(tokens: Tokens) -> PolicyLossResult:
+        a = tokens.advantages
+        logratios = tokens.logps - tokens.old_logps
+        ratios = logratios.exp()
+        unclipped, clipped = -a * ratios, -a * ratios.clamp(1 - clip_low, 1 + clip_high)
+        losses = torch.maximum(unclipped, clipped)
+        beyond = (unclipped < clipped).detach()
+        metrics = divergence_metrics(tokens, logratios)
+        metrics["clip_fraction/low"] = (beyond & (a < 0)).to(a.dtype)
+        metrics["clip_fraction/high"] = (beyond & (a > 0)).to(a.dtype)
+        metrics["clip_fraction"] = beyond.to(a.dtype)
+        if dual_clip is not None:
+            bound = -a * dual_clip
+            cut = (a < 0) & (losses > bound)
+            metrics["clip_fraction/dual"] = cut.detach().to(a.dtype)
+            losses = torch.where(cut, bound, losses)
+        if "importance_sampling_ratio" in tokens.inputs:
+            losses = losses * tokens.inputs["importance_sampling_ratio"]
+        if tokens.ref_logps is not None:
+            kl = kl_penalty(tokens.logps, tokens.ref_logps, kl_estimator)
+            metrics["kl"] = kl.detach()
+            losses = losses + kl_coef * kl
+        return PolicyLossResult(losses, metrics)
+
+    return PolicyLoss(fn, "token", needs_reference=kl_coef != 0, uses_reference=kl_coef != 0)
