@@ -35,6 +35,7 @@ FOLDERS = {
     "logitless.kernels.triton_kernels": "kernels/triton_kernels",
     "logitless.fused": "fused",
     "logitless.fused.losses": "fused/losses",
+    "logitless.fused.policy": "fused/policy",
     "logitless.bench": "bench",
 }
 PARTS = ("cpu", "cuda")

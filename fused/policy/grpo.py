@@ -65,7 +65,7 @@ def off_policy_mask(tokens: Tokens, threshold: float) -> Tensor:
 
 
 def vespo_weights(tokens: Tokens, logratios: Tensor, options: GRPOOptions) -> Tensor:
-    """VESPO's Gamma weight ``exp(l) w**k exp(-l w)`` of each sequence's ratio w. https://huggingface.co/papers/2602.10693. (n,)"""
+    """VESPO's weight ``exp(l) w**k exp(-l w)`` of each sequence's ratio w, https://huggingface.co/papers/2602.10693. (n,)."""
     log_w = tokens.sequence_sum(logratios.detach().clamp(-_VESPO_LARGEST, _VESPO_LARGEST))
     if "sequence_importance_sampling_ratio" in tokens.inputs:
         correction = tokens.inputs["sequence_importance_sampling_ratio"].log()

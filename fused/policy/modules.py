@@ -685,10 +685,9 @@ def _check_values(name: str, value: Any, labels: Tensor, num_sequences: int | No
     if num_sequences is not None:
         wanted.append((num_sequences,))
     if tuple(value.shape) not in wanted:
-        accepted = f"shape {wanted[0]} like labels" + (
-            f", or {wanted[1]}, one value a sequence" if num_sequences is not None else ""
-        )
-        raise ValueError(f"{name} must have {accepted}, got {tuple(value.shape)}")
+        accepted = " or ".join(map(str, wanted))
+        what = "like labels" + (", or one value a sequence" if len(wanted) > 1 else "")
+        raise ValueError(f"{name} must have shape {accepted} ({what}), got {tuple(value.shape)}")
     if value.device != labels.device:
         raise ValueError(f"{name} is on {value.device} but labels is on {labels.device}: move one of them")
     detached: Tensor = value.detach()
