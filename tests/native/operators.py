@@ -13,6 +13,7 @@ from logitless.kernels.native import SUMS
 
 OUTPUT_BITS = {"ez": 1, "z": 2, "top": 4, "ee": 8}
 EVERYTHING = sum(OUTPUT_BITS.values())
+WITHOUT_SLOPE = 16
 ROUNDING = (None, torch.bfloat16, torch.float16)
 #: Relative error of one rounding to each type.
 EPSILON = {torch.float64: 2**-53, torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}

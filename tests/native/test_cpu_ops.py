@@ -191,6 +191,19 @@ def test_tile_pass_of_a_known_row_mixes_and_writes_the_target(head):
     assert ((out - want).abs() <= 1e-6 * reach * size + 1e-6 * want.abs()).all()
 
 
+@pytest.mark.parametrize("outputs", [16, 31])
+@pytest.mark.parametrize("destination", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_tile_pass_leaves_out_the_slope_on_request(outputs, destination):
+    source, labels, k = make(5, 1500, torch.float32, 1)
+    labels[:2] = 700
+    want, got = torch.empty(5, 1500), torch.empty(5, 1500, dtype=destination)
+    plain = HeadSpec(softcap=HEADS[2].softcap)
+    ops.tile_pass(source, got, None, labels, k, native.new_sums(5, k.device), None, None, *numbers(plain), 3, outputs, 0)
+    capped = plain.apply(source)
+    ops.tile_pass(capped, want, None, labels, k.clone(), native.new_sums(5, k.device), None, None, 1.0, 0.0, 1.0, 3, 0, 0)
+    torch.testing.assert_close(got.float(), want, rtol=1e-5 + torch.finfo(destination).eps, atol=1e-6)
+
+
 def test_tile_pass_writes_16_bit_rows_where_32_bit_rows_start():
     source, labels, k = make(7, 2048, torch.float32, 2, gap=0)
     k -= 1
@@ -225,7 +238,7 @@ needs_gemm = pytest.mark.skipif(not native.has_bf16_gemm(), reason="oneDNN has n
     seed=st.integers(0, 999),
     head=st.sampled_from(HEADS),
     gap=st.sampled_from([0.0, 0.0, 60.0, 300.0]),
-    outputs=st.sampled_from([0, 15]),
+    outputs=st.sampled_from([0, 15, 31]),  # 16: without the slope
     bias=st.booleans(),
 )
 def test_score_block(weight_dtype, n, vocab, hidden, seed, head, gap, outputs, bias):
@@ -253,7 +266,7 @@ def test_score_block(weight_dtype, n, vocab, hidden, seed, head, gap, outputs, b
     slack = 4 + (x.float().norm(dim=1).max().item() * w.float().norm(dim=1).max().item() if n else 0)
     assert_sums(sums, k, raised, lambda kk: Reference(raw, labels, head, kk, 0), torch.float32, slack)
     ref = Reference(raw, labels, head, raised, 0)
-    want, got = (ref.e * ref.slope), gradient.view(vocab, n).T.double()
+    want, got = (ref.e if outputs & 16 else ref.e * ref.slope), gradient.view(vocab, n).T.double()
     roundings = 1 + (raised != k).double()[:, None]  # what was written before k was raised is rounded again
     error = (got - want).abs() - want.abs() * 2**-8 * 1.02 * roundings - 1e-5 * (1 + slack) * want.abs()
     ok = error <= 1e-34 + ref.e * 2**-123  # exponents of both factors stop where float32 would be subnormal

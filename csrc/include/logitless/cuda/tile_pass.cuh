@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(kMaxTileThreads, sizeof(Source) == 8 ? 2 : 3)
           }
         }
         if (destination != nullptr && column < width) {
-          if (head.capped && !(op.outputs & kWithoutSlope)) {
+          if (head.capped && !(kExtra == Extra::kStatistics && (op.outputs & kWithoutSlope))) {
 #pragma unroll
             for (int i = 0; i < L::kVector; ++i) g[i] *= head.slope(z[u][i]);
           }
