@@ -7,9 +7,10 @@ import itertools
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,7 @@ def model_logps(
     temperature: float | None = None,
     outputs: str | Iterable[str] = ("logps",),
     ignore_index: int = -100,
+    shifted: bool = False,
     padding_free: bool | None = None,
     **model_kwargs: Any,
 ) -> TokenStats:
@@ -77,8 +79,10 @@ def model_logps(
     ``max_length_q/k``. Some models silently let such sequences see each other (recurrent and convolutional layers; models
     that do not pass position ids to their mask, as Bloom, OPT, GPT-OSS and AFMoE in transformers 5.23). So a model is looked
     at and tried out once, with 16 tokens, before it is used this way (:func:`why_not_padding_free`); where it cannot, the
-    sequences run as a right-padded batch. With ``sdpa`` and ``eager`` attention, the mask of one row of N tokens has N * N
-    entries; unless asked for, these run padding-free only where that costs less than the padding does.
+    sequences run as a right-padded batch, for which it is tried out too. What transformers itself takes from the longest
+    sequence of a batch (``"dynamic"`` and ``"longrope"`` position scaling) holds for all of a row as well. With ``sdpa`` and
+    ``eager`` attention, the mask of one row of N tokens has N * N entries; unless asked for, these run padding-free only
+    where that costs less than the padding does.
 
     Args:
         model: what ``AutoModelForCausalLM`` returns, or a wrapper of it. Its head must be a plain ``nn.Linear``.
@@ -91,6 +95,8 @@ def model_logps(
         head: logit scale, soft-cap and temperature; default ``HeadSpec.from_config(model.config)``.
         temperature: divides the logits, in place of the head's.
         outputs: which fields of the result to compute, of :data:`logitless.OUTPUTS`.
+        shifted: align the results with the labels of :func:`logitless.pack`, that is with the token before, which predicts.
+            Losses take them so.
         padding_free: ``True``: one row, or an error where that would be wrong; ``False``: a right-padded batch; ``None``:
             whichever is right and costs less. The choice is logged at DEBUG.
         model_kwargs: further arguments of the model's forward, passed on as they are.
@@ -112,46 +118,87 @@ def model_logps(
         >>> (stats.logps != 0).tolist()
         [False, False, True, True, False, True]
     """
+    wanted = check_outputs(outputs)
+    if not isinstance(shifted, bool):
+        raise TypeError(f"shifted must be a bool, got {shifted!r}")
+    packed, layout = _packed(input_ids, attention_mask, cu_seqlens, labels, prompt_lengths, ignore_index)
+    if position_ids is None and isinstance(input_ids, PackedSequences):
+        position_ids = input_ids.position_ids
+    positions = None if position_ids is None else _positions(position_ids, packed, layout)
+
+    def score(at: HeadCall) -> TokenStats:
+        labels = at.labels.to(at.weight.device)
+        stats = linear_logps(at.hidden.to(at.weight.device), at.weight, labels, at.bias, at.head, wanted, packed.ignore_index)
+        return TokenStats(**{name: _of_tokens(getattr(stats, name), at.where, layout, shifted) for name in wanted})
+
+    options = {"head": head, "temperature": temperature, "padding_free": padding_free, "model_kwargs": model_kwargs}
+    result: TokenStats = _run(model, packed, layout.bounds, positions, score, **options)
+    return result
+
+
+class HeadCall(NamedTuple):
+    """What there is where a model calls its head. P positions in the shape in which the model ran."""
+
+    hidden: Tensor  # (..., H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    head: HeadSpec
+    labels: Tensor  # (...), shifted
+    where: Tensor  # (N,) the flat position of each packed token
+
+
+def run_packed(model: nn.Module, packed: PackedSequences, score: Callable[[HeadCall], Any], **options: Any) -> Any:
+    """What ``score`` makes of a model's run on packed sequences; ``options`` as those of :func:`_run`."""
+    checked, layout = _packed(packed, None, None, None, None, -100)
+    return _run(model, checked, layout.bounds, _positions(packed.position_ids, checked, layout), score, **options)
+
+
+def _run(
+    model: nn.Module,
+    packed: PackedSequences,
+    bounds: list[int],
+    positions: Tensor | None,  # (N,), where they are not the usual ones
+    score: Callable[[HeadCall], Any],
+    *,
+    head: HeadSpec | None,
+    temperature: float | None,
+    padding_free: bool | None,
+    model_kwargs: Mapping[str, Any],
+) -> Any:
+    """Run the model in the way that is right and costs less, and ``score`` in place of its head."""
     if padding_free not in (True, False, None):
         raise TypeError(f"padding_free must be True, False or None, got {padding_free!r}")
     for name in _NOT_FOR_THE_MODEL:
         if name in model_kwargs:
-            raise ValueError(f"{name} is not an argument of model_logps, which decides what the model gets for it")
-    wanted = check_outputs(outputs)
+            raise ValueError(f"{name} is not to be given: what the model gets for it is decided here")
     lm = causal_lm(model)
     if unknown := model_kwargs.keys() - inspect.signature(type(lm).forward).parameters.keys() - _UNNAMED:
         # most models take any name, and drop what they do not know
         raise TypeError(f"{type(lm).__name__}.forward takes no argument {', '.join(sorted(unknown))}")
     spec = _spec(lm, head, temperature)
-    packed, layout = _packed(input_ids, attention_mask, cu_seqlens, labels, prompt_lengths, ignore_index)
-    positions = packed.position_ids if position_ids is None else _positions(position_ids, packed, layout)
-    reasons = _why_not(model, lm, padding_free, packed, layout.bounds, None if position_ids is None else positions)
-    log.debug("model_logps: %s", f"right-padded batch: {'; '.join(reasons)}" if reasons else "one padding-free row")
+    reasons = _why_not(model, lm, padding_free, packed, bounds, positions is not None)
+    log.debug("packed sequences: %s", f"right-padded batch: {'; '.join(reasons)}" if reasons else "one padding-free row")
 
     if reasons:
-        own = None if position_ids is None else positions
         if wrong := _known(model, lm, _probe_padded):
             raise ValueError(f"model cannot be used: {'; '.join(wrong)}")
-        inputs, targets, where = _right_padded(lm, packed, layout.bounds, own)
+        inputs, targets, where = _right_padded(lm, packed, positions)
     else:
         inputs = packed.model_inputs(flash_attention="flash" in _attention(lm))
-        inputs["position_ids"] = positions[None]
-        targets, where = _labels(packed)[None], torch.arange(len(packed.input_ids), device=packed.input_ids.device)
+        assert packed.labels is not None
+        targets, where = packed.labels[None], torch.arange(len(packed.input_ids), device=packed.input_ids.device)
     if not len(packed.input_ids):
         # The model still runs, on one token that is not scored: ranks stay in step, and the result has a gradient, of 0.
         inputs, targets = {"input_ids": where.new_zeros(1, 1)}, where.new_full((1, 1), packed.ignore_index)
 
-    def score(hidden: Tensor) -> TokenStats:
+    def call(hidden: Tensor) -> Any:
         if hidden.shape[:-1] != targets.shape:
             raise ValueError(
                 f"model must hand its head one hidden state a token, {tuple(targets.shape)}, got {tuple(hidden.shape[:-1])}"
             )
-        weight, bias = _weights(lm)
-        y = targets.to(weight.device)
-        return linear_logps(hidden.to(weight.device), weight, y, bias, spec, wanted, packed.ignore_index)
+        return score(HeadCall(hidden, *_weights(lm), spec, targets, where))
 
-    stats = _at_the_head(model, lm, {**inputs, **model_kwargs}, score)
-    return TokenStats(**{name: _of_tokens(getattr(stats, name), where, layout) for name in wanted})
+    return _at_the_head(model, lm, {**inputs, **model_kwargs}, call)
 
 
 def why_not_padding_free(model: nn.Module) -> list[str]:
@@ -245,25 +292,23 @@ def _packed(
         raise ValueError(f"{', '.join(extra)}: input_ids is a PackedSequences, which has its own; give them to pack instead")
     if ignore_index not in (-100, input_ids.ignore_index):
         raise ValueError(f"ignore_index={ignore_index} contradicts that of input_ids, {input_ids.ignore_index}")
-    return input_ids, lay_out(input_ids.input_ids, None, input_ids.cu_seqlens)[1]
+    ids, layout = lay_out(input_ids.input_ids, None, input_ids.cu_seqlens, name="input_ids")
+    packed = make_pack(ids, layout, ignore_index=input_ids.ignore_index)
+    if (labels := input_ids.labels) is not None:
+        last = torch.tensor([b - 1 for a, b in itertools.pairwise(layout.bounds) if b > a], dtype=torch.long)
+        if bool((labels[last.to(labels.device)] != packed.ignore_index).any()):
+            raise ValueError("input_ids.labels must be ignore_index at the last token of each sequence, which predicts none")
+        packed = replace(packed, labels=labels)
+    return packed, layout
 
 
-def _labels(packed: PackedSequences) -> Tensor:
-    """Shifted labels, (N,)."""
-    if packed.labels is not None:
-        return packed.labels
-    ids, layout = lay_out(packed.input_ids, None, packed.cu_seqlens)
-    labels = make_pack(ids, layout, ignore_index=packed.ignore_index).labels
-    assert labels is not None
-    return labels
-
-
-def _positions(position_ids: Any, packed: PackedSequences, layout: Layout) -> Tensor:
+def _positions(position_ids: Any, packed: PackedSequences, layout: Layout) -> Tensor | None:
+    """The caller's positions, (N,); ``None`` where they are the usual ones."""
     positions = layout.flatten("position_ids", position_ids)
     inside = packed.position_ids[1:] > 0
     if bool((inside & (positions.diff() != 1)).any()):
         raise ValueError("position_ids must rise by 1 from token to token of a sequence")
-    return positions
+    return positions if bool((positions != packed.position_ids).any()) else None
 
 
 def _attention(lm: Any) -> str:
@@ -280,16 +325,14 @@ def _why_not(
     padding_free: bool | None,
     packed: PackedSequences,
     bounds: list[int],
-    positions: Tensor | None,  # (N,), where the caller gave them
+    other_positions: bool,
 ) -> list[str]:
     """Why this call is not to run as one row; empty when it is."""
     if padding_free is False:
         return ["padding_free=False"]
-    reasons = []
-    if positions is not None and bool((positions != packed.position_ids).any()):
-        # transformers takes a step other than 1 for the start of a sequence, and 5, 6, 7 | 8, 9 for one sequence
-        reasons.append("position_ids do not start at 0 in each sequence, by which models tell them apart")
-    if not reasons:
+    if other_positions:  # transformers would take 5, 6, 7 | 8, 9 for one sequence
+        reasons = ["position_ids do not start at 0 in each sequence, by which models tell them apart"]
+    else:
         reasons = why_not_padding_free(model)
     if reasons and padding_free:
         raise ValueError(f"padding_free=True cannot be had: {'; '.join(reasons)}. Pass None or False for a right-padded batch")
@@ -312,8 +355,7 @@ def _row_cost(rows: int, tokens: int, width: int) -> int:
 def _right_padded(
     lm: Any,
     packed: PackedSequences,
-    bounds: list[int],
-    positions: Tensor | None,  # (N,)
+    positions: Tensor | None,  # (N,), where they are not the usual ones
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
     """The model's inputs, shifted labels of their shape, and the place of each token in it, (N,). Empty rows are left out."""
     if positions is not None and not _takes_positions(lm):
@@ -326,8 +368,8 @@ def _right_padded(
         assert isinstance(result, Tensor)
         return result
 
-    n = len(packed.input_ids)
-    mask = padded(packed.input_ids.new_ones(n), 0)
+    assert packed.labels is not None
+    mask = padded(torch.ones_like(packed.input_ids), 0)
     inputs: dict[str, Any] = {
         # roberta-like models count positions by the pad token
         "input_ids": padded(packed.input_ids, pad if isinstance(pad, int) and pad >= 0 else 0),
@@ -335,12 +377,14 @@ def _right_padded(
     }
     if positions is not None:
         inputs["position_ids"] = padded(positions, 0)
-    return inputs, padded(_labels(packed), packed.ignore_index), mask.reshape(-1).nonzero()[:, 0]
+    return inputs, padded(packed.labels, packed.ignore_index), mask.reshape(-1).nonzero()[:, 0]
 
 
-def _of_tokens(values: Tensor, where: Tensor, layout: Layout) -> Tensor:
+def _of_tokens(values: Tensor, where: Tensor, layout: Layout, shifted: bool) -> Tensor:
     """Results at the positions that predict, as run, moved to the tokens that they predict, as the caller laid them out."""
     flat = values.reshape(-1).to(where.device)[where]
+    if shifted:
+        return layout.unflatten(flat)
     # what the last token of a sequence predicts is 0, and so becomes the first token of the next one's
     return layout.unflatten(torch.cat((flat.new_zeros(min(1, len(flat))), flat[:-1])))
 

@@ -1,12 +1,15 @@
 """logitless: log-probabilities and preference losses straight from hidden states and the lm-head weight, without logits."""
 
 from logitless import integrations
+from logitless.fused.at_head import AtHead, at_head, model_loss
 from logitless.fused.batch import Loss, LossResult, Pairs, Sequences
 from logitless.fused.losses.dpo import DPO_LOSSES
 from logitless.fused.losses.kto import KTO_LOSSES
 from logitless.fused.losses.simple import CPO_LOSSES
+from logitless.fused.model_logps import model_logps, why_not_padding_free
 from logitless.fused.modules import FusedLinearLoss, KTOOutput, PreferenceOutput
 from logitless.fused.multi_objective import FusedLinearMultiObjectiveLoss, MultiObjectiveOutput, Objective
+from logitless.fused.packing import PackedSequences, pack, unpack
 from logitless.fused.policy.advantages import (
     group_advantages,
     kl_shaped_rewards,
@@ -51,6 +54,7 @@ __all__ = [
     "KL_ESTIMATORS",
     "KTO_LOSSES",
     "OUTPUTS",
+    "AtHead",
     "BradleyTerryLoss",
     "FusedLinearCPOLoss",
     "FusedLinearDPOLoss",
@@ -69,6 +73,7 @@ __all__ = [
     "LossResult",
     "MultiObjectiveOutput",
     "Objective",
+    "PackedSequences",
     "Pairs",
     "Plan",
     "PolicyLoss",
@@ -82,6 +87,7 @@ __all__ = [
     "Tokens",
     "ValueLoss",
     "ValueTracker",
+    "at_head",
     "available_backends",
     "current_settings",
     "gae",
@@ -96,6 +102,9 @@ __all__ = [
     "masked_mean",
     "masked_var",
     "masked_whiten",
+    "model_logps",
+    "model_loss",
+    "pack",
     "plan",
     "reference_logps",
     "register_backend",
@@ -104,5 +113,7 @@ __all__ = [
     "settings",
     "shift",
     "skipped_share",
+    "unpack",
     "value_loss",
+    "why_not_padding_free",
 ]
