@@ -2,8 +2,8 @@
 
     python examples/grpo_tiny.py [--seed 0] [--steps 80] [--loss-type dapo]
 
-The prompt shows a digit, and the response should repeat it: the reward is the share of ``LENGTH`` places that hold the digit.
-Everything is as in a large run: sampled groups of responses of different lengths, log-probabilities of the policy that
+The prompt shows a digit, and the response should repeat it: the reward is the share of ``LENGTH`` places that hold the digit. It
+rises from about 0.07, which is chance, to above 0.9. Everything is as in a large run: sampled groups of responses of different lengths, log-probabilities of the policy that
 sampled and of a reference, group-relative advantages, and several epochs of updates on packed sequences.
 """
 
@@ -53,7 +53,9 @@ def sample(model: LlamaForCausalLM, prompts: Tensor) -> list[Tensor]:
         prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=LENGTH, do_sample=True, top_k=0, use_cache=True
     )
     model.train()
-    return [row[row != PAD] for row in rows]
+    ended = (rows[:, 2:] == EOS).cumsum(dim=1)
+    lengths = 2 + ((ended - (rows[:, 2:] == EOS).long()) == 0).sum(dim=1)  # what follows the first EOS is padding
+    return [row[:length] for row, length in zip(rows, lengths.tolist(), strict=True)]
 
 
 def reward(sequence: Tensor) -> float:
@@ -66,20 +68,20 @@ def train(
     steps: int = 80,
     loss_type: str = "dapo",
     *,
-    prompts_per_step: int = 8,
+    prompts_per_step: int = 16,
     group_size: int = 8,
     epochs: int = 2,
     micro_batches: int = 2,
-    beta: float = 0.01,
+    beta: float = 0.001,
     verbose: bool = True,
 ) -> list[float]:
     """Returns the mean reward of each step's samples."""
     model = make_model(seed)
     reference = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     level = {"importance_sampling_level": "sequence"} if loss_type == "luspo" else {}
     length = {"max_completion_length": LENGTH} if loss_type == "dr_grpo" else {}
-    loss = ll.FusedLinearGRPOLoss(loss_type=loss_type, beta=beta, entropy_coef=0.002, metrics=True, **level, **length)
+    loss = ll.FusedLinearGRPOLoss(loss_type=loss_type, beta=beta, entropy_coef=0.01, metrics=True, **level, **length)
     history = []
     for step in range(steps):
         prompts = make_prompts(prompts_per_step).repeat_interleave(group_size, dim=0)

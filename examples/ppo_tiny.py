@@ -2,7 +2,7 @@
 
     python examples/ppo_tiny.py [--seed 0] [--steps 80]
 
-The task is that of grpo_tiny.py: repeat the prompt's digit. Here a value function on the policy's hidden states takes the
+The task is that of grpo_tiny.py: repeat the prompt's digit; the reward rises from about 0.07 to above 0.8. Here a value function on the policy's hidden states takes the
 place of groups: rewards of tokens carry the KL penalty, advantages and returns come from GAE, and each epoch of updates trains
 policy and value function on minibatches of packed sequences.
 """
@@ -24,10 +24,10 @@ def train(
     seed: int = 0,
     steps: int = 80,
     *,
-    prompts_per_step: int = 64,
+    prompts_per_step: int = 128,
     epochs: int = 2,
     minibatches: int = 2,
-    kl_coef: float = 0.01,
+    kl_coef: float = 0.001,
     verbose: bool = True,
 ) -> list[float]:
     """Returns the mean reward of each step's samples."""
@@ -38,7 +38,8 @@ def train(
     nn.init.zeros_(value_head.bias)
     parameters = [*model.parameters(), *value_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0)
-    policy_loss = ll.FusedLinearPPOLoss(clip_low=0.2, clip_high=0.28, dual_clip=3.0, entropy_coef=0.002, metrics=True)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=steps)
+    policy_loss = ll.FusedLinearPPOLoss(clip_low=0.2, clip_high=0.28, dual_clip=3.0, entropy_coef=0.005, metrics=True)
 
     def values_of(hidden: Tensor) -> Tensor:
         return value_head(hidden)[:, 0]
@@ -83,6 +84,7 @@ def train(
                 nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
+        schedule.step()
         if verbose and step % 10 == 0:
             shown = {**policy.metrics, "value loss": value.loss}
             names = ("clip_fraction", "approx_kl", "entropy", "value loss")

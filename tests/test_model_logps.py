@@ -536,7 +536,7 @@ def _by_hand(**changes: Tensor) -> PackedSequences:
         (lambda m: model_logps(_sharded_head(), TOKENS), ValueError, "sharded by DeepSpeed ZeRO-3"),
         (lambda m: model_logps(m, TOKENS, use_cache=True), ValueError, "use_cache is not to be given"),
         (lambda m: model_logps(m, TOKENS, logits_to_keep=1), ValueError, "logits_to_keep is not to be given"),
-        (lambda m: model_logps(m, TOKENS, inputs_embeds=1), ValueError, "inputs_embeds is not an argument"),
+        (lambda m: model_logps(m, TOKENS, inputs_embeds=1), ValueError, "inputs_embeds is not to be given"),
         (lambda m: model_logps(m, TOKENS, padding_free="auto"), TypeError, "padding_free must be True, False or None"),
         (lambda m: model_logps(m, TOKENS, outputs=("logp",)), ValueError, "outputs must be a non-empty subset"),
         (lambda m: model_logps(m, TOKENS, temperature=0.0), ValueError, "temperature must be > 0"),
