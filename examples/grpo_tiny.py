@@ -2,9 +2,10 @@
 
     python examples/grpo_tiny.py [--seed 0] [--steps 80] [--loss-type dapo]
 
-The prompt shows a digit, and the response should repeat it: the reward is the share of ``LENGTH`` places that hold the digit. It
-rises from about 0.07, which is chance, to above 0.9. Everything is as in a large run: sampled groups of responses of different lengths, log-probabilities of the policy that
-sampled and of a reference, group-relative advantages, and several epochs of updates on packed sequences.
+The prompt shows a digit, and the response should repeat it: the reward is the share of ``LENGTH`` places that hold it. It rises
+from about 0.07, which is chance, to above 0.9. Everything is as in a large run: sampled groups of responses of different
+lengths, log-probabilities of the policy that sampled and of a reference, group-relative advantages, and several epochs of
+updates on packed sequences.
 """
 
 from __future__ import annotations

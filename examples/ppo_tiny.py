@@ -2,9 +2,9 @@
 
     python examples/ppo_tiny.py [--seed 0] [--steps 80]
 
-The task is that of grpo_tiny.py: repeat the prompt's digit; the reward rises from about 0.07 to above 0.8. Here a value function on the policy's hidden states takes the
-place of groups: rewards of tokens carry the KL penalty, advantages and returns come from GAE, and each epoch of updates trains
-policy and value function on minibatches of packed sequences.
+The task is that of grpo_tiny.py, to repeat the prompt's digit; the reward rises from about 0.07 to above 0.8. Here a value
+function on the policy's hidden states takes the place of groups: rewards of tokens carry the KL penalty, advantages and returns
+come from GAE, and each epoch of updates trains policy and value function on minibatches of packed sequences.
 """
 
 from __future__ import annotations

@@ -50,6 +50,16 @@ def test_dpo_margins_rise_and_held_out_pairs_are_told_apart(tmp_path):
     assert (tmp_path / "start" / "tokenizer.json").exists()  # a checkpoint on disk, loaded from there
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.parametrize(("name", "options"), [("grpo_tiny", {}), ("grpo_tiny", {"loss_type": "vespo"}), ("ppo_tiny", {})])
+def test_policy_training_raises_the_reward(name, options, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))  # ppo_tiny takes the task from grpo_tiny
+    rewards = load(f"examples/{name}.py").train(seed=0, steps=30, verbose=False, **options)
+    assert rewards[0] < 0.15
+    assert sum(rewards[-5:]) / 5 > 0.4
+
+
 def test_docstring_pairs_are_plain_text_and_share_nothing_between_the_splits():
     data = ROOT / "examples" / "data" / "docstring_pairs.jsonl"
     raw = data.read_bytes()
