@@ -15,6 +15,7 @@ from torch import Tensor
 from logitless.kernels.spec import HeadSpec
 
 from .losses import LOSSES
+from .policy_losses import POLICY_LOSSES
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LOGITS = ("random", "peaked")
@@ -34,6 +35,7 @@ class Shape:
         logits: ``random`` (standard deviation 1), or ``peaked``: the target of each token is raised by 0 to ``log V + 6``
             nats, so that probabilities run from near 0 to near 1 as in a trained model.
         softcap: of the logits; 0: none.
+        spread: the longest response over the shortest; their lengths are evenly spaced, and the rest is padding.
         seed: of the random numbers.
     """
 
@@ -45,6 +47,7 @@ class Shape:
     dtype: str = "bf16"
     logits: str = "random"
     softcap: float = 0.0
+    spread: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -55,6 +58,8 @@ class Shape:
             raise ValueError(f"masked must be in [0, 1), got {self.masked}")
         if not 0 <= self.softcap < math.inf:
             raise ValueError(f"softcap must be a number >= 0 (0: none), got {self.softcap}")
+        if not 1 <= self.spread < math.inf:
+            raise ValueError(f"spread must be a number >= 1 (1: all responses are as long), got {self.spread}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}")
         if self.logits not in LOGITS:
@@ -72,7 +77,14 @@ class Shape:
     @property
     def scored(self) -> int:
         """N: scored tokens of the batch."""
-        return self.sequences * (self.tokens - self.prompt)
+        return sum(self.responses)
+
+    @property
+    def responses(self) -> list[int]:
+        """Scored tokens of each sequence, which follow its prompt; from the longest to the shortest."""
+        longest = self.tokens - self.prompt
+        step = (longest - longest / self.spread) / (self.sequences - 1)
+        return [max(1, round(longest - i * step)) for i in range(self.sequences)]
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -85,9 +97,10 @@ class Shape:
 
     def __str__(self) -> str:
         softcap = f", softcap {self.softcap:g}" if self.softcap else ""
+        spread = f", responses {self.spread:g}:1" if self.spread > 1 else ""
         return (
             f"{self.pairs} pairs x 2 x {self.tokens} tokens ({self.scored} scored), H={self.hidden}, V={self.vocab}, "
-            f"{self.dtype}, {self.logits} logits{softcap}"
+            f"{self.dtype}, {self.logits} logits{softcap}{spread}"
         )
 
 
@@ -111,14 +124,19 @@ def parse_shape(text: str) -> dict[str, Any]:
     return values
 
 
+#: Tasks that do not touch the head, and what they do instead.
+_WITHOUT_HEAD = {"tile": "logits to gradient", "gae": "rewards and values to advantages"}
+
+
 @dataclass(frozen=True)
 class Case:
     """One table: a task on a shape.
 
     Attributes:
         suite: the suite that it belongs to.
-        task: ``logps`` (log-probs under an arbitrary upstream gradient), ``nll``, a loss of :data:`~.losses.LOSSES`,
-            ``tile`` (log-probs and gradient of logits that are there), or ``train`` (a whole trainer step).
+        task: ``logps`` (log-probs under an arbitrary upstream gradient), ``nll``, a loss of :data:`~.losses.LOSSES` or
+            :data:`~.policy_losses.POLICY_LOSSES`, ``tile`` (log-probs and gradient of logits that are there), ``gae``
+            (advantages from rewards and values), or ``train`` (a whole trainer step).
         train_head: whether the head's weight has a gradient.
         backward: whether there is a backward pass.
     """
@@ -132,17 +150,17 @@ class Case:
     @property
     def gemms(self) -> int:
         """GEMMs of ``2*N*H*V`` FLOP that no implementation can do without."""
-        return 0 if self.task == "tile" else 1 + int(self.backward) + int(self.backward and self.train_head)
+        return 0 if self.task in _WITHOUT_HEAD else 1 + int(self.backward) + int(self.backward and self.train_head)
 
     @property
     def floor(self) -> str:
         """What times are multiples of: the provider that is the roofline."""
-        return "copy" if self.task == "tile" else "GEMM"
+        return "copy" if self.task in _WITHOUT_HEAD else "GEMM"
 
     @property
     def kind(self) -> str:
         """What is computed, in words."""
-        what = "logits to gradient" if self.task == "tile" else "forward + backward" if self.backward else "forward only"
+        what = _WITHOUT_HEAD.get(self.task) or ("forward + backward" if self.backward else "forward only")
         return what + ("" if self.train_head else ", frozen head")
 
     @property
@@ -158,6 +176,30 @@ class Case:
 
 
 @dataclass
+class Rollouts:
+    """What a policy update is given besides hidden states and labels; shaped like the labels where no shape is given.
+
+    Attributes:
+        old_logps: float32, within 0.5 of the policy's, some of them beyond the clipping range and none near its ends: whether
+            a token is clipped must not be decided by a rounding.
+        advantages: float32; in ``dapo`` those of the sequences. sequence_advantages: (S,).
+        rewards, values: float32, 0 in the padding; for ``gae``.
+        cu_seqlens: (S + 1,) int32, where each sequence starts and ends among packed tokens.
+        present: (S, T) bool, what is not padding.
+        packed: the same inputs packed: hidden (P, H) is a leaf of its own, labels and what is shaped like them (P,).
+    """
+
+    old_logps: Tensor
+    advantages: Tensor
+    sequence_advantages: Tensor
+    rewards: Tensor
+    values: Tensor
+    cu_seqlens: Tensor
+    present: Tensor
+    packed: Inputs | None = None
+
+
+@dataclass
 class Inputs:
     """The tensors of a case, the same for every provider. S sequences of T tokens.
 
@@ -168,6 +210,7 @@ class Inputs:
             in KTO can be moved to the KL term: that gives Liger, which takes no reference log-probabilities, the same loss.
         desirable: (S,) bool, for KTO. kl: 0-dim, for KTO.
         upstream: (S, T) float32, the gradient of the log-probs in ``logps``.
+        rollouts: for the tasks of the suites ``policy`` and ``gae``.
     """
 
     hidden: Tensor
@@ -177,6 +220,7 @@ class Inputs:
     desirable: Tensor
     kl: Tensor
     upstream: Tensor
+    rollouts: Rollouts | None = None
 
     @property
     def scored(self) -> Tensor:
@@ -221,6 +265,9 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
         rows = weight[labels.to(device)].float()
         hidden = (hidden.float() + lift.to(device) * rows / rows.square().sum(-1, keepdim=True)).to(shape.torch_dtype)
     labels[:, : shape.prompt] = IGNORE
+    ends = shape.prompt + torch.tensor(shape.responses)
+    present = torch.arange(t) < ends[:, None]
+    labels[~present] = IGNORE
     upstream = torch.randn(s, t, generator=g)
     scored = labels != IGNORE
     # Of N(0, 1) logits the log-sum-exp is log V + 1/2; with that, the reference lands where the policy is on average, and
@@ -229,7 +276,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     targets = shape.head.apply(targets)
     others = torch.full_like(targets, math.log(v) + 0.5)
     constant = (targets - torch.logaddexp(others, targets)).mean().item() * (t - shape.prompt)
-    return Inputs(
+    inputs = Inputs(
         hidden=hidden.requires_grad_(case.backward),
         weight=weight.requires_grad_(case.backward and case.train_head),
         labels=labels.to(device),
@@ -238,6 +285,50 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
         kl=torch.tensor(0.5, device=device),
         upstream=upstream.to(device),
     )
+    if case.task in ROLLOUT_TASKS:
+        inputs.rollouts = _make_rollouts(case, inputs, present, g)
+    return inputs
+
+
+#: Distances of the policy from the one that sampled: the clipping ranges end at -0.22, 0.18 and 0.25.
+_LOG_RATIOS = (0.0, 0.05, -0.05, 0.1, -0.1, 0.5, -0.5)
+
+
+def _make_rollouts(case: Case, inputs: Inputs, present: Tensor, g: torch.Generator) -> Rollouts:
+    """present (S, T) bool."""
+    (s, t), device = present.shape, inputs.hidden.device
+    of_sequences = torch.randn(s, generator=g)
+    of_tokens = torch.randn(s, t, generator=g)
+    rewards, values = (torch.where(present, torch.randn(s, t, generator=g), 0).to(device) for _ in range(2))
+    log_ratios = torch.tensor(_LOG_RATIOS)[torch.randint(len(_LOG_RATIOS), (s, t), generator=g)].to(device)
+    advantages = (of_tokens if case.task == "ppo" else of_sequences[:, None].expand(s, t)).to(device)
+    old_logps = torch.zeros((s, t), device=device)
+    if case.task != "gae":
+        old_logps = torch.where(inputs.scored, _estimated_logps(case, inputs) - log_ratios, 0)
+    present = present.to(device)
+    lengths = torch.cat([torch.zeros(1, dtype=torch.long, device=device), present.sum(1)])
+    cu_seqlens = lengths.cumsum(0).int()
+    found = Rollouts(old_logps, advantages, of_sequences.to(device), rewards, values, cu_seqlens, present)
+    like_labels = {name: getattr(found, name)[present] for name in ("old_logps", "advantages", "rewards", "values")}
+    hidden = inputs.hidden.detach()[present].requires_grad_(inputs.hidden.requires_grad)
+    found.packed = replace(inputs, hidden=hidden, labels=inputs.labels[present], rollouts=replace(found, **like_labels))
+    return found
+
+
+@torch.no_grad()
+def _estimated_logps(case: Case, inputs: Inputs) -> Tensor:
+    """Log-probs (S, T) of the scored tokens, a few at a time, from logits in the model's dtype but for the label's."""
+    scored, weight, head = inputs.scored, inputs.weight, case.shape.head
+    hidden, labels = inputs.hidden[scored], inputs.labels[scored]
+    parts = []
+    for x, y in zip(hidden.split(_FILL_ROWS // 8), labels.split(_FILL_ROWS // 8), strict=True):
+        others = head.apply((x @ weight.t()).float()).logsumexp(-1)
+        parts.append(head.apply((x.float() * weight[y].float()).sum(-1)) - others)
+    return torch.zeros(scored.shape, device=hidden.device).masked_scatter(scored, torch.cat(parts))
+
+
+#: Tasks whose inputs hold rollouts.
+ROLLOUT_TASKS = frozenset({"gae", *POLICY_LOSSES})
 
 
 @dataclass(frozen=True)
@@ -315,6 +406,40 @@ def _gpu(shape: Shape, quick: bool) -> list[Case]:
     return three(shape) + [case for kind in zip(*others) for case in kind]  # first all that are trained
 
 
+#: Ragged responses with as many scored tokens as the headline.
+POLICY = Shape(pairs=4, tokens=170, spread=2.0)
+_RAGGED = 10.0
+_FOR_POLICY = (
+    "gemm:policy",
+    "torch:policy",
+    "torch:padded",
+    "verl-style:policy",
+    "trl:policy",
+    "trl:policy-scored",
+    "liger:policy",
+    "logitless:policy",
+    "logitless:policy-op",
+)
+
+
+def _policy(suite: str) -> Callable[[Shape, bool], list[Case]]:
+    """The losses, a frozen head, an entropy bonus, and about as many tokens in responses of lengths 10:1."""
+
+    def cases(shape: Shape, quick: bool) -> list[Case]:
+        dapo = Case(suite, "dapo", shape)
+        # N is a multiple of 64 at the suites' own shapes: 766 tokens took the bare GEMMs a quarter longer than 768 (seen)
+        longer = replace(shape, tokens=math.ceil(1.25 * shape.tokens), spread=_RAGGED)
+        return [
+            dapo,
+            replace(dapo, train_head=False),
+            replace(dapo, task="dapo-entropy", shape=replace(shape, logits="peaked")),
+            replace(dapo, shape=longer),
+            replace(dapo, task="ppo"),
+        ]
+
+    return cases
+
+
 SUITES: dict[str, Suite] = {
     suite.name: suite
     for suite in (
@@ -383,6 +508,29 @@ SUITES: dict[str, Suite] = {
             _single("train", "train"),
             Shape(tokens=128, hidden=256, vocab=32768),
             {"tokens": 32, "hidden": 64, "vocab": 4096},
+        ),
+        Suite(
+            "policy",
+            "one update of policy training: GRPO's and PPO's losses on packed responses of different lengths",
+            _policy("policy"),
+            POLICY,
+            _TINY,
+            _FOR_POLICY,
+        ),
+        Suite(
+            "policy-gpu",
+            "the same at the size of one H100",
+            _policy("policy-gpu"),
+            replace(GPU_HEADLINE, pairs=8, masked=0.25, spread=3.0),
+            {},
+            (*_FOR_POLICY, *(f"logitless:policy{op}@{name}" for op in ("", "-op") for name in ("torch", "cuda", "triton"))),
+        ),
+        Suite(
+            "gae",
+            "generalized advantage estimation of 1M packed tokens",
+            _single("gae", "gae", backward=False),
+            Shape(pairs=512, tokens=1862, hidden=1, vocab=2, masked=0.0, dtype="fp32", spread=_RAGGED),
+            {"pairs": 64},
         ),
     )
 }

@@ -30,8 +30,8 @@ class UsageError(Exception):
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m logitless.bench",
-        description="Time, peak memory and error of log-probs and preference losses of a language-model head. Every result "
-        "is checked against float64, and a figure is only printed next to the error of the result that it timed.",
+        description="Time, peak memory and error of log-probs, preference and policy losses of a language-model head. Every "
+        "result is checked against float64, and a figure is only printed next to the error of the result that it timed.",
     )
     parser.add_argument(
         "--suite", nargs="+", default=[], metavar="NAME", help=f"default: {' '.join(DEFAULT_SUITES)}, run as --quick would"

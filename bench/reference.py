@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from logitless.kernels.spec import HeadSpec
 
 from .cases import Case, Inputs
 from .losses import loss_of
+from .policy_losses import POLICY_LOSSES, loop_over_tokens, uses_entropy
 from .registry import Result, Work
 
 #: Elements of one float64 block of logits: 64 MiB, so that its handful of copies stays well under 1 GiB. On a GPU, whose
@@ -47,24 +48,29 @@ def compute_reference(case: Case, inputs: Inputs) -> Reference:
     The library's float64 reference materialises its logits, so it is given few tokens at a time; autograd adds the
     blocks' weight gradients up in float64.
     """
+    if case.task == "gae":
+        return _gae_reference(inputs)
     scored = inputs.scored
     hidden, labels = inputs.hidden.detach()[scored], inputs.labels[scored]
     rows = max(1, (_GPU_BLOCK if hidden.is_cuda else _BLOCK) // len(inputs.weight))
     blocks = [slice(i, i + rows) for i in range(0, len(labels), rows)]
     head = case.shape.head
     weight = inputs.weight.detach().double().requires_grad_(inputs.weight.requires_grad)
+    entropic = uses_entropy(case.task)
     with torch.no_grad():
-        values = torch.cat([_scores(hidden[b].double(), weight, labels[b], head) for b in blocks])
-    logps = torch.zeros(scored.shape, dtype=torch.float64, device=scored.device).masked_scatter(scored, values)
-    logps.requires_grad_()
-    loss = loss_of(case.task)(logps, inputs)
+        values = torch.cat([_scores(hidden[b].double(), weight, labels[b], head, entropic) for b in blocks], dim=1)
+    tokens = torch.zeros((len(values), *scored.shape), dtype=torch.float64, device=scored.device)
+    tokens[:, scored] = values
+    logps, *entropies = tokens.requires_grad_()
+    loss_fn = POLICY_LOSSES.get(case.task) or loss_of(case.task)
+    loss = loss_fn(logps, inputs, *entropies)
     dhidden = None
     if case.backward:
-        (coefficients,) = torch.autograd.grad(loss, logps)
+        (coefficients,) = torch.autograd.grad(loss, tokens)
         parts = []
         for b in blocks:
             x = hidden[b].double().requires_grad_()
-            _scores(x, weight, labels[b], head).backward(coefficients[scored][b])
+            _scores(x, weight, labels[b], head, entropic).backward(coefficients[:, scored][:, b])
             assert x.grad is not None
             parts.append(x.grad)
         dhidden = torch.zeros(inputs.hidden.shape, dtype=torch.float64, device=scored.device)
@@ -73,10 +79,23 @@ def compute_reference(case: Case, inputs: Inputs) -> Reference:
     return Reference(loss.item(), logps, sequence_values(case.task, logps, scored), dhidden, weight.grad)
 
 
-def _scores(hidden: Tensor, weight: Tensor, labels: Tensor, head: HeadSpec) -> Tensor:
-    logps = reference_logps(hidden, weight, labels, head=head).logps
-    assert logps is not None
-    return logps
+def _scores(hidden: Tensor, weight: Tensor, labels: Tensor, head: HeadSpec, entropic: bool) -> Tensor:
+    """Log-probs and, if asked for, entropies. hidden (N, H), weight (V, H), labels (N,) -> (1, N) or (2, N)."""
+    stats = reference_logps(hidden, weight, labels, head=head)
+    assert stats.logps is not None and stats.entropy is not None
+    return torch.stack([stats.logps, stats.entropy] if entropic else [stats.logps])
+
+
+def _gae_reference(inputs: Inputs) -> Reference:
+    """Advantages (S, T) in place of log-probs, one token at a time."""
+    rollouts = inputs.rollouts
+    assert rollouts is not None and rollouts.packed is not None and rollouts.packed.rollouts is not None
+    packed = rollouts.packed.rollouts
+    rewards = packed.rewards.tolist()
+    found = loop_over_tokens(rewards, packed.values.tolist(), packed.cu_seqlens.tolist(), [0.0] * len(rewards))
+    advantages = torch.zeros(rollouts.present.shape, dtype=torch.float64, device=rollouts.present.device)
+    advantages[rollouts.present] = torch.tensor(found, dtype=torch.float64, device=advantages.device)
+    return Reference(0.0, advantages, None, None, None)
 
 
 @dataclass(frozen=True)
@@ -147,16 +166,33 @@ def token_error(case: Case, inputs: Inputs, work: Work, reference: Reference) ->
     return (work.token_logps().detach().double() - reference.logps)[inputs.scored].abs().max().item()
 
 
+def _present(inputs: Inputs) -> Tensor:
+    assert inputs.rollouts is not None
+    return inputs.rollouts.present
+
+
+def _laid_out_like(result: Result, reference: Reference, inputs: Inputs) -> Reference:
+    """The reference with packed values, where the result has such. A packed provider has no padding to get wrong."""
+    logps, dhidden = reference.logps, reference.dhidden
+    if result.token_logps is not None and result.token_logps.dim() == 1 and logps is not None:
+        logps = logps[_present(inputs)]
+    if inputs.rollouts is not None and result.dhidden is not None and result.dhidden.dim() == 2 and dhidden is not None:
+        dhidden = dhidden[_present(inputs)]
+    return replace(reference, logps=logps, dhidden=dhidden)
+
+
 def check(case: Case, inputs: Inputs, result: Result, reference: Reference) -> Errors:
     """Compare a result with the reference."""
     tolerance = TOLERANCES[case.shape.dtype]
     errors = Errors()
+    reference = _laid_out_like(result, reference, inputs)
     limits: list[tuple[str, float | None, float]] = []
     if result.loss is not None:
         errors.loss = abs(result.loss.item() - reference.loss)
         limits.append(("loss", errors.loss, tolerance.gradients * max(1.0, abs(reference.loss))))
     if result.token_logps is not None and reference.logps is not None:
-        errors.token_logps = (result.token_logps.double() - reference.logps)[inputs.scored].abs().max().item()
+        scored = inputs.scored if result.token_logps.dim() == 2 else inputs.scored[_present(inputs)]
+        errors.token_logps = (result.token_logps.double() - reference.logps)[scored].abs().max().item()
     limits.append(("logps", errors.token_logps, tolerance.logps))
     if result.sequence_logps is not None and reference.sequences is not None:
         errors.sequence_logps = (result.sequence_logps.double() - reference.sequences).abs().max().item()

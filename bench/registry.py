@@ -18,10 +18,11 @@ class Result:
 
     Attributes:
         loss: 0-dim.
-        token_logps: (S, T); ignored positions are not looked at.
+        token_logps: (S, T) or, of packed tokens, (P,); ignored positions are not looked at. Of ``gae``: advantages.
         sequence_logps: (S,) sums over scored tokens (their means for SimPO and ORPO), from a loss module.
-        dhidden, dweight: gradients, of hidden's and the weight's shape.
+        dhidden, dweight: gradients, of the shapes of hidden (S, T, H) or packed (P, H) and the weight.
         schedule: what was done, for the table.
+        flops: of the step's GEMMs, as logitless's plan has them.
     """
 
     loss: Tensor | None = None
@@ -30,6 +31,7 @@ class Result:
     dhidden: Tensor | None = None
     dweight: Tensor | None = None
     schedule: str = ""
+    flops: int | None = None
 
 
 @dataclass
@@ -91,7 +93,8 @@ def provider(
 
     Args:
         name: what ``--providers`` and the table call it.
-        tasks: the tasks that it computes: ``logps``, names of :data:`~.losses.LOSSES`, ``train``.
+        tasks: the tasks that it computes: ``logps``, names of :data:`~.losses.LOSSES` or
+            :data:`~.policy_losses.POLICY_LOSSES`, ``gae``, ``train``.
         why_not: every reason why it cannot run a case on a device (package missing, dtype unsupported ...).
         roofline: it computes nothing that could be checked, and is what the others are compared with.
         warm_up: its first step compiles something or allocates for good, so memory is measured on the second.
@@ -122,7 +125,7 @@ def not_installed(package: str) -> list[str]:
     return [] if importlib.util.find_spec(package) else [f"package {package} is not installed"]
 
 
-def finish(loss: Tensor, inputs: Inputs, *, token_logps: Tensor | None = None, **more: Tensor | str | None) -> Result:
+def finish(loss: Tensor, inputs: Inputs, *, token_logps: Tensor | None = None, **more: Tensor | str | int | None) -> Result:
     """The backward pass, where there is one, and the result."""
     grads = dict(zip(map(id, inputs.leaves), torch.autograd.grad(loss, inputs.leaves))) if inputs.leaves else {}
     return Result(

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .cases import GPU_HEADLINE, HEADLINE
+from .cases import GPU_HEADLINE, HEADLINE, SUITES
 from .console import Console
 from .runner import OK, Outcome, Row, is_number
 
@@ -122,7 +122,8 @@ def _notes(row: Row) -> str:
 def print_table(console: Console, outcome: Outcome) -> None:
     """One row a provider. A row that is not ``ok`` has no time and no ratio."""
     floor = outcome.case.floor
-    columns = ["provider", "ms, median (min..max)", f"x {floor}", "extra MiB", "max logp err", "rel err dX", "rel err dW"]
+    what = "max err" if outcome.case.task == "gae" else "max logp err"
+    columns = ["provider", "ms, median (min..max)", f"x {floor}", "extra MiB", what, "rel err dX", "rel err dW"]
     rows = []
     for row in outcome.rows:
         errors = row.errors
@@ -178,7 +179,9 @@ def _quotient(above: float | None, below: float | None) -> float | None:
 
 
 def targets(outcome: Outcome) -> list[Target]:
-    """The project's targets for DPO with a trained head, forward only, and the element-wise pass; other cases have none."""
+    """The project's targets for DPO with a trained head, forward only, policy losses, and what needs no head; other cases have
+    none.
+    """
     case = outcome.case
 
     def time(name: str) -> float | None:
@@ -195,6 +198,14 @@ def targets(outcome: Outcome) -> list[Target]:
     if case.suite == "tile":
         reached = _quotient(time("copy"), time("pass@cpu"))
         return [Target("share of the copy's bandwidth that the C++ pass reaches", reached, 0.6, True)]
+    if case.suite == "gae":
+        ours = time("logitless:gae")
+        return [
+            Target("time of a loop over tokens over logitless", _quotient(time("loop:gae"), ours), 100.0, True),
+            Target("time of a loop over padded steps over logitless", _quotient(time("padded:gae"), ours), 1.0, True),
+        ]
+    if case.suite in ("policy", "policy-gpu"):
+        return _policy_targets(outcome, time)
     ours = time("logitless")
     if case.suite == "gpu":
         return _gpu_targets(outcome, time)
@@ -233,6 +244,20 @@ def _gpu_targets(outcome: Outcome, time: Callable[[str], float | None]) -> list[
     return found
 
 
+def _policy_targets(outcome: Outcome, time: Callable[[str], float | None]) -> list[Target]:
+    case, ours, row = outcome.case, time("logitless:policy"), outcome.row("logitless:policy")
+    on_gpu = case.suite == "policy-gpu"
+    nhv = case.shape.scored * case.shape.hidden * case.shape.vocab
+    flops = None if row is None or row.status != OK else row.flops
+    trl = _quotient(time("trl:policy-scored"), ours)
+    over_gemms = _quotient(ours, time("gemm:policy"))
+    return [
+        Target("time of TRL's function on scored tokens and its loss over logitless", trl, 1.4 if on_gpu else 3.0, True),
+        Target("time of logitless over the bare GEMMs on scored tokens", over_gemms, 1.10 if on_gpu else 1.15, False),
+        Target("FLOP of logitless over N H V", _quotient(flops, nhv), 2 * case.gemms + 0.02, False),
+    ]
+
+
 #: Spread of the bare GEMMs' times from which on the machine counts as busy.
 _BUSY = 1.5
 _SPOKEN = {"torch": "plain PyTorch", "logitless": "logitless"}
@@ -253,9 +278,12 @@ def show(console: Console, outcome: Outcome) -> None:
         console.print(f"  copy: {moved / gemm.median / 1e9:.1f} GB/s, read and written", highlight=False)
     for target in found:
         console.print(f"  {target}", highlight=False)
-    stated_for, machine = (GPU_HEADLINE, "one H100") if outcome.case.suite == "gpu" else (HEADLINE, "a 2-core CPU machine")
-    if found and outcome.case.task != "tile" and outcome.case.shape != stated_for:
-        console.print(f"  (the targets are stated for {stated_for}, on {machine})", highlight=False)
+    case, machine = outcome.case, "one H100" if outcome.case.suite in ("gpu", "policy-gpu") else "a 2-core CPU machine"
+    stated_for = [GPU_HEADLINE if case.suite == "gpu" else HEADLINE]
+    if case.suite in ("policy", "policy-gpu", "gae"):
+        stated_for = [own.shape for own in SUITES[case.suite].make({}, False)]
+    if found and case.task != "tile" and case.shape not in stated_for:
+        console.print(f"  (the targets are stated for {stated_for[0]}, on {machine})", highlight=False)
     console.print()
 
 
@@ -336,9 +364,13 @@ def write_bars(path: Path, outcomes: Sequence[Outcome], device: torch.device) ->
         placed = axis.barh([y for y, _ in bars], [x for _, x in bars], 0.9 * height, color=colors(i % 10), label=name)
         axis.bar_label(placed, fmt="%.2f", fontsize=7, padding=2)
     axis.axvline(1, color="black", linewidth=0.8)
+    several = len({o.case.task for o in outcomes}) > 1
     labels = [
-        f"N={o.case.shape.scored}, H={o.case.shape.hidden}, V={o.case.shape.vocab}\n{o.case.kind}"
+        f"N={o.case.shape.scored}, H={o.case.shape.hidden}, V={o.case.shape.vocab}\n"
+        + (f"{o.case.task}, " if several else "")
+        + o.case.kind
         + (f", softcap {o.case.shape.softcap:g}" if o.case.shape.softcap else "")
+        + (f", responses {o.case.shape.spread:g}:1" if o.case.shape.spread > 1 else "")
         for o in outcomes
     ]
     axis.set_yticks([j + (len(names) - 1) * height / 2 for j in range(len(outcomes))], labels, fontsize=8)
@@ -347,12 +379,19 @@ def write_bars(path: Path, outcomes: Sequence[Outcome], device: torch.device) ->
     if names:
         figure.legend(loc="outside right upper", fontsize=9, frameon=False)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    figure.suptitle(f"{outcomes[0].case.task}, {outcomes[0].case.shape.dtype}, {where}", fontsize=10)
+    title = outcomes[0].case.suite if several else outcomes[0].case.task
+    figure.suptitle(f"{title}, {outcomes[0].case.shape.dtype}, {where}", fontsize=10)
     figure.savefig(path, dpi=130)
 
 
+#: Suites whose cases are no sweep over sequence lengths.
+_BARS = ("gpu", "policy", "policy-gpu")
+
+
 def write_files(out: Path, outcomes: Sequence[Outcome], device: torch.device, *, quick: bool, rounds: int) -> list[Path]:
-    """JSON of the run; a figure for each suite that has several sequence lengths, and for ``gpu``, if matplotlib is there."""
+    """JSON of the run; if matplotlib is there, a figure for each suite that has several sequence lengths, and for those whose
+    cases differ in more.
+    """
     out.mkdir(parents=True, exist_ok=True)
     suites = list(dict.fromkeys(o.case.suite for o in outcomes))
     paths = [out / f"{device.type}-{'-'.join(suites)}.json"]
@@ -361,7 +400,8 @@ def write_files(out: Path, outcomes: Sequence[Outcome], device: torch.device, *,
         return paths
     for suite in suites:
         group = [o for o in outcomes if o.case.suite == suite]
-        draw = write_bars if suite == "gpu" else write_figure if len({o.case.shape.tokens for o in group}) > 1 else None
+        lengths = {o.case.shape.tokens for o in group}
+        draw = write_bars if suite in _BARS else write_figure if len(lengths) > 1 else None
         if draw is not None:
             paths.append(out / f"{device.type}-{suite}.png")
             draw(paths[-1], group, device)

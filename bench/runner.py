@@ -15,6 +15,7 @@ import torch
 
 from .cases import SUITES, Case, Inputs, make_inputs
 from .memory import Memory, measure, measure_work
+from .policy_losses import POLICY_LOSSES
 from .reference import Errors, Reference, check, compute_reference, token_error
 from .registry import PROVIDERS, Provider, Result, Work
 
@@ -37,6 +38,7 @@ class Row:
         message: why, unless ``ok``.
         seconds: one value a round; dropped unless ``ok``, as is ``extra_bytes``.
         errors: the larger ones of the first and the last step.
+        flops: of the GEMMs of a step, where the provider says.
         extra_bytes: peak memory above the inputs, ``None`` if it was not measured.
         note: why it was not.
     """
@@ -47,6 +49,7 @@ class Row:
     schedule: str = ""
     seconds: list[float] = field(default_factory=list)
     errors: Errors | None = None
+    flops: int | None = None
     extra_bytes: int | None = None
     note: str = ""
     roofline: bool = False
@@ -70,6 +73,7 @@ class Row:
             "median_seconds": self.median,
             "min_seconds": min(self.seconds, default=None),
             "max_seconds": max(self.seconds, default=None),
+            "flops": self.flops,
             "extra_bytes": self.extra_bytes,
             "note": self.note,
             "errors": None if self.errors is None else self.errors.as_dict(),
@@ -97,16 +101,28 @@ class Outcome:
         return {**self.case.as_dict(), "scored_tokens": self.case.shape.scored, "gemms": self.case.gemms, "rows": rows}
 
 
-def default_providers(suite: str, quick: bool) -> list[str]:
-    """The providers of a suite, in the order of the registry.
+#: Tasks of suites whose providers never meet those of the others in one table.
+_APART: dict[str, frozenset[str]] = {
+    "train": frozenset({"train"}),
+    "policy": frozenset(POLICY_LOSSES),
+    "policy-gpu": frozenset(POLICY_LOSSES),
+    "gae": frozenset({"gae"}),
+}
 
-    Whole trainers and the rest never meet in one table.
-    """
+
+def _belongs(provider: Provider, suite: str) -> bool:
+    if suite in _APART:
+        return bool(provider.tasks & _APART[suite])
+    return bool(provider.tasks - frozenset().union(*_APART.values()))
+
+
+def default_providers(suite: str, quick: bool) -> list[str]:
+    """The providers of a suite, in the order of the registry."""
     chosen = (quick and SUITES[suite].quick_providers) or SUITES[suite].providers
     return [
         name
         for name, provider in PROVIDERS.items()
-        if (name in chosen if chosen else provider.quick or not quick) and ("train" in provider.tasks) == (suite == "train")
+        if (name in chosen if chosen else provider.quick or not quick) and _belongs(provider, suite)
     ]
 
 
@@ -241,7 +257,7 @@ def _first_step(entry: _Entry, case: Case, inputs: Inputs, reference: Reference,
     entry.work = entry.provider.build(case, inputs)
     entry.work.prepare()
     entry.last = entry.work.step()
-    entry.row.schedule = entry.last.schedule
+    entry.row.schedule, entry.row.flops = entry.last.schedule, entry.last.flops
     _check(entry, case, inputs, reference)
     if entry.row.errors is not None and entry.row.errors.token_logps is None and entry.row.status == OK:
         entry.row.errors.token_logps = token_error(case, inputs, entry.work, reference)

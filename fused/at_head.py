@@ -81,7 +81,12 @@ def at_head(
         labels = at.labels.reshape(-1)[at.where.to(at.labels.device)]
         return fn(AtHead(rows.to(device), at.weight, at.bias, at.head, labels.to(device), packed.cu_seqlens))
 
-    options = {"head": head, "temperature": temperature, "padding_free": padding_free, "model_kwargs": model_kwargs}
+    options: dict[str, Any] = {
+        "head": head,
+        "temperature": temperature,
+        "padding_free": padding_free,
+        "model_kwargs": model_kwargs,
+    }
     result: Result = run_packed(model, packed, call, **options)
     return result
 

@@ -131,7 +131,12 @@ def model_logps(
         stats = linear_logps(at.hidden.to(at.weight.device), at.weight, labels, at.bias, at.head, wanted, packed.ignore_index)
         return TokenStats(**{name: _of_tokens(getattr(stats, name), at.where, layout, shifted) for name in wanted})
 
-    options = {"head": head, "temperature": temperature, "padding_free": padding_free, "model_kwargs": model_kwargs}
+    options: dict[str, Any] = {
+        "head": head,
+        "temperature": temperature,
+        "padding_free": padding_free,
+        "model_kwargs": model_kwargs,
+    }
     result: TokenStats = _run(model, packed, layout.bounds, positions, score, **options)
     return result
 

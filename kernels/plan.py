@@ -259,7 +259,9 @@ def plan(
         steps, again = _token_steps(num_tokens, rows) if token_groups else _loss_steps(groups, rows, margin, second)
         tiles = sum(_tiles(s) for s in steps)
         if token_groups:
-            reason = f"no token waits for another: the gradients are made in the forward pass, in {tiles} tile(s) of up to {rows}"
+            reason = (
+                f"no token waits for another: the gradients are made in the forward pass, in {tiles} tile(s) of up to {rows}"
+            )
         elif again:
             reason = f"{again} tokens are in groups of more than the {rows} that a tile holds; their logits are made twice"
         elif steps[0].schedule == DEFERRED_SCALE:
@@ -404,9 +406,11 @@ def _choose(served: list[_Served]) -> tuple[_Served, str]:
 
 def _token_steps(num_tokens: int, rows: int) -> tuple[tuple[Step, ...], int]:
     """As ``_loss_steps`` for tokens that do not wait for each other: equal tiles, of whole blocks where there is room."""
+    rows = max(1, rows)
     tiles = max(1, -(-num_tokens // rows))
     even = -(-num_tokens // tiles)
-    even = min(rows, -(-even // _PARTIAL_BLOCK) * _PARTIAL_BLOCK) if rows >= _PARTIAL_BLOCK else even
+    whole = -(-even // _PARTIAL_BLOCK) * _PARTIAL_BLOCK
+    even = whole if whole <= rows else even
     starts = range(0, max(1, num_tokens), max(1, even))
     return tuple(Step(GRADIENT_IN_FORWARD, 0, 0, start, min(start + even, num_tokens), rows) for start in starts), 0
 

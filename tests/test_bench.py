@@ -11,15 +11,18 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+import logitless as ll
 from logitless.bench import register_all
 from logitless.bench.cases import SUITES, Case, Shape, make_inputs
 from logitless.bench.cli import main
 from logitless.bench.memory import measure
+from logitless.bench.policy_losses import ENTROPY_COEF, loop_over_tokens
 from logitless.bench.reference import compute_reference
 from logitless.bench.registry import PROVIDERS, Result, Work, provider
 from logitless.bench.report import targets
-from logitless.bench.runner import FAILED, OK, UNAVAILABLE, WRONG, run_case
+from logitless.bench.runner import FAILED, OK, UNAVAILABLE, WRONG, default_providers, run_case
 
 register_all()
 CPU = torch.device("cpu")
@@ -128,6 +131,7 @@ def test_runs_as_plain_text_without_rich_matplotlib_and_psutil(tmp_path):
         (["--rounds", "0"], "at least 1"),
         (["--time-limit", "0"], "more than 0"),
         (["--shape", "softcap=-1"], ">= 0"),
+        (["--shape", "spread=0.5"], ">= 1"),
         (["--device", "tpu"], "cuda"),
     ],
 )
@@ -261,3 +265,153 @@ def test_who_has_no_soft_cap_says_so(name):
     assert "soft-cap" in "; ".join(PROVIDERS[name].reasons(case, CPU)) or "has no torch.nn" in "; ".join(
         PROVIDERS[name].reasons(case, CPU)
     )
+
+
+RAGGED = Shape(pairs=2, tokens=16, hidden=32, vocab=300, spread=3.0)
+
+
+def test_responses_run_evenly_from_the_longest_to_the_shortest():
+    assert Shape(pairs=2, tokens=16, masked=0.25, spread=3.0).responses == [12, 9, 7, 4]
+    assert Shape(pairs=2, tokens=16, masked=0.25).responses == [12] * 4
+    assert Shape(pairs=1, tokens=2, masked=0.0, spread=100.0).responses == [2, 1]
+
+
+def test_the_policy_suites_have_the_sizes_of_the_headlines():
+    for suite, headline in (("policy", "dpo"), ("policy-gpu", "gpu")):
+        cases, like = SUITES[suite].make({}, False), SUITES[headline].base
+        assert {(c.shape.hidden, c.shape.vocab, c.shape.dtype) for c in cases} == {(like.hidden, like.vocab, like.dtype)}
+        assert cases[0].shape.scored == like.scored
+        assert all(c.shape.scored % 64 == 0 and abs(c.shape.scored / like.scored - 1) < 0.1 for c in cases)
+        assert [c.gemms for c in cases] == [3, 2, 3, 3, 3]
+        assert max(c.shape.responses[0] / c.shape.responses[-1] for c in cases) == 10
+
+
+def test_packed_inputs_are_the_padded_ones_without_padding():
+    inputs = make_inputs(Case("policy", "ppo", RAGGED), CPU)
+    assert inputs.rollouts is not None
+    present, packed = inputs.rollouts.present, inputs.rollouts.packed
+    assert packed is not None and packed.rollouts is not None
+    assert present.sum(1).tolist() == [4 + n for n in RAGGED.responses]
+    assert packed.rollouts.cu_seqlens.diff().tolist() == present.sum(1).tolist()
+    assert int(packed.scored.sum()) == int(inputs.scored.sum()) == RAGGED.scored
+    assert not inputs.scored[~present].any()
+    assert packed.hidden.is_leaf and packed.hidden.requires_grad and packed.weight is inputs.weight
+    torch.testing.assert_close(packed.hidden.detach(), inputs.hidden.detach()[present], rtol=0, atol=0)
+    torch.testing.assert_close(packed.rollouts.old_logps, inputs.rollouts.old_logps[present], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("logits", ["random", "peaked"])
+def test_no_token_is_near_the_end_of_a_clipping_range(logits):
+    """Else a rounding of its log-prob would decide whether it has a gradient. Some are beyond, on either side."""
+    case = Case("policy", "dapo", replace(RAGGED, tokens=64, logits=logits))
+    inputs = make_inputs(case, CPU)
+    logps = compute_reference(case, inputs).logps
+    assert inputs.rollouts is not None and logps is not None
+    ratios = (logps - inputs.rollouts.old_logps)[inputs.scored].exp()
+    for end in (0.8, 1.2, 1.28):
+        assert (ratios / end).log().abs().min() > 0.05
+    assert (ratios < 0.8).any() and (ratios > 1.28).any()
+
+
+def test_reference_of_a_policy_loss_is_plain_autograd_in_float64():
+    case = Case("policy", "dapo-entropy", replace(RAGGED, logits="peaked"))
+    inputs = make_inputs(case, CPU)
+    assert inputs.rollouts is not None
+    x, w = (t.detach().double().requires_grad_() for t in (inputs.hidden, inputs.weight))
+    scored = inputs.scored
+    log_p = torch.log_softmax(x[scored] @ w.t(), -1)
+    logps = log_p.gather(-1, inputs.labels[scored][:, None])[:, 0]
+    ratios = (logps - inputs.rollouts.old_logps[scored]).exp()
+    a = inputs.rollouts.advantages[scored]
+    loss = -torch.minimum(ratios * a, ratios.clamp(0.8, 1.28) * a).mean()
+    loss = loss + ENTROPY_COEF * (log_p.exp() * log_p).sum(-1).mean()
+    loss.backward()
+    reference = compute_reference(case, inputs)
+    assert reference.dhidden is not None and reference.dweight is not None
+    torch.testing.assert_close(reference.dhidden, x.grad)
+    torch.testing.assert_close(reference.dweight, w.grad)
+    assert reference.loss == pytest.approx(loss.item())
+
+
+def test_the_policy_suite_runs_end_to_end(tmp_path, capsys):
+    """Every provider on every loss, packed or padded, is right or says why not."""
+    options = ["--quick", "--rounds", "1", "--no-memory", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(["--suite", "policy", "--shape", "pairs=2,tokens=16,hidden=32,vocab=300", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "FLOP of logitless over N H V: 6.00 (target <= 6.02: met)" in printed
+    assert "FLOP of logitless over N H V: 4.00 (target <= 4.02: met)" in printed
+    document = json.loads((tmp_path / "cpu-policy.json").read_text())
+    assert [c["task"] for c in document["cases"]] == ["dapo", "dapo", "dapo-entropy", "dapo", "ppo"]
+    for case in document["cases"]:
+        rows = {row["provider"]: row for row in case["rows"]}
+        assert list(rows) == default_providers("policy", True)
+        missing = {name for name, row in rows.items() if row["status"] == UNAVAILABLE}
+        assert {row["status"] for name, row in rows.items() if name not in missing} == {OK}
+        assert not any(name.startswith(("logitless", "torch", "gemm", "verl")) for name in missing)
+        assert "does not compute" in rows["liger:policy"]["message"] or case["task"] == "dapo"
+        assert all(row["errors"]["token_logps"] is not None for row in rows.values() if row["errors"] is not None)
+        assert rows["logitless:policy"]["schedule"] in ("gradient_in_forward", "deferred_scale")
+
+
+@pytest.mark.parametrize("train_head", [True, False])
+def test_the_flop_of_a_policy_step_are_those_that_torch_counts(train_head):
+    case = Case("policy", "dapo-entropy" if train_head else "dapo", RAGGED, train_head=train_head)
+    inputs = make_inputs(case, CPU)
+    claimed = PROVIDERS["logitless:policy"].build(case, inputs).step().flops
+    assert inputs.rollouts is not None
+    packed = inputs.rollouts.packed
+    assert packed is not None and packed.rollouts is not None
+    module = ll.FusedLinearGRPOLoss(epsilon_high=0.28, entropy_coef=ENTROPY_COEF if train_head else 0.0)
+    arguments = {"advantages": packed.rollouts.advantages, "cu_seqlens": packed.rollouts.cu_seqlens}
+    with FlopCounterMode(display=False) as counter:
+        module(packed.hidden, packed.weight, packed.labels, **arguments).loss.backward()
+    assert counter.get_total_flops() == claimed == 2 * case.gemms * RAGGED.scored * 32 * 300
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("task", ["dapo", "dapo-entropy", "ppo"])
+def test_a_wrong_packed_gradient_gets_no_figure(task):
+    """One that forgets the entropy bonus, the clipping, or a sequence's rows."""
+    case = Case("policy", task, replace(RAGGED, tokens=64, logits="peaked"))
+    build = PROVIDERS["torch:policy"].build
+
+    @provider("wrong", tasks={task})
+    def wrong(case, inputs):
+        if task == "dapo-entropy":
+            return build(replace(case, task="dapo"), inputs)
+        work = build(case, inputs)
+
+        def step() -> Result:
+            result = work.step()
+            assert result.dhidden is not None
+            return replace(result, dhidden=result.dhidden.roll(1, 0))
+
+        return Work(step)
+
+    right, row = run_case(case, ["torch:policy", "wrong"], CPU, rounds=1, memory=False).rows
+    assert right.status == OK, right.message
+    assert row.status == WRONG
+    assert "dhidden" in row.message
+    assert row.seconds == []
+
+
+def test_suites_apart_share_no_provider():
+    names = {suite: set(default_providers(suite, False)) for suite in ("op", "train", "policy", "gae")}
+    assert all(names[a].isdisjoint(names[b]) for a in names for b in names if a < b)
+    assert "gemm:policy" in names["policy"] and "gemm" in names["op"]
+
+
+def test_the_gae_suite_compares_with_a_loop_over_tokens(tmp_path, capsys):
+    options = ["--rounds", "1", "--no-memory", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(["--suite", "gae", "--shape", "pairs=3,tokens=40", *options]) == 0
+    assert "max err" in capsys.readouterr().out
+    (case,) = json.loads((tmp_path / "cpu-gae.json").read_text())["cases"]
+    assert {row["status"] for row in case["rows"]} == {OK}
+    assert [row["provider"] for row in case["rows"]] == ["copy:gae", "loop:gae", "floats:gae", "padded:gae", "logitless:gae"]
+    assert all(row["errors"]["token_logps"] < 1e-4 for row in case["rows"][1:])
+
+
+def test_the_loop_over_tokens_by_hand():
+    """gamma is 1 and lambda 0.95; the second segment is empty."""
+    found = loop_over_tokens([0.0, 1.0, 2.0], [0.5, 0.25, 1.0], [0, 2, 2, 3], [0.0] * 3)
+    assert found == pytest.approx([-0.25 + 0.95 * 0.75, 0.75, 1.0])

@@ -125,7 +125,7 @@ def token_weights(
         items = num_items.to(sequences.device, wide) if isinstance(num_items, Tensor) else num_items
     each = torch.ones(len(sequences), dtype=wide, device=sequences.device)
     if aggregation == "sequence-mean":
-        each = each / torch.tensor(lengths, dtype=wide).clamp(min=1).to(sequences.device)[sequences]
+        each = each / torch.tensor(lengths, dtype=wide, device=sequences.device).clamp(min=1)[sequences]
     elif aggregation == "fixed-length":
         assert max_length is not None
         each = each / max_length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -89,62 +90,61 @@ def reads_sequences(options: GRPOOptions) -> bool:
 
 def grpo(options: GRPOOptions) -> PolicyLoss:
     """See :class:`logitless.FusedLinearGRPOLoss`."""
-    o = options
-    top_entropy = o.top_entropy_quantile < 1
-
-    def fn(tokens: Tokens) -> PolicyLossResult:
-        a = tokens.advantages
-        logratios = tokens.logps - tokens.old_logps
-        weights = logratios
-        if o.importance_sampling_level == "sequence":
-            weights = tokens.to_tokens(tokens.sequence_mean(logratios))
-        ratios = weights.exp()
-        metrics = divergence_metrics(tokens, logratios)
-        kl = None
-        if tokens.ref_logps is not None:
-            kl = kl_estimate(tokens.logps, tokens.ref_logps, "k3")
-            kl = kl * ratios if o.use_bias_correction_kl else kl
-            metrics["kl"] = kl
-        if o.loss_type == "cispo":
-            losses = -ratios.clamp(max=o.epsilon_high).detach() * a * tokens.logps
-            metrics["cispo_clip_ratio"] = _as_number((ratios > o.epsilon_high) & (a > 0), a)
-        elif o.loss_type == "sapo":
-            temperature = _by_sign(a > 0, o.sapo_temperature_pos, o.sapo_temperature_neg, a)
-            losses = -torch.sigmoid(temperature * (ratios - 1)) * 4 / temperature * a
-        elif o.loss_type == "vespo":
-            phi = vespo_weights(tokens, logratios, o)
-            losses = -phi * a * tokens.logps
-            metrics["vespo/phi_seq_mean"] = phi
-        else:
-            clamped = ratios.clamp(1 - o.epsilon_low, 1 + o.epsilon_high)
-            ratios = ratios if o.delta is None else ratios.clamp(max=o.delta)
-            losses = -torch.minimum(ratios * a, clamped * a)
-            low, high = (ratios < 1 - o.epsilon_low) & (a < 0), (ratios > 1 + o.epsilon_high) & (a > 0)
-            metrics["clip_ratio/low_mean"] = _as_number(low, a)
-            metrics["clip_ratio/high_mean"] = _as_number(high, a)
-            metrics["clip_ratio/region_mean"] = _as_number(low | high, a)
-        if o.off_policy_mask_threshold is not None:
-            kept = off_policy_mask(tokens, o.off_policy_mask_threshold)
-            metrics["off_policy_kept"] = _as_number(kept, a)
-            losses = losses * kept
-        bonus_mask = None
-        if top_entropy:
-            assert tokens.entropies is not None
-            bonus_mask = tokens.entropies.detach() >= _threshold(tokens, o.top_entropy_quantile)
-            losses = losses * bonus_mask
-        if o.loss_type != "vespo" and "importance_sampling_ratio" in tokens.inputs:
-            losses = losses * tokens.inputs["importance_sampling_ratio"]
-        if kl is not None:
-            losses = losses + o.beta * kl
-        return PolicyLossResult(losses, metrics, bonus_mask)
-
+    top_entropy = options.top_entropy_quantile < 1
     return PolicyLoss(
-        fn,
-        "batch" if top_entropy else "sequence" if reads_sequences(o) else "token",
-        needs_reference=o.beta != 0,
-        uses_reference=o.beta != 0,
+        functools.partial(_losses, options),
+        "batch" if top_entropy else "sequence" if reads_sequences(options) else "token",
+        needs_reference=options.beta != 0,
+        uses_reference=options.beta != 0,
         uses_entropy=top_entropy,
     )
+
+
+def _losses(o: GRPOOptions, tokens: Tokens) -> PolicyLossResult:
+    a = tokens.advantages
+    logratios = tokens.logps - tokens.old_logps
+    weights = logratios
+    if o.importance_sampling_level == "sequence":
+        weights = tokens.to_tokens(tokens.sequence_mean(logratios))
+    ratios = weights.exp()
+    metrics = divergence_metrics(tokens, logratios)
+    kl = None
+    if tokens.ref_logps is not None:
+        kl = kl_estimate(tokens.logps, tokens.ref_logps, "k3")
+        kl = kl * ratios if o.use_bias_correction_kl else kl
+        metrics["kl"] = kl
+    if o.loss_type == "cispo":
+        losses = -ratios.clamp(max=o.epsilon_high).detach() * a * tokens.logps
+        metrics["cispo_clip_ratio"] = _as_number((ratios > o.epsilon_high) & (a > 0), a)
+    elif o.loss_type == "sapo":
+        temperature = _by_sign(a > 0, o.sapo_temperature_pos, o.sapo_temperature_neg, a)
+        losses = -torch.sigmoid(temperature * (ratios - 1)) * 4 / temperature * a
+    elif o.loss_type == "vespo":
+        phi = vespo_weights(tokens, logratios, o)
+        losses = -phi * a * tokens.logps
+        metrics["vespo/phi_seq_mean"] = phi
+    else:
+        clamped = ratios.clamp(1 - o.epsilon_low, 1 + o.epsilon_high)
+        ratios = ratios if o.delta is None else ratios.clamp(max=o.delta)
+        losses = -torch.minimum(ratios * a, clamped * a)
+        low, high = (ratios < 1 - o.epsilon_low) & (a < 0), (ratios > 1 + o.epsilon_high) & (a > 0)
+        metrics["clip_ratio/low_mean"] = _as_number(low, a)
+        metrics["clip_ratio/high_mean"] = _as_number(high, a)
+        metrics["clip_ratio/region_mean"] = _as_number(low | high, a)
+    if o.off_policy_mask_threshold is not None:
+        kept = off_policy_mask(tokens, o.off_policy_mask_threshold)
+        metrics["off_policy_kept"] = _as_number(kept, a)
+        losses = losses * kept
+    bonus_mask = None
+    if o.top_entropy_quantile < 1:
+        assert tokens.entropies is not None
+        bonus_mask = tokens.entropies.detach() >= _threshold(tokens, o.top_entropy_quantile)
+        losses = losses * bonus_mask
+    if o.loss_type != "vespo" and "importance_sampling_ratio" in tokens.inputs:
+        losses = losses * tokens.inputs["importance_sampling_ratio"]
+    if kl is not None:
+        losses = losses + o.beta * kl
+    return PolicyLossResult(losses, metrics, bonus_mask)
 
 
 def _threshold(tokens: Tokens, quantile: float) -> Tensor:

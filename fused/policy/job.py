@@ -44,7 +44,9 @@ class PolicyJob(Job):
         inputs: (N,) tensors; ``advantages`` and, where given, ``old_logps`` and ``ref_logps`` among them.
         sequence_inputs: (S,) tensors, by sequence.
         entropy_coef: weight of the entropy bonus.
-        bonus_weights: (N,) of a token's entropy in the bonus; ``None``: their mean over the loss's ``bonus_mask``.
+        bonus_weights: (N,) of a token's entropy in the bonus; ``None``: their mean over the loss's ``bonus_mask``, times
+            ``bonus_share``.
+        bonus_share: of this call in the batch; a number or 0-dim.
     """
 
     loss: PolicyLoss
@@ -53,6 +55,7 @@ class PolicyJob(Job):
     sequence_inputs: Mapping[str, Tensor]
     entropy_coef: float
     bonus_weights: Tensor | None
+    bonus_share: float | Tensor
 
     @property
     def loss_outputs(self) -> frozenset[str]:  # type: ignore[override]
@@ -77,8 +80,8 @@ class PolicyEvaluation:
         self.job, self.wide = job, wide
         self.loss = torch.zeros((), dtype=wide, device=device)
         self.parts: list[dict[str, Tensor]] = []
-        sizes = torch.tensor([job.entries.sequence_sizes[s] for group in job.entries.groups for s in group])
-        self.ends = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0).long()])  # in the order of the entries
+        sizes = torch.tensor([job.entries.sequence_sizes[s] for group in job.entries.groups for s in group], device="cpu")
+        self.ends = torch.nn.functional.pad(sizes.cumsum(0).long(), (1, 0))  # in the order of the entries
 
     def _offsets(self, step: Step) -> tuple[list[int], Tensor]:
         """The sequences of the step, and where each starts and ends among its tokens."""
@@ -135,7 +138,7 @@ class PolicyEvaluation:
         # a mask that is known only now, over the whole batch: the loss is of group "batch"
         assert result.bonus_mask is not None
         mask = result.bonus_mask.to(self.wide)
-        return mask / mask.sum().clamp(min=1)
+        return mask / mask.sum().clamp(min=1) * self.job.bonus_share
 
     def report(self, plan: Plan, tokens: dict[str, Tensor], dtype: torch.dtype) -> PolicyReport:
         joined = {name: torch.cat([part[name] for part in self.parts]) for name in self.parts[0]}

@@ -236,8 +236,8 @@ class FusedLinearPolicyLoss(nn.Module):
             if name not in inputs:
                 raise ValueError(f"{name} is needed by importance_sampling_mode={self.importance_sampling_mode!r}")
 
-    def _bonus_weights(self, weights: Tensor, num_items: Tensor | float | None, num_sequences: int) -> Tensor | None:
-        """Of the tokens' entropies, (N,); ``None``: their mean over the loss's ``bonus_mask``."""
+    def _bonus_weights(self, weights: Tensor, share: float | Tensor) -> Tensor | None:
+        """Of the tokens' entropies, (N,); ``None``: their mean over the loss's ``bonus_mask``. ``share``: of this micro-batch."""
         return weights
 
     def _sequence_metrics(self, report: PolicyReport, entries: Entries) -> dict[str, Tensor]:
@@ -485,7 +485,9 @@ class FusedLinearGRPOLoss(FusedLinearPolicyLoss):
                     )
                 threshold = entropy_threshold.detach().reshape(())
             else:
-                threshold = torch.tensor(check_number("entropy_threshold", entropy_threshold), dtype=torch.float64)
+                threshold = torch.tensor(
+                    check_number("entropy_threshold", entropy_threshold), dtype=torch.float64, device="cpu"
+                )
         given = {
             "advantages": advantages,
             "old_logps": old_logps,
@@ -496,12 +498,9 @@ class FusedLinearGRPOLoss(FusedLinearPolicyLoss):
         batch = _PolicyBatch.check(self, hidden, weight, labels, bias, head, cu_seqlens, given)
         return self._compute(batch, (ref_hidden, ref_weight, ref_bias), num_items_in_batch, threshold)
 
-    def _bonus_weights(self, weights: Tensor, num_items: Tensor | float | None, num_sequences: int) -> Tensor | None:
+    def _bonus_weights(self, weights: Tensor, share: float | Tensor) -> Tensor | None:
         if self.options.top_entropy_quantile < 1:
             return None
-        if self.aggregation == "token-mean":
-            return weights
-        share = 1.0 if num_items is None else num_sequences / num_items  # of this micro-batch
         return torch.full_like(weights, 1 / max(1, len(weights))) * share
 
     def _sequence_metrics(self, report: PolicyReport, entries: Entries) -> dict[str, Tensor]:
@@ -600,6 +599,10 @@ class _PolicyBatch:
                 entries.group_sizes = [entries.sequence_sizes[s] for (s,) in entries.groups]
         sizes = entries.sequence_sizes
         weights = token_weights(module.aggregation, entries.sequences, sizes, num_items, module.max_length)
+        share: float | Tensor = 1.0
+        if num_items is not None:
+            count = len(weights) if module.aggregation == "token-mean" else self.num_sequences
+            share = count / (num_items.to(weights) if isinstance(num_items, Tensor) else num_items)
         job = PolicyJob(
             entries,
             self.head,
@@ -610,7 +613,8 @@ class _PolicyBatch:
             inputs,
             of_sequences,
             module.entropy_coef,
-            module._bonus_weights(weights, num_items, self.num_sequences),
+            module._bonus_weights(weights, share),
+            share,
         )
         x = self.hidden.to(compute_dtype(self.hidden)).reshape(-1, self.hidden.shape[-1])
         value, report = run(job, x, self.weight, self.bias)

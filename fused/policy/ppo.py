@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -42,29 +44,32 @@ def ppo(
     kl_estimator: str,
 ) -> PolicyLoss:
     """See :class:`logitless.FusedLinearPPOLoss`."""
-
-    def fn(tokens: Tokens) -> PolicyLossResult:
-        a = tokens.advantages
-        logratios = tokens.logps - tokens.old_logps
-        ratios = logratios.exp()
-        unclipped, clipped = -a * ratios, -a * ratios.clamp(1 - clip_low, 1 + clip_high)
-        losses = torch.maximum(unclipped, clipped)
-        beyond = (unclipped < clipped).detach()
-        metrics = divergence_metrics(tokens, logratios)
-        metrics["clip_fraction/low"] = (beyond & (a < 0)).to(a.dtype)
-        metrics["clip_fraction/high"] = (beyond & (a > 0)).to(a.dtype)
-        metrics["clip_fraction"] = beyond.to(a.dtype)
-        if dual_clip is not None:
-            bound = -a * dual_clip
-            cut = (a < 0) & (losses > bound)
-            metrics["clip_fraction/dual"] = cut.detach().to(a.dtype)
-            losses = torch.where(cut, bound, losses)
-        if "importance_sampling_ratio" in tokens.inputs:
-            losses = losses * tokens.inputs["importance_sampling_ratio"]
-        if tokens.ref_logps is not None:
-            kl = kl_penalty(tokens.logps, tokens.ref_logps, kl_estimator)
-            metrics["kl"] = kl.detach()
-            losses = losses + kl_coef * kl
-        return PolicyLossResult(losses, metrics)
-
+    fn = functools.partial(_losses, clip_low, clip_high, dual_clip, kl_coef, kl_estimator)
     return PolicyLoss(fn, "token", needs_reference=kl_coef != 0, uses_reference=kl_coef != 0)
+
+
+def _losses(
+    clip_low: float, clip_high: float, dual_clip: float | None, kl_coef: float, kl_estimator: str, tokens: Tokens
+) -> PolicyLossResult:
+    a = tokens.advantages
+    logratios = tokens.logps - tokens.old_logps
+    ratios = logratios.exp()
+    unclipped, clipped = -a * ratios, -a * ratios.clamp(1 - clip_low, 1 + clip_high)
+    losses = torch.maximum(unclipped, clipped)
+    beyond = (unclipped < clipped).detach()
+    metrics = divergence_metrics(tokens, logratios)
+    metrics["clip_fraction/low"] = (beyond & (a < 0)).to(a.dtype)
+    metrics["clip_fraction/high"] = (beyond & (a > 0)).to(a.dtype)
+    metrics["clip_fraction"] = beyond.to(a.dtype)
+    if dual_clip is not None:
+        bound = -a * dual_clip
+        cut = (a < 0) & (losses > bound)
+        metrics["clip_fraction/dual"] = cut.detach().to(a.dtype)
+        losses = torch.where(cut, bound, losses)
+    if "importance_sampling_ratio" in tokens.inputs:
+        losses = losses * tokens.inputs["importance_sampling_ratio"]
+    if tokens.ref_logps is not None:
+        kl = kl_penalty(tokens.logps, tokens.ref_logps, kl_estimator)
+        metrics["kl"] = kl.detach()
+        losses = losses + kl_coef * kl
+    return PolicyLossResult(losses, metrics)
