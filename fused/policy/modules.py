@@ -237,7 +237,7 @@ class FusedLinearPolicyLoss(nn.Module):
                 raise ValueError(f"{name} is needed by importance_sampling_mode={self.importance_sampling_mode!r}")
 
     def _bonus_weights(self, weights: Tensor, share: float | Tensor) -> Tensor | None:
-        """Of the tokens' entropies, (N,); ``None``: their mean over the loss's ``bonus_mask``. ``share``: of this micro-batch."""
+        """Of the tokens' entropies, (N,); ``None``: their mean over the loss's ``bonus_mask``. ``share``: of this call."""
         return weights
 
     def _sequence_metrics(self, report: PolicyReport, entries: Entries) -> dict[str, Tensor]:
@@ -592,7 +592,8 @@ class _PolicyBatch:
         entries = make_entries(self.labels, self.bounds, groups, len(self.weight), module.ignore_index)
         inputs, of_sequences = self._gather(entries)
         if entropy_threshold is not None:
-            inputs["entropy_threshold"] = entropy_threshold.to(entries.rows.device).expand(len(entries.rows))
+            device, wide = entries.rows.device, torch.float32 if entries.rows.device.type == "mps" else torch.float64
+            inputs["entropy_threshold"] = entropy_threshold.to(device, wide).expand(len(entries.rows))
             if module.entropy_coef == 0:  # no token waits for the others to know whether it counts
                 loss = replace(loss, group="sequence" if module._reads_sequences else "token")
                 entries.groups = [[s] for group in entries.groups for s in group]

@@ -1,6 +1,6 @@
 """Ahead-of-time compilation of ``Compilation`` entries for NVIDIA GPUs, and what the assembler made of them.
 
-Needs no GPU: Triton's wheel brings the assembler and ``cuobjdump``. One path serves Triton 3.5 to 3.9. The registers and
+Needs no GPU: Triton's wheel brings the assembler and ``cuobjdump``. One path serves Triton 3.4 to 3.9. The registers and
 the spills are read from the machine code itself, which is the only report that no version's choice of assembler, of its
 options, or of a compilation cache can make stale.
 """

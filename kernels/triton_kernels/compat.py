@@ -1,4 +1,4 @@
-"""What differs between Triton 3.5 and 3.9, and whether it runs here at all. Nothing else asks for a version."""
+"""What differs between Triton 3.4 and 3.9, and whether it runs here at all. Nothing else asks for a version."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: The first Triton with descriptors in its tools and ``knobs``.
+OLDEST = (3, 4)
+
+
+def _version() -> tuple[int, ...]:
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
 
 @functools.cache
 def why_no_triton() -> list[str]:
@@ -17,9 +26,8 @@ def why_no_triton() -> list[str]:
         import triton
     except ImportError as error:
         return [f"Triton does not import: {error}"]
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < (3, 5):  # 3.4 does not come to an end with functions that call themselves, as epilogue.py's do
-        return [f"Triton {triton.__version__} is too old, 3.5 is needed"]
+    if _version() < OLDEST:
+        return [f"Triton {triton.__version__} is too old, {'.'.join(map(str, OLDEST))} is needed"]
     if interpreted():
         return []
     if torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available()):
@@ -32,6 +40,16 @@ def interpreted() -> bool:
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
+
+
+def gemm_warps(block_n: int, block_v: int, num_warps: int) -> int:
+    """Of a program of a GEMM kernel, whose configuration says ``num_warps``.
+
+    Where warps share a block's rows, halving it moves columns between them through shared memory: in Triton 3.4 128 KiB of
+    it for a block of 64 x 256, which Hopper does not have beside the operands. There warps have rows of their own.
+    """
+    shared = block_n < 16 * num_warps and block_v > 128
+    return max(4, block_n // 16) if shared and _version() < (3, 5) else num_warps
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:

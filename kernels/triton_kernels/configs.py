@@ -9,7 +9,7 @@ import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,14 @@ class GemmConfig:
         for name in ("GROUP", "num_stages", "programs_per_sm"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+
+    def for_unaligned(self) -> GemmConfig:
+        """For operands of which Triton does not know that rows are aligned: each element is loaded by itself.
+
+        Every load then has an address of its own in registers, of which a block of 16 hidden dimensions, the least that
+        tensor cores take, leaves enough. BLOCK_V and PART stay, and with them a token's log-probability.
+        """
+        return replace(self, BLOCK_H=16, tma=False)
 
 
 def config_of(row: dict[str, Any]) -> GemmConfig:

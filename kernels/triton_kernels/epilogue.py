@@ -3,6 +3,12 @@
 
 The functions go over a block PART columns at a time, by halving it. All at once, the compiler holds every intermediate of
 the whole block in registers, and spills.
+
+What halves a block calls itself by its argument SELF, as which it must be passed: Triton 3.4 looks for what a function
+depends on among the names in it, and comes to no end with one that names itself.
+
+Where registers are short even so, a half of APART columns or more is behind a branch, which skips what is beyond the
+vocabulary: ptxas begins no part of it before the other half is done.
 """
 
 from __future__ import annotations
@@ -38,13 +44,14 @@ def mask_label(
     limit,  # the first column beyond the vocabulary
     SOFTCAP: tl.constexpr,
     PART: tl.constexpr,
+    SELF: tl.constexpr,
 ):
     """Returns u with -inf (LOWEST before a soft-cap) at the label and beyond the vocabulary, and top."""
     if u.shape[1] > PART:
         left, right = halves(u)
         half: tl.constexpr = u.shape[1] // 2
-        left, top = mask_label(left, top, label, limit, SOFTCAP, PART)
-        right, top = mask_label(right, top, label - half, limit - half, SOFTCAP, PART)
+        left, top = SELF(left, top, label, limit, SOFTCAP, PART, SELF)
+        right, top = SELF(right, top, label - half, limit - half, SOFTCAP, PART, SELF)
         return joined(left, right), top
     else:
         column = tl.arange(0, u.shape[1])[None, :]
@@ -53,23 +60,27 @@ def mask_label(
 
 
 @triton.jit
-def sum_logits(u, cap, SOFTCAP: tl.constexpr, PART: tl.constexpr):
+def sum_logits(u, limit, cap, SOFTCAP: tl.constexpr, PART: tl.constexpr, APART: tl.constexpr, SELF: tl.constexpr):
     """Row sums of the logits. u (ROWS, COLUMNS) -> (ROWS,)."""
     if SOFTCAP and u.shape[1] > PART:
         left, right = halves(u)
-        return sum_logits(left, cap, SOFTCAP, PART) + sum_logits(right, cap, SOFTCAP, PART)
+        half: tl.constexpr = u.shape[1] // 2
+        total = SELF(left, limit, cap, SOFTCAP, PART, APART, SELF)
+        if half < APART or limit > half:
+            total += SELF(right, limit - half, cap, SOFTCAP, PART, APART, SELF)
+        return total
     else:
         z, _ = logits_of(u, cap, SOFTCAP)
         return tl.sum(z, axis=1)
 
 
 @triton.jit
-def add_label_and_before(u, target, before, label, PART: tl.constexpr):
+def add_label_and_before(u, target, before, label, PART: tl.constexpr, SELF: tl.constexpr):
     """``target`` gets the u of each label, ``before`` the largest u of a column below it. u (ROWS, COLUMNS)."""
     if u.shape[1] > PART:
         left, right = halves(u)
-        target, before = add_label_and_before(left, target, before, label, PART)
-        return add_label_and_before(right, target, before, label - u.shape[1] // 2, PART)
+        target, before = SELF(left, target, before, label, PART, SELF)
+        return SELF(right, target, before, label - u.shape[1] // 2, PART, SELF)
     else:
         column = tl.arange(0, PART)[None, :]
         target = tl.maximum(target, tl.max(tl.where(column == label[:, None], u, -float("inf")), axis=1))
@@ -81,7 +92,7 @@ def label_and_before(u, none, label, PART: tl.constexpr):
     """The u of each label in the block and the largest before it, -inf for labels outside. Few blocks hold a label."""
     target, before = none, none
     if tl.max(((label >= 0) & (label < u.shape[1])).to(tl.int32), axis=0) > 0:
-        target, before = add_label_and_before(u, none, none, label, PART)
+        target, before = add_label_and_before(u, none, none, label, PART, add_label_and_before)
     return target, before
 
 
@@ -100,18 +111,22 @@ def add_exponentials(
     EZ: tl.constexpr,
     EE: tl.constexpr,
     PART: tl.constexpr,
+    APART: tl.constexpr,
+    SELF: tl.constexpr,
 ):
     if u.shape[1] > PART:
         left, right = halves(u)
         half: tl.constexpr = u.shape[1] // 2
-        sum_e, sum_ez, sum_ee = add_exponentials(
-            left, offset, sum_e, sum_ez, sum_ee, gradient, is_row, limit, cap, SOFTCAP, EZ, EE, PART
+        sum_e, sum_ez, sum_ee = SELF(
+            left, offset, sum_e, sum_ez, sum_ee, gradient, is_row, limit, cap, SOFTCAP, EZ, EE, PART, APART, SELF
         )
-        if gradient is not None:
-            gradient += half
-        return add_exponentials(
-            right, offset, sum_e, sum_ez, sum_ee, gradient, is_row, limit - half, cap, SOFTCAP, EZ, EE, PART
-        )
+        right_gradient = None if gradient is None else gradient + half
+        if half < APART or limit > half:
+            sum_e, sum_ez, sum_ee = SELF(
+                right, offset, sum_e, sum_ez, sum_ee, right_gradient, is_row, limit - half, cap,
+                SOFTCAP, EZ, EE, PART, APART, SELF,
+            )  # fmt: skip
+        return sum_e, sum_ez, sum_ee
     else:
         z, slope = logits_of(u, cap, SOFTCAP)
         if SOFTCAP:
@@ -146,17 +161,22 @@ def write_gradient(
     cap,
     SOFTCAP: tl.constexpr,
     PART: tl.constexpr,
+    APART: tl.constexpr,
+    SELF: tl.constexpr,
 ):
     if u.shape[1] > PART:
         left, right = halves(u)
         half: tl.constexpr = u.shape[1] // 2
-        largest = write_gradient(
-            left, largest, offset, constant, linear, at_label, gradient, is_row, label, limit, cap, SOFTCAP, PART
-        )
-        return write_gradient(
-            right, largest, offset, constant, linear, at_label, gradient + half, is_row, label - half, limit - half, cap,
-            SOFTCAP, PART,
+        largest = SELF(
+            left, largest, offset, constant, linear, at_label, gradient, is_row, label, limit, cap,
+            SOFTCAP, PART, APART, SELF,
         )  # fmt: skip
+        if half < APART or limit > half:
+            largest = SELF(
+                right, largest, offset, constant, linear, at_label, gradient + half, is_row, label - half, limit - half, cap,
+                SOFTCAP, PART, APART, SELF,
+            )  # fmt: skip
+        return largest
     else:
         column = tl.arange(0, PART)[None, :]
         is_label = column == label[:, None]

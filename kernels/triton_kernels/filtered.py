@@ -21,13 +21,14 @@ def write_product(
     limit,  # the first column beyond the matrix
     ACCUMULATE: tl.constexpr,
     PART: tl.constexpr,
+    SELF: tl.constexpr,  # see epilogue.py
 ):
     """Write or add a block, PART columns at a time: what is added to does not fit in registers beside it."""
     if acc.shape[1] > PART:
         left, right = halves(acc)
         half: tl.constexpr = acc.shape[1] // 2
-        write_product(left, out, is_row, limit, ACCUMULATE, PART)
-        write_product(right, out + half, is_row, limit - half, ACCUMULATE, PART)
+        SELF(left, out, is_row, limit, ACCUMULATE, PART, SELF)
+        SELF(right, out + half, is_row, limit - half, ACCUMULATE, PART, SELF)
     else:
         column = tl.arange(0, acc.shape[1])[None, :]
         mask = is_row[:, None] & (column < limit)
@@ -79,4 +80,6 @@ def filtered_kernel(
         rows = tl.load(b + wide[:, None] * b_stride + h[None, :], mask=inside[:, None] & is_column[None, :], other=0.0)
         acc = tl.dot(a, rows, acc, input_precision=PRECISION)
     rows_of_out = out + (wide_r * out_stride + h_block * BLOCK_H)[:, None]
-    write_product(acc, rows_of_out, is_row, hidden_size - h_block * BLOCK_H, ACCUMULATE, min(BLOCK_H, 32))
+    limit = hidden_size - h_block * BLOCK_H
+    PART: tl.constexpr = BLOCK_H if BLOCK_H < 32 else 32  # Triton 3.4 makes a tensor of min(BLOCK_H, 32)
+    write_product(acc, rows_of_out, is_row, limit, ACCUMULATE, PART, write_product)

@@ -90,12 +90,14 @@ def add_bias(
     limit,  # the first column beyond the vocabulary
     MATCH: tl.constexpr,
     PART: tl.constexpr,
+    SELF: tl.constexpr,
 ):
     """Raw logits."""
     if bias is not None and acc.shape[1] > PART:
         left, right = halves(acc)
         half: tl.constexpr = acc.shape[1] // 2
-        return joined(add_bias(left, bias, limit, MATCH, PART), add_bias(right, bias + half, limit - half, MATCH, PART))
+        left = SELF(left, bias, limit, MATCH, PART, SELF)
+        return joined(left, SELF(right, bias + half, limit - half, MATCH, PART, SELF))
     else:
         if bias is not None:
             v = tl.arange(0, acc.shape[1])
@@ -136,6 +138,7 @@ def score_kernel(
     BLOCK_H: tl.constexpr,
     GROUP: tl.constexpr,
     PART: tl.constexpr,
+    APART: tl.constexpr,
     TMA: tl.constexpr,
     EVEN: tl.constexpr,
     FLATTEN: tl.constexpr,
@@ -158,15 +161,15 @@ def score_kernel(
         offset = tl.load(k + r, mask=is_row, other=0.0)
         to = partial + v_block.to(tl.int64) * num_tokens + r
         biases = None if bias is None else bias + entry
-        u = add_bias(acc, biases, num_entries - entry, MATCH, PART) * scale
+        u = add_bias(acc, biases, num_entries - entry, MATCH, PART, add_bias) * scale
         zero = tl.zeros((BLOCK_N,), dtype=tl.float32)
         none = tl.full((BLOCK_N,), -float("inf"), dtype=tl.float32)
         if ROW_TARGET:
             target, before = label_and_before(u, none, label, PART)
             tl.store(to + ROW_TARGET * plane, target, mask=is_row)
         if ROW_Z:  # entries beyond the vocabulary are 0
-            tl.store(to + ROW_Z * plane, sum_logits(u, cap, SOFTCAP, PART), mask=is_row)
-        u, top = mask_label(u, none, label, num_entries - entry, SOFTCAP, PART)
+            tl.store(to + ROW_Z * plane, sum_logits(u, num_entries - entry, cap, SOFTCAP, PART, APART, sum_logits), mask=is_row)
+        u, top = mask_label(u, none, label, num_entries - entry, SOFTCAP, PART, mask_label)
         if ROW_TARGET:
             tl.store(to + (ROW_TARGET + 1) * plane, tl.where(label >= BLOCK_V, top, before), mask=is_row)
             tl.store(to + (ROW_TARGET + 2) * plane, top, mask=is_row)
@@ -178,7 +181,7 @@ def score_kernel(
         rows_of_gradient = None if gradient is None else gradient + (r.to(tl.int64) * gradient_stride + entry)[:, None]
         sum_e, sum_ez, sum_ee = add_exponentials(
             u, offset, sum_e, zero, zero, rows_of_gradient, is_row, num_entries - entry, cap, SOFTCAP,
-            ROW_EZ > 0, ROW_EE > 0, PART,
+            ROW_EZ > 0, ROW_EE > 0, PART, APART, add_exponentials,
         )  # fmt: skip
         tl.store(to, sum_e, mask=is_row)
         tl.store(to + plane, offset, mask=is_row)
@@ -224,6 +227,7 @@ def gradient_kernel(
     BLOCK_H: tl.constexpr,
     GROUP: tl.constexpr,
     PART: tl.constexpr,
+    APART: tl.constexpr,
     TMA: tl.constexpr,
     EVEN: tl.constexpr,
     FLATTEN: tl.constexpr,
@@ -250,12 +254,12 @@ def gradient_kernel(
         if at_target is not None:
             at_label = tl.load(at_target + r, mask=is_row, other=0.0)
         biases = None if bias is None else bias + entry
-        u = add_bias(acc, biases, num_entries - entry, MATCH, PART) * scale
+        u = add_bias(acc, biases, num_entries - entry, MATCH, PART, add_bias) * scale
         largest = tl.zeros((BLOCK_N,), dtype=tl.float32)
         rows_of_gradient = gradient + (r.to(tl.int64) * gradient_stride + entry)[:, None]
         largest = write_gradient(
             u, largest, offset, constant, linear, at_label, rows_of_gradient, is_row, label, num_entries - entry, cap,
-            SOFTCAP, PART,
+            SOFTCAP, PART, APART, write_gradient,
         )  # fmt: skip
         if active is not None:
             a = tl.abs(tl.load(row_scale + r, mask=is_row, other=0.0))

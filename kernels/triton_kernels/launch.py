@@ -13,7 +13,7 @@ from ..native_scan import rounding
 from ..spec import HeadSpec
 from ..stats import CoreOptions
 from .combine import combine_kernel
-from .compat import on_device
+from .compat import gemm_warps, on_device
 from .configs import GemmConfig, multiprocessors
 from .filtered import filtered_kernel
 from .gemm import gradient_kernel, score_kernel
@@ -70,6 +70,14 @@ def _describable(t: Tensor) -> bool:
     return aligned and t.stride(1) == 1 and t.stride(0) >= t.shape[1] and t.numel() > 0
 
 
+def _aligned(t: Tensor) -> bool:
+    """Whether Triton knows that every row of a matrix, and of its blocks, starts and ends at a multiple of 16 bytes.
+
+    It asks integers for multiples of 16, whatever the elements' size.
+    """
+    return t.data_ptr() % 16 == 0 and t.stride(0) % 16 == 0 and t.shape[1] % 16 == 0
+
+
 def _operands(x: Tensor, weight: Tensor, config: GemmConfig) -> tuple[Any, Any, bool]:
     """Both operands as the kernel takes them: descriptors, or tensors. x (N, H), weight (W, H), unit column strides."""
     if not (config.tma and _describable(x) and _describable(weight)):
@@ -81,6 +89,16 @@ def _operands(x: Tensor, weight: Tensor, config: GemmConfig) -> tuple[Any, Any, 
         TensorDescriptor.from_tensor(weight, [config.BLOCK_V, config.BLOCK_H]),
         True,
     )
+
+
+def apart(config: GemmConfig, softcap: bool, known: bool) -> int:
+    """From how many columns on the epilogue handles halves of a block strictly one after the other; BLOCK_V: never.
+
+    Where registers are short: with the soft-cap's tanh beside 128 of the block's elements in each thread, and with operands
+    that are not ``known`` to be aligned.
+    """
+    elements = config.BLOCK_N * config.BLOCK_V // (32 * config.num_warps)
+    return 32 if not known or (softcap and elements >= 128) else config.BLOCK_V
 
 
 def _gemm(
@@ -100,6 +118,9 @@ def _gemm(
     n, hidden = x.shape
     blocks = triton.cdiv(n, config.BLOCK_N) * triton.cdiv(len(weight), config.BLOCK_V)
     a, b, tma = _operands(x, weight, config)
+    known = tma or (_aligned(x) and _aligned(weight))
+    if not known:
+        config = config.for_unaligned()
     programs = min(blocks, multiprocessors(x.device) * config.programs_per_sm)
     with on_device(x):
         kernel[programs,](
@@ -122,11 +143,12 @@ def _gemm(
             BLOCK_H=config.BLOCK_H,
             GROUP=config.GROUP,
             PART=config.PART if head.softcap is None else config.SOFTCAP_PART,
+            APART=apart(config, head.softcap is not None, known),
             TMA=tma,
             EVEN=hidden % config.BLOCK_H == 0,
             FLATTEN=config.flatten,
             PRECISION=input_precision(x.dtype, x.device),
-            num_warps=config.num_warps,
+            num_warps=gemm_warps(config.BLOCK_N, config.BLOCK_V, config.num_warps),
             num_stages=config.num_stages,
             **constants,
             **OPTIONS,

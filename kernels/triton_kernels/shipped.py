@@ -14,11 +14,12 @@ from typing import Any
 from ..stats import OPTIONAL_OUTPUTS
 from . import passes, rows
 from .combine import combine_kernel
+from .compat import gemm_warps
 from .compilation import Compilation, aligned
 from .configs import GemmConfig, table
 from .filtered import filtered_kernel
 from .gemm import gradient_kernel, score_kernel
-from .launch import COMBINE_CHUNK, COMBINE_ROWS, PartialRows
+from .launch import COMBINE_CHUNK, COMBINE_ROWS, PartialRows, apart
 
 #: The architectures whose configurations must not spill.
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
@@ -72,15 +73,15 @@ def _unaligned(compilation: Compilation) -> Compilation:
     """The same for operands of which nothing is known."""
     names = compilation.kernel.arg_names
     attrs = {place: hints for place, hints in compilation.attrs.items() if names[place[0]] not in _OPERANDS}
-    return replace(compilation, name=f"{compilation.name}_unaligned", attrs=attrs)
+    return replace(compilation, name=f"{compilation.name}{_UNALIGNED}", attrs=attrs)
 
 
 def _gemm(config: GemmConfig, wide: bool, architecture: int) -> Iterator[Compilation]:
     """Both kernels of gemm.py with a configuration.
 
     An operand that is aligned to 16 bytes comes by descriptor where the configuration has them, and else as a pointer known
-    to be aligned. One that is not comes as a pointer of which nothing is known, which takes more registers: its variants
-    here leave out those whose epilogue alone takes minutes to compile.
+    to be aligned. One that is not comes as a pointer of which nothing is known, in smaller blocks; its variants here leave
+    out the soft-cap, whose epilogue alone takes a minute to compile.
     """
     nothing = PartialRows.of(frozenset(), False).constants()
     everything = PartialRows.of(frozenset(OPTIONAL_OUTPUTS), True).constants()
@@ -100,7 +101,8 @@ def _gemm(config: GemmConfig, wide: bool, architecture: int) -> Iterator[Compila
                 continue
             yield _one_gemm(kernel, config, name, dtype, constants, softcap, architecture)
             if dtype != "fp16" and name in ("score_logps", "score_all", "gradient_all"):
-                yield _unaligned(_one_gemm(kernel, config, name, dtype, constants, softcap, architecture, known=False))
+                slow = config.for_unaligned()
+                yield _unaligned(_one_gemm(kernel, slow, name, dtype, constants, softcap, architecture, known=False))
 
 
 def _one_gemm(
@@ -129,13 +131,15 @@ def _one_gemm(
         "BLOCK_H": config.BLOCK_H,
         "GROUP": config.GROUP,
         "PART": config.SOFTCAP_PART if softcap else config.PART,
+        "APART": apart(config, softcap, known),
         "TMA": tma,
         "EVEN": known,
         "FLATTEN": config.flatten,
         "PRECISION": _precision(dtype),
     }
     blocks = f"{config.BLOCK_N}x{config.BLOCK_V}x{config.BLOCK_H}"
-    made = aligned(kernel, f"{name}_{dtype}_{blocks}", types, how, config.num_warps, config.num_stages, dtype)
+    num_warps = gemm_warps(config.BLOCK_N, config.BLOCK_V, config.num_warps)
+    made = aligned(kernel, f"{name}_{dtype}_{blocks}", types, how, num_warps, config.num_stages, dtype)
     return GemmCompilation(**{**vars(made), "architectures": (architecture,), "config": config})
 
 
@@ -184,13 +188,15 @@ _REPRESENTATIVE = (
     "scan_all_bf16_bf16_softcap",
     "gradient_mixed_bf16_bf16_softcap",
 )
+#: The same of those whose names end so.
+_UNALIGNED, _REPRESENTATIVE_UNALIGNED = "_unaligned", ("score_logps_bf16", "score_logps_fp32")
 
 
 def is_representative(compilation: Compilation) -> bool:
     """Whether it is one of the few, of every kernel and configuration, that are compiled when time is short."""
-    return not compilation.name.endswith("_unaligned") and any(
-        re.fullmatch(rf"{start}(_\d+x\d+(x\d+)?)?", compilation.name) for start in _REPRESENTATIVE
-    )
+    name = compilation.name.removesuffix(_UNALIGNED)
+    starts = _REPRESENTATIVE if name == compilation.name else _REPRESENTATIVE_UNALIGNED
+    return any(re.fullmatch(rf"{start}(_\d+x\d+(x\d+)?)?", name) for start in starts)
 
 
 def _combine() -> Iterator[Compilation]:

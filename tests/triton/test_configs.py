@@ -65,6 +65,12 @@ def test_the_first_row_for_so_many_tokens_is_chosen():
     assert [pick(rows, n).GROUP for n in (0, 1, 64, 65, 512, 513, 10**9)] == [1, 1, 1, 2, 2, 8, 8]
 
 
+def test_unaligned_operands_change_nothing_that_a_log_probability_or_the_memory_depends_on():
+    for sizes in configs.table().values():
+        for row in (row for rows in sizes.values() for row in rows):
+            assert asdict(row.for_unaligned()) == {**asdict(row), "BLOCK_H": 16, "tma": False}
+
+
 def test_the_table_that_is_shipped_survives_being_written():
     entries = json.loads(configs.TABLE.read_text())
     assert json.loads(configs.dumps(entries)) == entries

@@ -20,7 +20,7 @@ from .conftest import DEVICE, moved
 pytest.importorskip("triton")
 from logitless.kernels import triton_backend
 from logitless.kernels.triton_kernels import launch
-from logitless.kernels.triton_kernels.configs import table
+from logitless.kernels.triton_kernels.configs import GemmConfig, table
 from logitless.kernels.triton_kernels.rows import target_logit_and_slope
 
 #: NumPy's, in the interpreter.
@@ -440,6 +440,31 @@ def test_descriptors_and_pointers_give_the_same_bits(dtype, hidden):
         assert described == (tma and hidden != 19)
         outcomes.append(both_passes(rows, config))
     assert_same_bits(*outcomes)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "stride", "start", "aligned"),
+    [(32, 32, 0, True), (32, 48, 16, True), (32, 40, 0, False), (32, 33, 0, False), (40, 48, 0, False), (32, 48, 1, False)],
+)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_operands_that_are_not_aligned_get_smaller_blocks_and_the_same_results(
+    hidden, stride, start, aligned, softcap, monkeypatch
+):
+    """Aligned is what Triton specialises for: addresses, strides and the hidden size are multiples of 16."""
+    launched = []
+    for_unaligned = GemmConfig.for_unaligned
+    monkeypatch.setattr(GemmConfig, "for_unaligned", lambda self: launched.append(self) or for_unaligned(self))
+    rows = some_rows(9, hidden=hidden, vocab=131)
+    memory = torch.zeros(len(rows.weight) * stride + 64, device=DEVICE)
+    start += -(memory.data_ptr() // 4) % 16
+    weight = memory.as_strided(rows.weight.shape, (stride, 1), start)
+    weight.copy_(rows.weight)
+    config, head = replace(CONFIG, tma=False, BLOCK_H=32), ll.HeadSpec(softcap=softcap)
+    found = both_passes(replace(rows, weight=weight), config, head)
+    assert launched == ([] if aligned else [config] * 2)
+    expected = both_passes(rows, replace(config, BLOCK_H=16), head)
+    for name, values in found.items():
+        torch.testing.assert_close(values, expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 def both_passes(rows: Rows, config, head=PLAIN) -> dict[str, Tensor]:
