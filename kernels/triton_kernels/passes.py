@@ -88,6 +88,7 @@ def scan_kernel(
     width,
     LIMIT: tl.constexpr,  # largest z - k that does not raise k
     SOFTCAP: tl.constexpr,
+    SLOPE: tl.constexpr,  # whether the destination gets a soft-cap's 1 - tanh^2
     MATCH: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,  # width > BLOCK
@@ -145,7 +146,7 @@ def scan_kernel(
         if ee is not None:
             sum_ee += tl.sum(exponential * exponential)
         if destination is not None:
-            if SOFTCAP:
+            if SOFTCAP and SLOPE:
                 exponential *= slope
             tl.store(destination + column, converted(exponential, TYPE), mask=column < width)
     tl.store(new_k + row, offset)
@@ -285,6 +286,7 @@ def scan_block(
             width,
             LIMIT=11.0 if destination is not None and destination.dtype == torch.float16 else torch_scan.RAISE_ABOVE,
             SOFTCAP=head.softcap is not None,
+            SLOPE=not options.slopes_later,
             MATCH=_matched(logits),
             BLOCK=block,
             WIDE=width > block,
@@ -383,7 +385,8 @@ def compilations() -> list[Compilation]:
         for softcap in (False, True):
             suffix = f"{names[source]}_{names[destination]}" + "_softcap" * softcap
             chunk, elements = _chunk(acc, softcap)
-            how = {**plain, "SOFTCAP": softcap, "LIMIT": torch_scan.RAISE_ABOVE, "BLOCK": chunk, "WIDE": chunk < VOCAB_BLOCK}
+            how = {**plain, "SOFTCAP": softcap, "SLOPE": True, "LIMIT": torch_scan.RAISE_ABOVE}
+            how |= {"BLOCK": chunk, "WIDE": chunk < VOCAB_BLOCK}
             alone = dict.fromkeys(statistics)
             nowhere = {"destination": None, "destination_stride": 0}
             for name, changes in (("sums", {**alone, **nowhere}), ("tile", alone), ("all", {})):
