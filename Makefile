@@ -54,11 +54,11 @@ test-gpu:
 	bash scripts/test_gpu.sh $(PYTHON)
 
 # TRL, Liger and Cut Cross-Entropy take part if they are installed; matplotlib adds the figure.
-bench-gpu:
+bench-gpu bench-gpu-policy:
 	tree=$$(bash scripts/gpu_tree.sh $(PYTHON)) && \
 	name=$$($(PYTHON) -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))') && \
-	PYTHONPATH=$$tree PYTHONSAFEPATH=1 $(PYTHON) -m logitless.bench --suite gpu --device cuda --rounds 10 --time-limit 420 \
-		--out bench/results/gpu-$$name
+	PYTHONPATH=$$tree PYTHONSAFEPATH=1 $(PYTHON) -m logitless.bench --suite $(if $(filter %-policy,$@),policy-gpu gae,gpu) \
+		--device cuda --rounds 10 --time-limit 420 --out bench/results/gpu-$$name
 
 lint: setup
 	$(BIN)/ruff check .

@@ -52,6 +52,14 @@ def gemm_warps(block_n: int, block_v: int, num_warps: int) -> int:
     return max(4, block_n // 16) if shared and _version() < (3, 5) else num_warps
 
 
+def descriptor_step(itemsize: int) -> int:
+    """Of which the row stride of a tensor descriptor is a multiple, in elements: 16 bytes.
+
+    The interpreters of Triton 3.4 and 3.5 want 16 elements, whatever their size.
+    """
+    return 16 if interpreted() and _version() < (3, 6) else 16 // itemsize
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Makes the tensor's GPU the current one, which is where Triton launches. Nothing on a CPU."""
     if tensor.device.type == "cpu":

@@ -13,7 +13,7 @@ from ..native_scan import rounding
 from ..spec import HeadSpec
 from ..stats import CoreOptions
 from .combine import combine_kernel
-from .compat import gemm_warps, on_device
+from .compat import descriptor_step, gemm_warps, on_device
 from .configs import GemmConfig, multiprocessors
 from .filtered import filtered_kernel
 from .gemm import gradient_kernel, score_kernel
@@ -66,7 +66,7 @@ def input_precision(dtype: torch.dtype, device: torch.device) -> str:
 
 def _describable(t: Tensor) -> bool:
     """Whether a tensor descriptor can stand for a matrix: aligned rows that do not overlap."""
-    aligned = t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
+    aligned = t.data_ptr() % 16 == 0 and t.stride(0) % descriptor_step(t.element_size()) == 0
     return aligned and t.stride(1) == 1 and t.stride(0) >= t.shape[1] and t.numel() > 0
 
 

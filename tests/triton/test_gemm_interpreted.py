@@ -67,6 +67,8 @@ def languages_patched_once():
         outermost = not patched
         patched.update(languages)
         scope = patch(fn)
+        if scope is None:  # older versions never restore
+            return None
         restore = scope.restore
 
         def restored():
@@ -430,7 +432,7 @@ def assert_tile(tile: Tensor, rows: Rows, head: ll.HeadSpec, k: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("hidden", [24, 19])
+@pytest.mark.parametrize("hidden", [32, 19])
 def test_descriptors_and_pointers_give_the_same_bits(dtype, hidden):
     rows = with_rivals(some_rows(hidden=hidden - 1, dtype=dtype, vocab=131), {5: 130}, 60.0)
     outcomes = []
