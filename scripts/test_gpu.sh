@@ -33,7 +33,7 @@ available='import logitless as ll; print(*(name for name, why in ll.available_ba
 backends=$("$python" -c "$available")
 echo "backends: $backends"
 for backend in $backends; do
-  for module in linear_logps loss_modules losses_float64 "compile head_spec"; do
+  for module in linear_logps loss_modules losses_float64 policy_modules policy_float64 "compile head_spec"; do
     files=()
     for name in $module; do files+=("tests/test_$name.py"); done
     run "$backend-${module%% *}" env LOGITLESS_TEST_DEVICE=cuda LOGITLESS_TEST_BACKEND="$backend" "${pytest[@]}" "${files[@]}"

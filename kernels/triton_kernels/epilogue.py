@@ -108,6 +108,7 @@ def add_exponentials(
     limit,
     cap,
     SOFTCAP: tl.constexpr,
+    SLOPE: tl.constexpr,  # whether the gradient gets a soft-cap's 1 - tanh^2
     EZ: tl.constexpr,
     EE: tl.constexpr,
     PART: tl.constexpr,
@@ -118,13 +119,13 @@ def add_exponentials(
         left, right = halves(u)
         half: tl.constexpr = u.shape[1] // 2
         sum_e, sum_ez, sum_ee = SELF(
-            left, offset, sum_e, sum_ez, sum_ee, gradient, is_row, limit, cap, SOFTCAP, EZ, EE, PART, APART, SELF
+            left, offset, sum_e, sum_ez, sum_ee, gradient, is_row, limit, cap, SOFTCAP, SLOPE, EZ, EE, PART, APART, SELF
         )
         right_gradient = None if gradient is None else gradient + half
         if half < APART or limit > half:
             sum_e, sum_ez, sum_ee = SELF(
                 right, offset, sum_e, sum_ez, sum_ee, right_gradient, is_row, limit - half, cap,
-                SOFTCAP, EZ, EE, PART, APART, SELF,
+                SOFTCAP, SLOPE, EZ, EE, PART, APART, SELF,
             )  # fmt: skip
         return sum_e, sum_ez, sum_ee
     else:
@@ -140,7 +141,7 @@ def add_exponentials(
             sum_ee += tl.sum(e * e, axis=1)
         if gradient is not None:
             column = tl.arange(0, PART)[None, :]
-            if SOFTCAP:
+            if SOFTCAP and SLOPE:
                 e *= slope
             tl.store(gradient + column, e.to(gradient.dtype.element_ty), mask=is_row[:, None] & (column < limit))
         return sum_e, sum_ez, sum_ee

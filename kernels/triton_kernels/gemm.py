@@ -116,7 +116,7 @@ def score_kernel(
     labels,  # (N,) int64
     k,  # (N,) float32 offsets of ordinary rows
     partial,  # (rows, v_blocks, N) float32, written: row 0 has sums of e, row 1 the block's offset, others as numbered below
-    gradient,  # (N, W) or None, gets e * (1 - tanh^2), 0 at the label
+    gradient,  # (N, W) or None, gets e * (1 - tanh^2 or, without SLOPE, 1), 0 at the label
     gradient_stride,
     num_tokens,
     num_entries,
@@ -125,6 +125,7 @@ def score_kernel(
     scale,
     cap,
     SOFTCAP: tl.constexpr,
+    SLOPE: tl.constexpr,
     MATCH: tl.constexpr,
     # rows of ``partial``, 0 for what is not wanted: sums of e (z - k), of z, of e^2; u at the label, followed by
     # the largest u before it and but for it; the largest logit but for the label
@@ -180,7 +181,7 @@ def score_kernel(
         sum_e = tl.zeros((BLOCK_N,), dtype=tl.float32)
         rows_of_gradient = None if gradient is None else gradient + (r.to(tl.int64) * gradient_stride + entry)[:, None]
         sum_e, sum_ez, sum_ee = add_exponentials(
-            u, offset, sum_e, zero, zero, rows_of_gradient, is_row, num_entries - entry, cap, SOFTCAP,
+            u, offset, sum_e, zero, zero, rows_of_gradient, is_row, num_entries - entry, cap, SOFTCAP, SLOPE,
             ROW_EZ > 0, ROW_EE > 0, PART, APART, add_exponentials,
         )  # fmt: skip
         tl.store(to, sum_e, mask=is_row)

@@ -187,7 +187,7 @@ def score_block(
     gradient_stride = 0 if gradient is None else gradient.stride(0)
     _gemm(
         score_kernel, config, head, options, x, weight, bias, labels, k if start is None else start, partial, gradient,
-        gradient_stride, first=first, **rows.constants(),
+        gradient_stride, first=first, **rows.constants(), SLOPE=not options.slopes_later,
     )  # fmt: skip
     with on_device(x):
         combine_kernel[triton.cdiv(n, COMBINE_ROWS),](

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..stats import OPTIONAL_OUTPUTS
-from . import passes, rows
+from . import entropy, gae, passes, rows
 from .combine import combine_kernel
 from .compat import gemm_warps
 from .compilation import Compilation, aligned
@@ -52,7 +52,8 @@ class GemmCompilation(Compilation):
 
 def all_compilations() -> list[Compilation]:
     """Of every kernel that is shipped."""
-    return [*rows.compilations(), *passes.compilations(), *compilations()]
+    others = (rows, passes, entropy, gae)
+    return [*(one for module in others for one in module.compilations()), *compilations()]
 
 
 def compilations() -> list[Compilation]:
@@ -125,6 +126,7 @@ def _one_gemm(
     how = {
         **constants,
         "SOFTCAP": softcap,
+        **({"SLOPE": True} if kernel is score_kernel else {}),
         "MATCH": 0,
         "BLOCK_N": config.BLOCK_N,
         "BLOCK_V": config.BLOCK_V,

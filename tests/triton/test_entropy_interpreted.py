@@ -162,7 +162,7 @@ def test_an_entry_at_the_soft_cap_has_no_slope():
     assert (tile == 0).all()
 
 
-# The backend. With a soft-cap its tile does not hold what this gradient is made from yet.
+# The backend.
 
 LOSSES = {
     "ppo": ll.FusedLinearPPOLoss(entropy_coef=0.3, dual_clip=3.0),
@@ -190,19 +190,24 @@ def check_loss(name: str, case: Case, train: str, limit: float) -> ll.Plan:
 
 
 @pytest.mark.parametrize(
-    ("name", "train", "dtype"),
+    ("name", "train", "dtype", "head"),
     [
-        ("ppo", "h", torch.float32),
-        ("ppo", "hwb", torch.float16),
-        ("ppo", "hw", torch.float64),
-        ("gspo", "hwb", torch.float32),
-        ("entropy", "h", torch.float16),
-        ("entropy", "hwb", torch.float32),
+        ("ppo", "h", torch.float32, HeadSpec()),
+        ("ppo", "hwb", torch.float16, HeadSpec()),
+        ("ppo", "hw", torch.float64, HeadSpec()),
+        ("gspo", "hwb", torch.float32, HeadSpec()),
+        ("entropy", "h", torch.float16, HeadSpec()),
+        ("entropy", "hwb", torch.float32, HeadSpec()),
+        ("ppo", "hwb", torch.float32, CAPPED),
+        ("ppo", "h", torch.float16, CAPPED),
+        ("entropy", "hwb", torch.float64, CAPPED),
     ],
     ids=str,
 )
-def test_gradients_of_losses_with_an_entropy(name, train, dtype):
-    case = make_case(sequences=3, tokens=8, hidden=10, vocab=90, dtype=dtype, bias=True, train=train, scale=0.7).to(DEVICE)
+def test_gradients_of_losses_with_an_entropy(name, train, dtype, head):
+    case = make_case(
+        sequences=3, tokens=8, hidden=10, vocab=90, dtype=dtype, bias=True, train=train, scale=0.7, head=head
+    ).to(DEVICE)
     limits = {**LIMITS, torch.float64: (0, 1e-11)}
     for budget in (LARGE, TINY):
         with ll.settings(memory_budget=budget):
