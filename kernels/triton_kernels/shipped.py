@@ -189,6 +189,8 @@ _REPRESENTATIVE = (
     "finish_tile_bf16",
     "scan_all_bf16_bf16_softcap",
     "gradient_mixed_bf16_bf16_softcap",
+    "mix_tile_softcap_bf16",
+    "gae_masked_fp32",
 )
 #: The same of those whose names end so.
 _UNALIGNED, _REPRESENTATIVE_UNALIGNED = "_unaligned", ("score_logps_bf16", "score_logps_fp32")
