@@ -82,7 +82,9 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     level = {"importance_sampling_level": "sequence"} if loss_type == "luspo" else {}
     length = {"max_completion_length": LENGTH} if loss_type == "dr_grpo" else {}
-    loss = ll.FusedLinearGRPOLoss(loss_type=loss_type, beta=beta, entropy_coef=0.01, metrics=True, **level, **length)
+    bound = {"epsilon_high": 5.0} if loss_type == "cispo" else {}
+    options = {**level, **length, **bound}
+    loss = ll.FusedLinearGRPOLoss(loss_type=loss_type, beta=beta, entropy_coef=0.01, metrics=True, **options)
     history = []
     for step in range(steps):
         prompts = make_prompts(prompts_per_step).repeat_interleave(group_size, dim=0)
@@ -95,11 +97,11 @@ def train(
         for part in torch.randperm(len(sequences)).chunk(micro_batches):
             packed = ll.pack([sequences[i] for i in part], prompt_lengths=[2] * len(part))
             with torch.no_grad():
-                old = ll.model_logps(model, packed, shifted=True).logps
-                ref = ll.model_logps(reference, packed, shifted=True).logps
+                old = ll.model_logps(model, packed).logps
+                ref = ll.model_logps(reference, packed).logps
             batches.append((packed, {"advantages": advantages[part], "old_logps": old, "ref_logps": ref}))
         # of all micro-batches together: tokens for losses that average over tokens, sequences for the others
-        items = sum(int((p.labels != p.ignore_index).sum()) for p, _ in batches)
+        items = sum(int(p.mask.sum()) for p, _ in batches)
         items = items if loss.aggregation == "token-mean" else len(sequences)
         for _ in range(epochs):
             for packed, inputs in batches:

@@ -59,10 +59,10 @@ def train(
         batches = []
         for part in torch.randperm(len(sequences)).chunk(minibatches):
             packed = ll.pack([sequences[i] for i in part], prompt_lengths=[2] * len(part))
-            where = {"cu_seqlens": packed.cu_seqlens, "mask": packed.labels != packed.ignore_index}
+            where = {"cu_seqlens": packed.cu_seqlens, "mask": packed.mask}
             with torch.no_grad():
                 old_logps, old_values = ll.at_head(model, packed, score)
-                ref_logps = ll.model_logps(reference, packed, shifted=True).logps
+                ref_logps = ll.model_logps(reference, packed).logps
             shaped = ll.kl_shaped_rewards(rewards[part], old_logps, ref_logps, kl_coef=kl_coef, **where)
             advantages, returns = ll.gae(shaped, old_values, gamma=1.0, lam=0.95, **where)
             advantages = ll.masked_whiten(advantages, where["mask"])

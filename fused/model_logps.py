@@ -64,7 +64,7 @@ def model_logps(
     temperature: float | None = None,
     outputs: str | Iterable[str] = ("logps",),
     ignore_index: int = -100,
-    shifted: bool = False,
+    shifted: bool | None = None,
     padding_free: bool | None = None,
     **model_kwargs: Any,
 ) -> TokenStats:
@@ -95,16 +95,16 @@ def model_logps(
         head: logit scale, soft-cap and temperature; default ``HeadSpec.from_config(model.config)``.
         temperature: divides the logits, in place of the head's.
         outputs: which fields of the result to compute, of :data:`logitless.OUTPUTS`.
-        shifted: align the results with the labels of :func:`logitless.pack`, that is with the token before, which predicts.
-            Losses take them so.
+        shifted: ``True``: align the results with shifted labels, that is with the token before, which predicts; losses take
+            them so. ``None``: as the input's labels are, so shifted for :class:`PackedSequences` alone.
         padding_free: ``True``: one row, or an error where that would be wrong; ``False``: a right-padded batch; ``None``:
             whichever is right and costs less. The choice is logged at DEBUG.
         model_kwargs: further arguments of the model's forward, passed on as they are.
 
     Returns:
-        TokenStats: each ``[S, T]`` for padded ids, else ``[N]``, aligned with the token itself as Hugging Face and TRL do:
-        entry t belongs to the distribution that token t was drawn from. 0 at the first token of each sequence, where not
-        scored, and at padding. Differentiable with respect to the model's parameters.
+        TokenStats: each ``[S, T]`` for padded ids, else ``[N]``, aligned (unless shifted) with the token itself as Hugging
+        Face and TRL do: entry t belongs to the distribution that token t was drawn from. 0 at the first token of each
+        sequence, where not scored, and at padding. Differentiable with respect to the model's parameters.
 
     Raises:
         TypeError, ValueError: naming the argument; for a head that is not a plain linear layer (LoRA on ``lm_head``,
@@ -119,8 +119,9 @@ def model_logps(
         [False, False, True, True, False, True]
     """
     wanted = check_outputs(outputs)
-    if not isinstance(shifted, bool):
-        raise TypeError(f"shifted must be a bool, got {shifted!r}")
+    if shifted not in (True, False, None):
+        raise TypeError(f"shifted must be True, False or None, got {shifted!r}")
+    shifted = isinstance(input_ids, PackedSequences) if shifted is None else shifted
     packed, layout = _packed(input_ids, attention_mask, cu_seqlens, labels, prompt_lengths, ignore_index)
     if position_ids is None and isinstance(input_ids, PackedSequences):
         position_ids = input_ids.position_ids

@@ -74,6 +74,15 @@ class PackedSequences:
         """Tokens of each sequence, (S,) int32."""
         return self.cu_seqlens.diff()
 
+    @property
+    def mask(self) -> Tensor:
+        """Which positions are scored, (N,) bool: what advantages, rewards and values of tokens are taken over."""
+        if self.labels is not None:
+            return self.labels != self.ignore_index
+        last = torch.ones_like(self.input_ids, dtype=torch.bool)  # a token that has another after it predicts it
+        last[:-1] = self.position_ids[1:] == 0
+        return ~last
+
     def to(self, device: torch.device | str) -> PackedSequences:
         """The same on a device."""
         moved: dict[str, Any] = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}

@@ -209,8 +209,8 @@ def test_a_segment_does_not_change_a_bit_of_the_others(kind, attention, changed)
     other = list(ids)
     other[changed] = (ids[changed] - 3 + 17) % (VOCAB - 3) + 3
     with torch.no_grad():
-        a = model_logps(model, pack(ids), outputs=("logps", "entropy"), padding_free=True)
-        b = model_logps(model, pack(other), outputs=("logps", "entropy"), padding_free=True)
+        a = model_logps(model, pack(ids), outputs=("logps", "entropy"), shifted=False, padding_free=True)
+        b = model_logps(model, pack(other), outputs=("logps", "entropy"), shifted=False, padding_free=True)
     mine = torch.repeat_interleave(torch.arange(len(ids)), torch.tensor(LENGTHS)) == changed
     for x, y in ((a.logps, b.logps), (a.entropy, b.entropy)):
         assert torch.equal(x[~mine], y[~mine])
@@ -228,9 +228,11 @@ def test_every_form_of_the_input_gives_the_same(llama, padding_free):
             return model_logps(llama, *args, padding_free=padding_free, **kwargs).logps
 
         assert torch.equal(logps([i.tolist() for i in ids]), expected)
-        assert torch.equal(logps(packed), expected)
+        assert torch.equal(logps(packed, shifted=False), expected)
+        assert torch.equal(logps(packed)[:-1], expected[1:]) and logps(packed)[-1] == 0
+        assert torch.equal(logps(packed), logps(ids, shifted=True))
         unlabelled = PackedSequences(packed.input_ids, packed.position_ids, packed.cu_seqlens, packed.max_seqlen)
-        assert torch.equal(logps(unlabelled), expected)
+        assert torch.equal(logps(unlabelled, shifted=False), expected)
         assert torch.equal(logps(packed.input_ids.int(), cu_seqlens=packed.cu_seqlens), expected)
         for side in ("right", "left"):
             values, mask = padded(ids, side)

@@ -216,3 +216,11 @@ CU = torch.tensor([0, 2, 6])
 def test_bad_input_is_an_error_that_names_the_argument_of_packing(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_the_mask_is_where_something_is_scored():
+    packed = pack([[5, 6, 7], [8], [], [9, 10]], prompt_lengths=[2, 0, 0, 0])
+    assert packed.mask.tolist() == [False, True, False, False, True, False]
+    every = PackedSequences(packed.input_ids, packed.position_ids, packed.cu_seqlens, packed.max_seqlen)
+    assert every.mask.tolist() == [True, True, False, False, True, False]
+    assert pack([[], []]).mask.tolist() == []

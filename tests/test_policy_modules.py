@@ -249,7 +249,7 @@ def test_what_stands_at_ignored_positions_changes_no_bit(name, value, of_tokens)
         given = extras(name, case)
         if of_tokens:
             given["advantages"] = given["advantages"][:, None].repeat(1, case.labels.shape[1])
-        if LOSSES[name].importance_sampling_mode is None:
+        if LOSSES[name].importance_sampling_mode is None and LOSSES[name].loss.reads:
             g = torch.Generator().manual_seed(2)
             given["importance_sampling_ratio"] = torch.rand(case.labels.shape, generator=g, dtype=torch.float64) + 0.5
         if poison:
@@ -562,7 +562,13 @@ def test_own_losses_see_what_is_given(group, coef):
         return -(t.logps - t.old_logps).exp() * t.advantages * t.inputs["importance_sampling_ratio"] + t.logps - t.ref_logps
 
     loss = ll.FusedLinearPolicyLoss(
-        fn, group=group, uses_reference=True, aggregation="fixed-length", max_length=7, entropy_coef=coef
+        fn,
+        group=group,
+        uses_reference=True,
+        reads=["importance_sampling_ratio"],
+        aggregation="fixed-length",
+        max_length=7,
+        entropy_coef=coef,
     )
     out = loss(case.hidden, case.weight, case.labels, bias=case.bias, **given)
     logps, entropies = stats_of(case)
@@ -612,10 +618,32 @@ def test_an_entropy_without_a_declared_gradient_has_none():
     """``uses_entropy`` alone: a weight, as it were."""
     case = make_case(dtype=torch.float64)
     loss = ll.FusedLinearPolicyLoss(lambda t: -t.entropies * t.logps, uses_entropy=True)
+    with pytest.raises(ValueError, match="declare entropy_gradient"):
+        loss(case.hidden, case.weight, case.labels, advantages=torch.ones(4))
+    loss = ll.FusedLinearPolicyLoss(lambda t: -t.entropies.detach() * t.logps, uses_entropy=True)
     out = loss(case.hidden, case.weight, case.labels, advantages=torch.ones(4))
     logps, entropies = stats_of(case)
     expected = -(entropies.detach() * logps).sum() / scored(case.labels)
     assert_same([out.loss, *gradient(out, case)], [expected, *torch.autograd.grad(expected, case.leaves)])
+
+
+def test_a_bonus_mask_leaves_tokens_out_of_the_bonus():
+    case = make_case(dtype=torch.float64)
+
+    def fn(t: ll.Tokens) -> ll.PolicyLossResult:
+        return ll.PolicyLossResult(-t.logps, bonus_mask=t.advantages > 0)
+
+    a = torch.tensor([1.0, -1.0, 2.0, -2.0])
+    out = ll.FusedLinearPolicyLoss(fn, entropy_coef=0.5)(case.hidden, case.weight, case.labels, advantages=a)
+    logps, entropies = stats_of(case)
+    expected = -(logps.sum() + 0.5 * (entropies * (a > 0)[:, None]).sum()) / scored(case.labels)
+    assert_same([out.loss, *gradient(out, case)], [expected, *torch.autograd.grad(expected, case.leaves)])
+
+
+def test_losses_that_are_detached_are_an_error():
+    case = make_case(dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"do not depend on tokens\.logps"):
+        ll.FusedLinearPolicyLoss(lambda t: t.advantages)(case.hidden, case.weight, case.labels, advantages=torch.ones(4))
 
 
 # What it costs
@@ -881,8 +909,8 @@ MASKED = PPO(importance_sampling_mode="token_mask")
         (PPO(), {"num_items_in_batch": float("inf")}, "num_items_in_batch"),
         (PPO(), {"num_items_in_batch": A}, "num_items_in_batch must be one number"),
         (PPO(), {"num_items_in_batch": torch.tensor(True)}, "num_items_in_batch must be one number"),
-        (PPO(), {"sampling_logps": T}, "sampling_logps is given, but importance_sampling_mode is None"),
-        (GRPO(), {"sampling_logps": T}, "sampling_logps is given, but importance_sampling_mode is None"),
+        (PPO(), {"sampling_logps": T}, "sampling_logps is given, but this loss does not use it"),
+        (GRPO(), {"sampling_logps": T}, "sampling_logps is given, but this loss does not use it"),
         (MASKED, {"sampling_logps": T}, "old_logps is needed by importance_sampling_mode='token_mask'"),
         (MASKED, {"old_logps": T}, "sampling_logps is needed by importance_sampling_mode='token_mask'"),
         (MASKED, {"old_logps": T, "sampling_logps": A}, r"sampling_logps must have shape \(2, 3\)"),

@@ -222,6 +222,8 @@ def run_ours(batch: Batch, options: dict[str, Any], given: Given) -> Run:
         arguments["ref_logps"] = batch.ref_logps
     if given.ratio is not None:
         arguments["importance_sampling_ratio"] = given.ratio
+    if options.get("loss_type") == "cispo":  # TRL's default, which has no place here
+        options = {"epsilon_high": 0.2, **options}
     module = ll.FusedLinearGRPOLoss(metrics=True, **options)
     out = module(batch.hidden, batch.weight, batch.labels, **{**arguments, **given.ours})
     assert out.loss.dtype == torch.float64
@@ -651,7 +653,8 @@ def test_a_model_in_a_trainer_agrees_with_trl_in_float32(trainer, loss_type, coe
                     loss = trainer._compute_loss(model, inputs)
                 else:
                     _, x, y = ours()
-                    module = ll.FusedLinearGRPOLoss(loss_type=loss_type, entropy_coef=coef)
+                    high = {"epsilon_high": 0.2} if loss_type == "cispo" else {}
+                    module = ll.FusedLinearGRPOLoss(loss_type=loss_type, entropy_coef=coef, **high)
                     out = module(x, model.lm_head.weight, y, head=head, advantages=batch.advantages.float(), old_logps=old)
                     loss = out.loss
                 loss.backward()

@@ -12,6 +12,8 @@ from torch import Tensor
 from logitless.kernels.sequence import segment_sum
 
 Group = Literal["token", "sequence", "batch"]
+#: What a caller may pass for a loss function besides advantages and log-probabilities of policies.
+OPTIONAL_INPUTS = ("sampling_logps", "importance_sampling_ratio")
 #: How the losses of tokens become one number; see :class:`logitless.FusedLinearPolicyLoss`.
 AGGREGATIONS = ("token-mean", "sequence-mean", "sequence-mean-token-sum", "fixed-length")
 
@@ -71,7 +73,8 @@ class PolicyLossResult:
     Attributes:
         losses: (n,) the loss at each token, before aggregation.
         metrics: (n,) tensors by name; detached by the engine, and averaged over the tokens of the batch.
-        bonus_mask: (n,) bool, the tokens whose entropy counts for the entropy bonus; ``None``: all.
+        bonus_mask: (n,) bool, the tokens whose entropy counts for the entropy bonus; ``None``: all. What the bonus is divided
+            by does not change.
     """
 
     losses: Tensor
@@ -91,6 +94,7 @@ class PolicyLoss:
         uses_reference: whether ``fn`` reads ``ref_logps``.
         uses_entropy: whether ``fn`` reads ``entropies``.
         entropy_gradient: whether its losses depend on ``entropies`` differentiably.
+        reads: which of :data:`OPTIONAL_INPUTS` it finds in ``inputs``; others are errors.
     """
 
     fn: Callable[[Tokens], Tensor | PolicyLossResult]
@@ -99,12 +103,15 @@ class PolicyLoss:
     uses_reference: bool = False
     uses_entropy: bool = False
     entropy_gradient: bool = False
+    reads: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not callable(self.fn):
             raise TypeError(f"fn must be callable, got {self.fn!r}")
         if self.group not in ("token", "sequence", "batch"):
             raise ValueError(f"group must be 'token', 'sequence' or 'batch', got {self.group!r}")
+        if unknown := [name for name in self.reads if name not in OPTIONAL_INPUTS]:
+            raise ValueError(f"reads must be some of {OPTIONAL_INPUTS}, got {unknown[0]!r}")
 
     def __call__(self, tokens: Tokens) -> PolicyLossResult:
         result = self.fn(tokens)

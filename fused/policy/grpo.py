@@ -97,6 +97,7 @@ def grpo(options: GRPOOptions) -> PolicyLoss:
         needs_reference=options.beta != 0,
         uses_reference=options.beta != 0,
         uses_entropy=top_entropy,
+        reads=("importance_sampling_ratio", *(["sampling_logps"] if options.off_policy_mask_threshold is not None else [])),
     )
 
 

@@ -100,7 +100,7 @@ class PolicyEvaluation:
         with torch.enable_grad():
             logps = stats.logps.to(self.wide).requires_grad_(needs_grad)
             entropies = None if stats.entropy is None else stats.entropy.to(self.wide)
-            if entropies is not None and job.entropy_gradient:
+            if entropies is not None:
                 entropies.requires_grad_(needs_grad)
             ref = inputs.pop("ref_logps", None if ref_token_logps is None else ref_token_logps.to(self.wide))
             old = inputs.pop("old_logps", None)
@@ -115,26 +115,34 @@ class PolicyEvaluation:
             )
             result = job.loss(tokens)
             _check_result(result, len(logps))
-            leaves = [logps] if entropies is None or not job.entropy_gradient else [logps, entropies]
+            leaves = [logps] if entropies is None else [logps, entropies]
             check_leaves(result.losses, leaves)
+            if needs_grad and not result.losses.requires_grad:
+                raise ValueError("the loss function's losses do not depend on tokens.logps, or were detached from them")
             total = (result.losses * job.weights[span]).sum()
             if job.entropy_coef != 0:
                 assert entropies is not None
                 total = total - job.entropy_coef * (entropies * self._bonus_weights(result, span)).sum()
             gradients: list[Tensor | None] = [None, None]
             if needs_grad:
-                found = torch.autograd.grad(total, leaves, allow_unused=True)
-                gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)] + [None]
+                of_logps, *of_entropies = torch.autograd.grad(total, leaves, allow_unused=True)
+                gradients[0] = torch.zeros_like(logps) if of_logps is None else of_logps
+                if job.entropy_gradient:
+                    assert entropies is not None
+                    gradients[1] = torch.zeros_like(entropies) if of_entropies[0] is None else of_entropies[0]
+                elif any(g is not None for g in of_entropies):
+                    raise ValueError("the loss function's losses depend on tokens.entropies: declare entropy_gradient=True")
         self.loss += total.detach()
         kept = {"logps": tokens.logps, "old_logps": tokens.old_logps, "ref_logps": ref, "entropies": entropies}
         part = {name: value.detach() for name, value in kept.items() if value is not None}
         part |= {"metrics/" + name: value.detach() for name, value in result.metrics.items()}
         self.parts.append(part)
-        return Coefficients(*(None if g is None else g.to(stats.logps.dtype) for g in gradients[:2]))
+        return Coefficients(*(None if g is None else g.to(stats.logps.dtype) for g in gradients))
 
     def _bonus_weights(self, result: PolicyLossResult, span: slice) -> Tensor:
         if self.job.bonus_weights is not None:
-            return self.job.bonus_weights[span]
+            weights = self.job.bonus_weights[span]
+            return weights if result.bonus_mask is None else weights * result.bonus_mask
         # a mask that is known only now, over the whole batch: the loss is of group "batch"
         assert result.bonus_mask is not None
         mask = result.bonus_mask.to(self.wide)

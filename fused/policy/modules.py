@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..entries import Entries, make_entries
 from ..job import Reference
 from ..modules import check_bool, check_choice, check_number, check_reference_states, eagerly
 from . import grpo as grpo_family
-from .batch import AGGREGATIONS, PolicyLoss, PolicyLossResult, Tokens, token_weights
+from .batch import AGGREGATIONS, OPTIONAL_INPUTS, PolicyLoss, PolicyLossResult, Tokens, token_weights
 from .importance import check_clip, importance_sampling_ratio
 from .job import PolicyJob, PolicyReport
 from .ppo import KL_PENALTIES, ppo
@@ -42,7 +42,8 @@ class PolicyOutput:
         logps: log-probabilities of the labels under the policy, shaped like ``labels``; 0 where nothing is scored.
         entropies: likewise, if the loss or its metrics need them, else ``None``.
         ref_logps: likewise, if the reference was scored here, else ``None``.
-        metrics: 0-dim tensors: means over the batch's scored tokens.
+        metrics: 0-dim tensors: means over the batch's scored tokens, but for ``clip_ratio/low_min`` and ``/high_max``, over
+            sequences.
         plan: what the engine did: schedule, FLOP, bytes.
     """
 
@@ -66,7 +67,7 @@ class FusedLinearPolicyLoss(nn.Module):
             means), ``"sequence-mean-token-sum"`` (of their sums), ``"fixed-length"`` (of their sums over ``max_length``).
         max_length: for ``"fixed-length"``.
         entropy_coef: weight of the entropy bonus, which is added up as the losses are.
-        uses_reference, needs_reference, uses_entropy, entropy_gradient: see :class:`logitless.PolicyLoss`.
+        uses_reference, needs_reference, uses_entropy, entropy_gradient, reads: see :class:`logitless.PolicyLoss`.
         metrics: also compute the entropy for the metrics, in the same pass.
         ignore_index: the label of positions to leave out.
 
@@ -89,6 +90,7 @@ class FusedLinearPolicyLoss(nn.Module):
         needs_reference: bool = False,
         uses_entropy: bool = False,
         entropy_gradient: bool = False,
+        reads: Sequence[str] = (),
         metrics: bool = False,
         ignore_index: int = -100,
     ) -> None:
@@ -100,6 +102,7 @@ class FusedLinearPolicyLoss(nn.Module):
             check_bool("uses_reference", uses_reference) or needs_reference,
             check_bool("uses_entropy", uses_entropy) or check_bool("entropy_gradient", entropy_gradient),
             entropy_gradient,
+            tuple(reads),
         )
         self._configure(loss, aggregation, max_length, entropy_coef, metrics=metrics, ignore_index=ignore_index)
 
@@ -224,8 +227,9 @@ class FusedLinearPolicyLoss(nn.Module):
 
     def _check_rollouts(self, inputs: dict[str, Tensor]) -> None:
         if self.importance_sampling_mode is None:
-            if "sampling_logps" in inputs and not self._reads_sampling_logps:
-                raise ValueError("sampling_logps is given, but importance_sampling_mode is None: this loss does not use it")
+            for name in OPTIONAL_INPUTS:
+                if name in inputs and name not in self.loss.reads:
+                    raise ValueError(f"{name} is given, but this loss does not use it")
             return
         if "importance_sampling_ratio" in inputs:
             raise ValueError(
@@ -244,9 +248,12 @@ class FusedLinearPolicyLoss(nn.Module):
         """Metrics that are no means over tokens."""
         return {}
 
-    #: Whether the loss reads ``sampling_logps`` itself; one importance ratio for each sequence, not one for each token; and
-    #: whole sequences, were the threshold of the entropies known.
-    _reads_sampling_logps = _reads_sequence_ratios = _reads_sequences = False
+    def extra_repr(self) -> str:
+        return f"group={self.loss.group!r}, aggregation={self.aggregation!r}, entropy_coef={self.entropy_coef}"
+
+    #: Whether the loss reads one importance ratio for each sequence, not one for each token; and whole sequences, were the
+    #: threshold of the entropies known.
+    _reads_sequence_ratios = _reads_sequences = False
     #: Where there are as many packed sequences as positions: what ``advantages`` hold one of for each.
     _prefers_sequences = False
 
@@ -319,7 +326,7 @@ class FusedLinearGRPOLoss(FusedLinearPolicyLoss):
     dr_grpo     the same                                                                fixed-length
     luspo       the same, https://huggingface.co/papers/2602.05261                      sequence-mean-token-sum
     cispo       ``-min(r, epsilon_high) A logp``, the ratio held constant               token-mean
-    sapo        ``-4 / t sigmoid(t (r - 1)) A``, https://huggingface.co/papers/2511.20347   sequence-mean
+    sapo        ``-(4 / t) sigmoid(t (r - 1)) A``                                       sequence-mean
     vespo       ``-phi(R) A logp``, R the sequence's ratio, held constant               token-mean
     ==========  ======================================================================  =========================
 
@@ -328,8 +335,9 @@ class FusedLinearGRPOLoss(FusedLinearPolicyLoss):
 
     Args:
         loss_type: one of :data:`logitless.GRPO_LOSSES`.
-        epsilon_low, epsilon_high: the ratio is clipped to ``[1 - epsilon_low, 1 + epsilon_high]``; ``epsilon_high=None`` for
-            the same. ``"cispo"`` clips at ``epsilon_high`` itself and takes no ``epsilon_low``.
+        epsilon_low, epsilon_high: the ratio is clipped to ``[1 - epsilon_low, 1 + epsilon_high]``; ``None``: 0.2 for the one,
+            the same for the other. ``"cispo"`` bounds the ratio by ``epsilon_high`` itself, which must be given (5.0, say:
+            TRL's 0.2 would scale every update by 0.2), and takes no ``epsilon_low``.
         delta: upper bound of the unclipped ratio (two-sided clipping, https://huggingface.co/papers/2505.07291), above
             ``1 + epsilon_high``. ``None``: no bound.
         beta: weight of the KL penalty (k3); needs a reference unless 0.
@@ -337,17 +345,18 @@ class FusedLinearGRPOLoss(FusedLinearPolicyLoss):
         importance_sampling_level: ``"token"``, or ``"sequence"`` for one ratio a sequence, the geometric mean of its tokens'
             (GSPO, https://huggingface.co/papers/2507.18071).
         max_completion_length: the fixed length of ``"dr_grpo"``.
-        sapo_temperature_pos, sapo_temperature_neg: t of ``"sapo"`` for positive and for other advantages.
+        sapo_temperature_pos, sapo_temperature_neg: t of ``"sapo"``, https://huggingface.co/papers/2511.20347, for positive and
+            for other advantages.
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: shape of ``phi(R) = exp(l) R**k exp(-l R)``,
             https://huggingface.co/papers/2602.10693, for advantages that are not negative and for negative ones.
         off_policy_mask_threshold: leave out sequences of negative advantage whose mean ``sampling_logps - logps``
             (``old_logps`` where those are not given) is above it. ``None``: keep all.
         top_entropy_quantile: share of the batch's tokens, those of the highest entropy, whose policy loss (and entropy bonus)
             counts, https://huggingface.co/papers/2506.01939; 1.0 for all. The tokens then wait for each other: pass an
-            ``entropy_threshold`` to avoid that, or to take it over several processes.
+            ``entropy_threshold`` to avoid that (without ``entropy_coef``), or to take it over several processes.
         entropy_coef: weight of the entropy bonus: the mean over tokens, whatever the loss type.
         importance_sampling_mode, importance_sampling_clip_min, importance_sampling_clip_max: as in
-            :class:`FusedLinearPPOLoss`; TRL's ``vllm_importance_sampling_...``.
+            :class:`FusedLinearPPOLoss`; TRL's ``vllm_importance_sampling_...``, which it sets to ``"sequence_mask"`` with vLLM.
         metrics, ignore_index: as in :class:`FusedLinearPolicyLoss`.
 
     Raises:
@@ -406,6 +415,8 @@ class FusedLinearGRPOLoss(FusedLinearPolicyLoss):
         for name, (given, types) in only.items():
             if given and loss_type not in types:
                 raise ValueError(f"{name} is not used by loss_type={loss_type!r}, but by {', '.join(types)}")
+        if loss_type == "cispo" and epsilon_high is None:
+            raise ValueError("epsilon_high must be given for loss_type='cispo', whose ratio it bounds: 5.0, say")
         low = 0.2 if epsilon_low is None else check_number("epsilon_low", epsilon_low, 0.0, 1.0)
         high = check_number("epsilon_high", low if epsilon_high is None else epsilon_high, 0.0)
         if delta is not None and check_number("delta", delta) <= 1 + high:
@@ -443,7 +454,6 @@ class FusedLinearGRPOLoss(FusedLinearPolicyLoss):
             max_length_name="max_completion_length",
         )
         self._correct_rollouts(importance_sampling_mode, importance_sampling_clip_min, importance_sampling_clip_max)
-        self._reads_sampling_logps = off_policy_mask_threshold is not None
         self._reads_sequence_ratios = loss_type == "vespo"
         self._reads_sequences = grpo_family.reads_sequences(options)
 
@@ -638,7 +648,7 @@ class _PolicyBatch:
                 clip_min=low,
                 clip_max=high,
             )
-        if not module._reads_sampling_logps:
+        if "sampling_logps" not in module.loss.reads:
             given.pop("sampling_logps", None)
         of_sequences = {}
         for name, value in given.items():

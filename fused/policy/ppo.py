@@ -45,7 +45,8 @@ def ppo(
 ) -> PolicyLoss:
     """See :class:`logitless.FusedLinearPPOLoss`."""
     fn = functools.partial(_losses, clip_low, clip_high, dual_clip, kl_coef, kl_estimator)
-    return PolicyLoss(fn, "token", needs_reference=kl_coef != 0, uses_reference=kl_coef != 0)
+    reference = kl_coef != 0
+    return PolicyLoss(fn, "token", reference, reference, reads=("importance_sampling_ratio",))
 
 
 def _losses(
