@@ -102,7 +102,7 @@ def scan_block(
     options: CoreOptions,
     source: Tensor,  # (N, W) raw logits v0..v1
     destination: Tensor
-    | None,  # (N, W) gets exp(z - k) * (1 - tanh^2 or, slopes_later, 1), 0 at the label; may be ``source``
+    | None,  # (N, W), may be ``source``; gets exp(z - k) * (1 - tanh^2, unless slopes_later), 0 at the label
     zy: Tensor,  # (N,) target logits
     k: Tensor,  # (N,) zy, but finite
     labels: Tensor,  # (N,)

@@ -205,9 +205,9 @@ def check_loss(name: str, case: Case, train: str, limit: float) -> ll.Plan:
     ids=str,
 )
 def test_gradients_of_losses_with_an_entropy(name, train, dtype, head):
-    case = make_case(
-        sequences=3, tokens=8, hidden=10, vocab=90, dtype=dtype, bias=True, train=train, scale=0.7, head=head
-    ).to(DEVICE)
+    case = make_case(sequences=3, tokens=8, hidden=10, vocab=90, dtype=dtype, bias=True, train=train, scale=0.7, head=head).to(
+        DEVICE
+    )
     limits = {**LIMITS, torch.float64: (0, 1e-11)}
     for budget in (LARGE, TINY):
         with ll.settings(memory_budget=budget):
