@@ -29,6 +29,7 @@ class AtHead:
         head: what the model does to its logits, and the temperature.
         labels: (N,) shifted labels of the packed sequences.
         cu_seqlens: (S + 1,) where each of them starts and ends.
+        ignore_index: the label of positions that are not scored.
     """
 
     hidden: Tensor
@@ -37,6 +38,7 @@ class AtHead:
     head: HeadSpec
     labels: Tensor
     cu_seqlens: Tensor
+    ignore_index: int
 
 
 @torch.compiler.disable
@@ -79,7 +81,9 @@ def at_head(
         rows, device = at.hidden.reshape(-1, at.hidden.shape[-1]), at.weight.device
         rows = rows if len(at.where) == len(rows) else rows.index_select(0, at.where.to(rows.device))
         labels = at.labels.reshape(-1)[at.where.to(at.labels.device)]
-        return fn(AtHead(rows.to(device), at.weight, at.bias, at.head, labels.to(device), packed.cu_seqlens))
+        return fn(
+            AtHead(rows.to(device), at.weight, at.bias, at.head, labels.to(device), packed.cu_seqlens, packed.ignore_index)
+        )
 
     options: dict[str, Any] = {
         "head": head,
@@ -121,6 +125,9 @@ def model_loss(
     """
     if not isinstance(loss, FusedLinearPolicyLoss):
         raise TypeError(f"loss must be a policy-loss module such as FusedLinearGRPOLoss, got {type(loss).__name__}")
+
+    if isinstance(packed, PackedSequences) and packed.ignore_index != loss.ignore_index:
+        raise ValueError(f"loss has ignore_index={loss.ignore_index}, but packed has {packed.ignore_index}: give both the same")
 
     def fn(at: AtHead) -> PolicyOutput:
         out: PolicyOutput = loss(at.hidden, at.weight, at.labels, at.bias, at.head, cu_seqlens=at.cu_seqlens, **inputs)

@@ -439,13 +439,18 @@ def _at_the_head(model: nn.Module, lm: Any, inputs: dict[str, Any], score: Calla
     hidden states before the head is done, and autocast is on or off as it is for the head.
     """
     results: list[Any] = []
-    owner = threading.get_ident()
+    owner, scoring = threading.get_ident(), False
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if threading.get_ident() != owner:
+        nonlocal scoring
+        if threading.get_ident() != owner or scoring:  # what ``score`` runs the model for has a hook of its own
             return None
         hidden, *rest = args
-        results.append(score(hidden))
+        scoring = True
+        try:
+            results.append(score(hidden))
+        finally:
+            scoring = False
         return (hidden[..., :0, :], *rest)
 
     handle = lm.get_output_embeddings().register_forward_pre_hook(hook)
@@ -489,7 +494,10 @@ def _probe_ids(lm: Any, count: int) -> Tensor:
 
 def _states(model: nn.Module, lm: Any, inputs: dict[str, Any]) -> Tensor:
     """What the model hands its head, (S, T, H) float64."""
-    return _at_the_head(model, lm, inputs, lambda hidden: hidden).double()
+    states: Tensor = _at_the_head(model, lm, inputs, lambda hidden: hidden).double()
+    if not bool(states.isfinite().all()):
+        raise ValueError("model cannot be tried out: its hidden states are not finite, so its weights may not be either")
+    return states
 
 
 def _change(a: Tensor, b: Tensor) -> float:

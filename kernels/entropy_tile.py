@@ -2,7 +2,8 @@
 
 ``d entropy / d z_v = -p_v (log p_v + entropy)`` needs the logit of each entry, not its exponential alone. The tile still knows
 it: ``z_v - k = log e_v``. An exponential rounded to bfloat16 has a logarithm right to 0.004, as far as the rounded entry itself
-is off relatively. So the entropy's gradient costs one more pass over the tile, and no GEMM.
+is off relatively. So the entropy's gradient costs one more pass over the tile, and no GEMM. (Where the distribution is all but
+uniform, the entropy's own gradient all but vanishes, and bfloat16 keeps a digit of it.)
 """
 
 from __future__ import annotations

@@ -692,3 +692,12 @@ def test_bad_input_of_the_value_tracker():
         tracker.initialize(["a"], torch.tensor([NAN]))
     with pytest.raises(ValueError, match="state_dict must have exactly keys, values and counts, got"):
         tracker.load_state_dict({"keys": []})
+
+
+def test_keys_that_are_tensors_are_told_apart_by_their_values():
+    tracker = ValueTracker()
+    for _ in range(3):
+        tracker.advantages([torch.tensor(7), torch.tensor(9)], torch.tensor([1.0, 0.0]))
+    assert len(tracker) == 2 and 7 in tracker
+    with pytest.raises(TypeError, match="hashable by value"):
+        tracker.advantages([torch.ones(2), torch.ones(2)], torch.tensor([1.0, 0.0]))

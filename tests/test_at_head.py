@@ -123,6 +123,41 @@ def test_an_error_within_the_function_leaves_the_model_as_it_was():
     assert model(torch.tensor([[1, 2]])).logits.shape == (1, 2, 61)
 
 
+def test_a_function_may_run_the_model_again():
+    """As a reference by the same model without its adapters does."""
+    model, batch = make("llama"), packed()
+    expected = ll.model_logps(model, batch).logps
+
+    def fn(at: ll.AtHead) -> torch.Tensor:
+        again = ll.model_logps(model, batch).logps
+        return again - ll.linear_logps(at.hidden, at.weight, at.labels, at.bias, at.head).logps
+
+    assert ll.at_head(model, batch, fn).abs().max() < 1e-12
+    assert torch.equal(ll.model_logps(model, batch).logps, expected)
+    assert not model.lm_head._forward_pre_hooks
+
+
+def test_another_ignore_index_than_the_packs_is_refused():
+    batch = ll.pack(SEQUENCES, prompt_lengths=[2, 1, 0, 0, 1], ignore_index=0)
+    with pytest.raises(ValueError, match="ignore_index"):
+        ll.model_loss(make("llama"), ll.FusedLinearPPOLoss(), batch, advantages=torch.ones(5))
+    loss = ll.FusedLinearPPOLoss(ignore_index=0)
+    out = ll.model_loss(make("llama"), loss, batch, advantages=torch.ones(12))
+    assert ((out.logps != 0) == batch.mask).all()
+
+
+def test_a_model_that_is_not_finite_is_not_remembered():
+    model, batch = make("llama"), packed()
+    good = model.lm_head.weight.detach().clone(), model.model.norm.weight.detach().clone()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        ll.model_logps(model, batch)
+    with torch.no_grad():
+        model.model.norm.weight.copy_(good[1])
+    assert ll.model_logps(model, batch).logps.isfinite().all()
+
+
 def test_examples_of_the_page_on_policies_run():
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf8"), re.DOTALL)
     whole = [b for b in blocks if "import torch" in b]

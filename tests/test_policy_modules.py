@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from typing import Any
 
@@ -985,3 +986,81 @@ def test_importance_sampling_ratio_looks_at_no_masked_position(mode, dtype):
         assert (found[0][~mask] == 1).all()
     else:
         assert found[0][1] == 1
+
+
+# What an attack on the modules found
+
+
+@every_budget
+@pytest.mark.parametrize("options", [{"importance_sampling_level": "sequence"}, {"off_policy_mask_threshold": 0.05}], ids=str)
+def test_a_known_threshold_lets_sequences_go_on_by_themselves(options, budget):
+    loss = GRPO("grpo", top_entropy_quantile=0.5, **options)
+    results = []
+    for size in (BUDGETS[budget], 1 << 30):
+        case = ragged(vocab=211)
+        given = extras("off policy" if "off_policy_mask_threshold" in options else "grpo", case, reference=False)
+        given.pop("ref_logps", None)
+        with ll.settings(memory_budget=size):
+            out = loss(case.hidden, case.weight, case.labels, case.bias, entropy_threshold=4.5, **given)
+        results.append([out.loss, *gradient(out, case)])
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("name", ["ppo everything", "dapo", "gspo", "sapo", "cispo", "vespo"])
+@pytest.mark.parametrize("value", [-math.inf, -1e4])
+@pytest.mark.parametrize("sign", [-1.0, 0.0, 1.0])
+def test_a_token_that_the_old_policy_ruled_out_makes_no_nan(name, value, sign):
+    case = ragged()
+    given = extras(name, case)
+    given["old_logps"][0, 0] = value
+    given["advantages"][0] = sign
+    out = run(name, case, given)
+    for tensor in (out.loss, *gradient(out, case)):
+        assert tensor.isfinite().all()
+
+
+def test_an_undeclared_gradient_of_the_entropy_is_seen_beside_a_bonus():
+    case = make_case(dtype=torch.float64)
+    loss = ll.FusedLinearPolicyLoss(lambda t: -t.logps * t.entropies, uses_entropy=True, entropy_coef=0.1)
+    with pytest.raises(ValueError, match="declare entropy_gradient"):
+        loss(case.hidden, case.weight, case.labels, advantages=torch.ones(4))
+
+
+@pytest.mark.parametrize("value", [0, -3, math.nan, math.inf])
+def test_num_items_in_batch_is_checked_as_a_tensor_too(value):
+    case = make_case()
+    with pytest.raises(ValueError, match="num_items_in_batch"):
+        PPO()(case.hidden, case.weight, case.labels, advantages=torch.ones(4), num_items_in_batch=torch.tensor(value))
+
+
+@pytest.mark.parametrize("mode", ["token_truncate", "sequence_truncate"])
+@pytest.mark.parametrize("module", [PPO, GRPO])
+def test_weights_of_rollouts_where_there_are_as_many_sequences_as_positions(module, mode):
+    case, g = make_case(sequences=1, tokens=3, masked=0.0, dtype=torch.float64), torch.Generator().manual_seed(0)
+    old, sampled = -torch.rand(2, 3, generator=g, dtype=torch.float64) - 4
+    loss, results = module(importance_sampling_mode=mode), []
+    for bounds in ([0, 3], [0, 3, 3, 3]):
+        given = {"advantages": torch.tensor([1.0, *[0.0] * (len(bounds) - 2)]), "cu_seqlens": torch.tensor(bounds)}
+        if module is PPO:
+            given["advantages"] = torch.ones(3)
+        x, y = case.hidden[0], case.labels[0]
+        out = loss(x, case.weight, y, old_logps=old, sampling_logps=sampled, **given)
+        results.append([out.loss, *gradient(out, case)])
+    assert_same(*results)
+
+
+def test_what_a_loss_function_returns_for_parts_of_a_batch_fits_together():
+    case = make_case()
+    given = {"advantages": torch.ones(4)}
+    calls: list[int] = []
+
+    def moody(t: ll.Tokens) -> ll.PolicyLossResult:
+        calls.append(1)
+        return ll.PolicyLossResult(-t.logps, {"first": t.logps} if len(calls) == 1 else {})
+
+    with ll.settings(memory_budget=1), pytest.raises(ValueError, match="other metrics for one part"):
+        ll.FusedLinearPolicyLoss(moody)(case.hidden, case.weight, case.labels, **given)
+    for mask in (torch.ones(3, dtype=torch.bool), torch.ones(()), [True]):
+        wrong = ll.FusedLinearPolicyLoss(lambda t, mask=mask: ll.PolicyLossResult(-t.logps, bonus_mask=mask), entropy_coef=0.1)
+        with pytest.raises(ValueError, match="bonus_mask"):
+            wrong(case.hidden, case.weight, case.labels, **given)

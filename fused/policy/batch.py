@@ -136,4 +136,4 @@ def token_weights(
     elif aggregation == "fixed-length":
         assert max_length is not None
         each = each / max_length
-    return each / (items.clamp(min=1) if isinstance(items, Tensor) else max(1, items))
+    return each / (items if isinstance(items, Tensor) else max(1, items))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .batch import PolicyLoss, PolicyLossResult, Tokens
 from .kl import kl_estimate
-from .ppo import divergence_metrics
+from .ppo import LARGEST_LOGRATIO, divergence_metrics
 
 #: How each loss type adds up its tokens' losses.
 AGGREGATION_OF = {
@@ -107,7 +107,7 @@ def _losses(o: GRPOOptions, tokens: Tokens) -> PolicyLossResult:
     weights = logratios
     if o.importance_sampling_level == "sequence":
         weights = tokens.to_tokens(tokens.sequence_mean(logratios))
-    ratios = weights.exp()
+    ratios = weights.clamp(max=LARGEST_LOGRATIO).exp()
     metrics = divergence_metrics(tokens, logratios)
     kl = None
     if tokens.ref_logps is not None:

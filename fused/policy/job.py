@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -80,13 +81,14 @@ class PolicyEvaluation:
         self.job, self.wide = job, wide
         self.loss = torch.zeros((), dtype=wide, device=device)
         self.parts: list[dict[str, Tensor]] = []
+        self.first_of = [0, *itertools.accumulate(map(len, job.entries.groups))]  # sequences before each group
         sizes = torch.tensor([job.entries.sequence_sizes[s] for group in job.entries.groups for s in group], device="cpu")
         self.ends = torch.nn.functional.pad(sizes.cumsum(0).long(), (1, 0))  # in the order of the entries
 
     def _offsets(self, step: Step) -> tuple[list[int], Tensor]:
         """The sequences of the step, and where each starts and ends among its tokens."""
         groups = self.job.entries.groups
-        before = sum(len(group) for group in groups[: step.first_group])
+        before = self.first_of[step.first_group]
         sequences = [s for group in groups[step.first_group : step.last_group] for s in group]
         offsets = self.ends[before : before + len(sequences) + 1] - step.start
         return sequences, offsets.to(self.loss.device)
@@ -100,8 +102,11 @@ class PolicyEvaluation:
         with torch.enable_grad():
             logps = stats.logps.to(self.wide).requires_grad_(needs_grad)
             entropies = None if stats.entropy is None else stats.entropy.to(self.wide)
+            # the bonus has a leaf of its own, so that a gradient that the loss did not declare is seen
+            bonus = seen = entropies
             if entropies is not None:
-                entropies.requires_grad_(needs_grad)
+                seen = entropies.detach().requires_grad_(needs_grad)
+                bonus = entropies.detach().requires_grad_(needs_grad and job.entropy_coef != 0)
             ref = inputs.pop("ref_logps", None if ref_token_logps is None else ref_token_logps.to(self.wide))
             old = inputs.pop("old_logps", None)
             tokens = Tokens(
@@ -109,29 +114,29 @@ class PolicyEvaluation:
                 old_logps=logps.detach() if old is None else old,
                 advantages=inputs.pop("advantages"),
                 ref_logps=ref,
-                entropies=entropies,
+                entropies=seen,
                 inputs=inputs,
                 offsets=offsets,
             )
             result = job.loss(tokens)
             _check_result(result, len(logps))
-            leaves = [logps] if entropies is None else [logps, entropies]
-            check_leaves(result.losses, leaves)
+            check_leaves(result.losses, [logps] if seen is None else [logps, seen])
             if needs_grad and not result.losses.requires_grad:
                 raise ValueError("the loss function's losses do not depend on tokens.logps, or were detached from them")
             total = (result.losses * job.weights[span]).sum()
             if job.entropy_coef != 0:
-                assert entropies is not None
-                total = total - job.entropy_coef * (entropies * self._bonus_weights(result, span)).sum()
+                assert bonus is not None
+                total = total - job.entropy_coef * (bonus * self._bonus_weights(result, span)).sum()
             gradients: list[Tensor | None] = [None, None]
             if needs_grad:
-                of_logps, *of_entropies = torch.autograd.grad(total, leaves, allow_unused=True)
-                gradients[0] = torch.zeros_like(logps) if of_logps is None else of_logps
-                if job.entropy_gradient:
-                    assert entropies is not None
-                    gradients[1] = torch.zeros_like(entropies) if of_entropies[0] is None else of_entropies[0]
-                elif any(g is not None for g in of_entropies):
+                leaves = [x for x in (logps, seen, bonus) if x is not None and x.requires_grad]
+                found = dict(zip(map(id, leaves), torch.autograd.grad(total, leaves, allow_unused=True), strict=True))
+                of_logps, of_seen, of_bonus = (found.get(id(x)) for x in (logps, seen, bonus))
+                if of_seen is not None and not job.loss.entropy_gradient:
                     raise ValueError("the loss function's losses depend on tokens.entropies: declare entropy_gradient=True")
+                gradients[0] = torch.zeros_like(logps) if of_logps is None else of_logps
+                if entropies is not None and job.entropy_gradient:
+                    gradients[1] = sum((g for g in (of_seen, of_bonus) if g is not None), torch.zeros_like(entropies))
         self.loss += total.detach()
         kept = {"logps": tokens.logps, "old_logps": tokens.old_logps, "ref_logps": ref, "entropies": entropies}
         part = {name: value.detach() for name, value in kept.items() if value is not None}
@@ -149,6 +154,8 @@ class PolicyEvaluation:
         return mask / mask.sum().clamp(min=1) * self.job.bonus_share
 
     def report(self, plan: Plan, tokens: dict[str, Tensor], dtype: torch.dtype) -> PolicyReport:
+        if any(part.keys() != self.parts[0].keys() for part in self.parts):
+            raise ValueError("the loss function returned other metrics for one part of the batch than for another")
         joined = {name: torch.cat([part[name] for part in self.parts]) for name in self.parts[0]}
         metrics = {name.removeprefix("metrics/"): value for name, value in joined.items() if name.startswith("metrics/")}
         named = {name: joined[name].to(dtype) if name in joined else None for name in ("ref_logps", "entropies")}
@@ -161,6 +168,10 @@ class PolicyEvaluation:
 
 def _check_result(result: PolicyLossResult, count: int) -> None:
     """What a loss function returned: one value a token, in tensors."""
+    mask = result.bonus_mask
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != (count,)):
+        what = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"the loss function returned bonus_mask as {what}; it must be bool with one value a token: ({count},)")
     named: dict[str, object] = {"losses": result.losses}
     named.update({f"metrics[{name!r}]": value for name, value in result.metrics.items()})
     for name, value in named.items():

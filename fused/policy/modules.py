@@ -494,6 +494,8 @@ class FusedLinearGRPOLoss(FusedLinearPolicyLoss):
                         f"{tuple(entropy_threshold.shape)}"
                     )
                 threshold = entropy_threshold.detach().reshape(())
+                if threshold.device.type == "cpu":
+                    check_number("entropy_threshold", threshold.item())
             else:
                 threshold = torch.tensor(
                     check_number("entropy_threshold", entropy_threshold), dtype=torch.float64, device="cpu"
@@ -528,13 +530,17 @@ class FusedLinearGRPOLoss(FusedLinearPolicyLoss):
 
 
 def _check_items(num_items: Any) -> Tensor | float | None:
-    if num_items is None:
-        return None
-    if isinstance(num_items, Tensor):
-        if num_items.numel() != 1 or num_items.dtype == torch.bool or num_items.is_complex():
-            raise ValueError(f"num_items_in_batch must be one number, got {num_items.dtype} of shape {tuple(num_items.shape)}")
-        return num_items.detach().reshape(())
-    return check_number("num_items_in_batch", num_items, 0, open_low=True)
+    """At least 1: where nothing is scored in all of the batch, there is nothing to divide."""
+    if not isinstance(num_items, Tensor):
+        return None if num_items is None else max(1.0, check_number("num_items_in_batch", num_items, 0, open_low=True))
+    if num_items.numel() != 1 or num_items.dtype == torch.bool or num_items.is_complex():
+        raise ValueError(f"num_items_in_batch must be one number, got {num_items.dtype} of shape {tuple(num_items.shape)}")
+    number = num_items.detach().reshape(())
+    if number.device.type == "cpu":
+        check_number("num_items_in_batch", number.item(), 0, open_low=True)
+    elif number.is_cuda:
+        torch._assert_async((number > 0) & number.isfinite(), "num_items_in_batch must be a finite number above 0")
+    return number.clamp(min=1)
 
 
 #: Inputs with one value a position or one a sequence.
@@ -596,6 +602,8 @@ class _PolicyBatch:
     ) -> PolicyOutput:
         """Hand the call to the engine."""
         module, loss = self.module, self.module.loss
+        if entropy_threshold is not None and module.entropy_coef == 0:  # no token waits for the others to know if it counts
+            loss = replace(loss, group="sequence" if module._reads_sequences else "token")
         groups = [[s] for s in range(self.num_sequences)]
         if loss.group == "batch":
             groups = [[s for group in groups for s in group]]
@@ -604,10 +612,6 @@ class _PolicyBatch:
         if entropy_threshold is not None:
             device, wide = entries.rows.device, torch.float32 if entries.rows.device.type == "mps" else torch.float64
             inputs["entropy_threshold"] = entropy_threshold.to(device, wide).expand(len(entries.rows))
-            if module.entropy_coef == 0:  # no token waits for the others to know whether it counts
-                loss = replace(loss, group="sequence" if module._reads_sequences else "token")
-                entries.groups = [[s] for group in entries.groups for s in group]
-                entries.group_sizes = [entries.sequence_sizes[s] for (s,) in entries.groups]
         sizes = entries.sequence_sizes
         weights = token_weights(module.aggregation, entries.sequences, sizes, num_items, module.max_length)
         share: float | Tensor = 1.0
@@ -653,7 +657,9 @@ class _PolicyBatch:
         of_sequences = {}
         for name, value in given.items():
             by_sequence = value.shape != self.labels.shape
-            if name in _MAY_BE_OF_SEQUENCES and value.shape == self.labels.shape == (self.num_sequences,):
+            if name == "importance_sampling_ratio" and module.importance_sampling_mode is not None:
+                by_sequence = module.importance_sampling_mode.startswith("sequence_")
+            elif name in _MAY_BE_OF_SEQUENCES and value.shape == self.labels.shape == (self.num_sequences,):
                 by_sequence = module._prefers_sequences  # packed, as many sequences as positions: both are possible
             if not by_sequence:
                 flat[name] = value.reshape(-1)[entries.rows]

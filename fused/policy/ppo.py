@@ -12,6 +12,9 @@ from .kl import KL_ESTIMATORS, kl_estimate
 
 #: Estimators whose value comes with the gradient of k2, which is that of the KL divergence on average; verl's names.
 STRAIGHT_THROUGH = {name + "+": name for name in KL_ESTIMATORS if name != "k2"}
+#: A ratio is computed as if its logarithm were no more than this: e^80 is finite in float32. Beyond it (an engine's -inf) the
+#: ratio has no gradient, where an infinite one would make it NaN.
+LARGEST_LOGRATIO = 80.0
 #: What ``kl_estimator`` may be.
 KL_PENALTIES = (*KL_ESTIMATORS, *STRAIGHT_THROUGH)
 
@@ -27,7 +30,7 @@ def kl_penalty(logps: Tensor, ref_logps: Tensor, estimator: str) -> Tensor:
 
 def divergence_metrics(tokens: Tokens, logratios: Tensor) -> dict[str, Tensor]:
     """How far the policy has moved from the one that sampled: both estimates of ``KL(old || new)``, which clipping limits."""
-    moved = logratios.detach()
+    moved = logratios.detach().clamp(max=LARGEST_LOGRATIO)
     return {
         "ratio": moved.exp(),
         "approx_kl": -moved,
@@ -54,7 +57,7 @@ def _losses(
 ) -> PolicyLossResult:
     a = tokens.advantages
     logratios = tokens.logps - tokens.old_logps
-    ratios = logratios.exp()
+    ratios = logratios.clamp(max=LARGEST_LOGRATIO).exp()
     unclipped, clipped = -a * ratios, -a * ratios.clamp(1 - clip_low, 1 + clip_high)
     losses = torch.maximum(unclipped, clipped)
     beyond = (unclipped < clipped).detach()

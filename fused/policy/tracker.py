@@ -171,4 +171,8 @@ def _names(keys: Sequence[Hashable] | Tensor) -> list[Hashable]:
         return list(keys.tolist())
     if isinstance(keys, str) or not isinstance(keys, Sequence):
         raise TypeError(f"keys must be a sequence of prompts' keys, one a sequence of the batch, got {type(keys).__name__}")
-    return list(keys)
+    names = [k.item() if isinstance(k, Tensor) and k.dim() == 0 and not k.is_floating_point() else k for k in keys]
+    for name in names:
+        if isinstance(name, Tensor):  # which would be known by its identity, not by its values
+            raise TypeError(f"keys must be hashable by value, got a tensor of {name.dtype} {tuple(name.shape)}")
+    return names
