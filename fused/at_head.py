@@ -67,7 +67,6 @@ def at_head(
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> from logitless import pack
         >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=16, n_layer=1, n_head=2))
         >>> at_head(model, pack([[5, 6, 7, 8], [9, 10]]), lambda at: at.hidden.shape)
         torch.Size([6, 16])
@@ -117,7 +116,6 @@ def model_loss(
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> from logitless import FusedLinearGRPOLoss, pack
         >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=16, n_layer=1, n_head=2))
         >>> packed = pack([[5, 6, 7, 8], [9, 10]], prompt_lengths=[2, 1])
         >>> model_loss(model, FusedLinearGRPOLoss(), packed, advantages=torch.tensor([1.0, -1.0])).logps.shape

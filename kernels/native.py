@@ -14,9 +14,9 @@ All write into tensors that the caller hands in, make none and synchronise nothi
     (1 - tanh^2)``, and ``at_target`` (n,) acc (or 0) at the label. With ``sums`` (7, n) float64 (rows: SUMS), adds this
     block to them, the label's entry left out of e, ez and ee; ``z`` has all entries, ``target`` is the label's logit,
     ``before`` and ``after`` the largest on its left and right. Which rows of ``sums`` are wanted: bits of ``outputs`` (1
-    ez, 2 z, 4 target, before and after, 8 ee); the others are left as they are. 16 leaves ``1 - tanh^2`` out of the
-    destination. Where ``z - k`` is too large, ``k`` (n,)
-    acc is raised to the row's maximum, the sums so far are brought to it, and so is the row written. Without ``sums``,
+    ez, 2 z, 4 target, before and after, 8 ee); the others are left as they are. 16, with ``sums``, leaves ``1 - tanh^2`` out
+    of the destination. Where ``z - k`` is too large, ``k`` (n,) acc is raised to the row's maximum, the sums so far are
+    brought to it, and so is the row written. Without ``sums``,
     ``k`` is final, and the entries are multiplied by ``mix[0] + mix[1] * max(z - k, -1000)``; mix (2, n) acc. Entries that a
     float16 destination cannot hold are infinite: nothing here uses one.
 

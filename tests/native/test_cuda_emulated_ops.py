@@ -234,7 +234,7 @@ BAD_TILES = {
     "softcap must be finite and >= 0, got -1": {"softcap": -1.0},
     "temperature must be finite and > 0, got 0": {"temperature": 0.0},
     "first must be >= 0": {"first": -1},
-    "outputs must be a sum": {"outputs": 16},
+    "outputs must be a sum": {"outputs": 32},
     "rounding must be 0, 1 or 2, got 3": {"rounding": 3},
 }
 
