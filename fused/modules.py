@@ -202,6 +202,20 @@ class FusedLinearLoss(nn.Module):
         )
 
 
+def check_layout(labels: Tensor, cu_seqlens: Tensor | None) -> tuple[list[int] | None, int]:
+    """Where packed sequences start and end (``None`` for padded ones), and how many there are."""
+    if cu_seqlens is None:
+        if labels.dim() != 2:
+            raise ValueError(
+                f"labels must have shape [S, T], or [N] with cu_seqlens, got {tuple(labels.shape)} and no cu_seqlens"
+            )
+        return None, len(labels)
+    if labels.dim() != 1:
+        raise ValueError(f"labels must have shape [N] with cu_seqlens, got {tuple(labels.shape)}")
+    bounds = check_cu_seqlens(cu_seqlens, len(labels), labels.device)
+    return bounds, len(bounds) - 1
+
+
 def check_reference_states(
     hidden: Tensor, weight: Tensor, ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None
 ) -> Reference | None:
@@ -269,18 +283,7 @@ class _Batch:
         head = check_spec(head)
         check_head(hidden, weight, bias)
         check_labels(labels, hidden)
-        bounds = None
-        if cu_seqlens is None:
-            if labels.dim() != 2:
-                raise ValueError(
-                    f"labels must have shape [S, T], or [N] with cu_seqlens, got {tuple(labels.shape)} and no cu_seqlens"
-                )
-            num_sequences = len(labels)
-        else:
-            if labels.dim() != 1:
-                raise ValueError(f"labels must have shape [N] with cu_seqlens, got {tuple(labels.shape)}")
-            bounds = check_cu_seqlens(cu_seqlens, len(labels), labels.device)
-            num_sequences = len(bounds) - 1
+        bounds, num_sequences = check_layout(labels, cu_seqlens)
         if not any_loss and losses[0].group != "sequence" and num_sequences % 2:
             raise ValueError(
                 f"labels must hold an even number of sequences, chosen first and then rejected, got {num_sequences}"

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from logitless.kernels.checks import (
-    check_cu_seqlens,
     check_head,
     check_ignore_index,
     check_labels,
@@ -25,7 +24,7 @@ from logitless.kernels.spec import HeadSpec
 from ..engine import run
 from ..entries import Entries, make_entries
 from ..job import Reference
-from ..modules import check_bool, check_choice, check_number, check_reference_states, eagerly
+from ..modules import check_bool, check_choice, check_layout, check_number, check_reference_states, eagerly
 from . import grpo as grpo_family
 from .batch import AGGREGATIONS, OPTIONAL_INPUTS, PolicyLoss, PolicyLossResult, Tokens, token_weights
 from .importance import check_clip, importance_sampling_ratio
@@ -157,6 +156,7 @@ class FusedLinearPolicyLoss(nn.Module):
         num_items_in_batch: Tensor | float | None = None,
         sampling_logps: Tensor | None = None,  # like labels
         importance_sampling_ratio: Tensor | None = None,  # (S,), or like labels
+        entropy_threshold: Tensor | float | None = None,  # 0-dim
     ) -> PolicyOutput:
         """Compute the loss. What stands at positions that are not scored changes nothing.
 
@@ -179,6 +179,8 @@ class FusedLinearPolicyLoss(nn.Module):
                 all of them for a token mean, else their sequences. Losses of micro-batches then add up to that of one batch.
             sampling_logps: log-probabilities by the engine that sampled, where it is not the trainer.
             importance_sampling_ratio: weights of the tokens' losses, see :func:`logitless.importance_sampling_ratio`.
+            entropy_threshold: for GRPO's ``top_entropy_quantile``: the entropy that a token must reach, where it is known
+                already (from the entropies of a forward pass, of all processes). Default: the quantile over this call's tokens.
 
         Returns:
             PolicyOutput: ``loss`` and detached statistics.
@@ -194,18 +196,10 @@ class FusedLinearPolicyLoss(nn.Module):
             "importance_sampling_ratio": importance_sampling_ratio,
         }
         batch = _PolicyBatch.check(self, hidden, weight, labels, bias, head, cu_seqlens, given)
-        return self._compute(batch, (ref_hidden, ref_weight, ref_bias), num_items_in_batch, None)
-
-    def _compute(
-        self,
-        batch: _PolicyBatch,
-        reference: tuple[Tensor | None, Tensor | None, Tensor | None],  # ref_hidden, ref_weight, ref_bias
-        num_items: Any,
-        entropy_threshold: Tensor | None,
-    ) -> PolicyOutput:
-        states = self._check_reference(batch, *reference)
+        states = self._check_reference(batch, ref_hidden, ref_weight, ref_bias)
         self._check_rollouts(batch.inputs)
-        return eagerly(_PolicyBatch.run)(batch, states, _check_items(num_items), entropy_threshold)
+        threshold = self._check_threshold(entropy_threshold)
+        return eagerly(_PolicyBatch.run)(batch, states, _check_items(num_items_in_batch), threshold)
 
     def _check_reference(
         self,
@@ -248,12 +242,30 @@ class FusedLinearPolicyLoss(nn.Module):
         """Metrics that are no means over tokens."""
         return {}
 
+    def _check_threshold(self, threshold: Any) -> Tensor | None:
+        """A finite 0-dim tensor, on GPUs unread; only for a loss that waits for the entropies of its batch."""
+        if threshold is None:
+            return None
+        if not self._takes_threshold:
+            raise ValueError("entropy_threshold is used with a top_entropy_quantile below 1 only")
+        if not isinstance(threshold, Tensor):
+            return torch.tensor(check_number("entropy_threshold", threshold), dtype=torch.float64, device="cpu")
+        if threshold.numel() != 1 or not threshold.is_floating_point():
+            raise ValueError(
+                f"entropy_threshold must be one floating point number, got {threshold.dtype} of shape {tuple(threshold.shape)}"
+            )
+        if threshold.device.type == "cpu":
+            check_number("entropy_threshold", threshold.item())
+        return threshold.detach().reshape(())
+
     def extra_repr(self) -> str:
         return f"group={self.loss.group!r}, aggregation={self.aggregation!r}, entropy_coef={self.entropy_coef}"
 
     #: Whether the loss reads one importance ratio for each sequence, not one for each token; and whole sequences, were the
     #: threshold of the entropies known.
     _reads_sequence_ratios = _reads_sequences = False
+    #: Whether its tokens are those of the highest entropy.
+    _takes_threshold = False
     #: Where there are as many packed sequences as positions: what ``advantages`` hold one of for each.
     _prefers_sequences = False
 
@@ -455,60 +467,8 @@ class FusedLinearGRPOLoss(FusedLinearPolicyLoss):
         )
         self._correct_rollouts(importance_sampling_mode, importance_sampling_clip_min, importance_sampling_clip_max)
         self._reads_sequence_ratios = loss_type == "vespo"
+        self._takes_threshold = options.top_entropy_quantile < 1
         self._reads_sequences = grpo_family.reads_sequences(options)
-
-    def forward(  # type: ignore[override]
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        bias: Tensor | None = None,
-        head: HeadSpec | None = None,
-        *,
-        advantages: Tensor,  # (S,), or like labels
-        old_logps: Tensor | None = None,
-        ref_logps: Tensor | None = None,
-        ref_hidden: Tensor | None = None,
-        ref_weight: Tensor | None = None,
-        ref_bias: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        num_items_in_batch: Tensor | float | None = None,
-        sampling_logps: Tensor | None = None,
-        importance_sampling_ratio: Tensor | None = None,
-        entropy_threshold: Tensor | float | None = None,  # 0-dim
-    ) -> PolicyOutput:
-        """Compute the loss; arguments as in :meth:`FusedLinearPolicyLoss.forward`, and
-
-        Args:
-            entropy_threshold: with ``top_entropy_quantile``: the entropy that a token must reach, where it is known already
-                (from the entropies of a forward pass, of all processes). Default: the quantile over this call's tokens.
-        """
-        threshold = None
-        if entropy_threshold is not None:
-            if self.options.top_entropy_quantile == 1:
-                raise ValueError("entropy_threshold is used with a top_entropy_quantile below 1 only")
-            if isinstance(entropy_threshold, Tensor):
-                if entropy_threshold.numel() != 1 or not entropy_threshold.is_floating_point():
-                    raise ValueError(
-                        f"entropy_threshold must be one floating point number, got {entropy_threshold.dtype} of shape "
-                        f"{tuple(entropy_threshold.shape)}"
-                    )
-                threshold = entropy_threshold.detach().reshape(())
-                if threshold.device.type == "cpu":
-                    check_number("entropy_threshold", threshold.item())
-            else:
-                threshold = torch.tensor(
-                    check_number("entropy_threshold", entropy_threshold), dtype=torch.float64, device="cpu"
-                )
-        given = {
-            "advantages": advantages,
-            "old_logps": old_logps,
-            "ref_logps": ref_logps,
-            "sampling_logps": sampling_logps,
-            "importance_sampling_ratio": importance_sampling_ratio,
-        }
-        batch = _PolicyBatch.check(self, hidden, weight, labels, bias, head, cu_seqlens, given)
-        return self._compute(batch, (ref_hidden, ref_weight, ref_bias), num_items_in_batch, threshold)
 
     def _bonus_weights(self, weights: Tensor, share: float | Tensor) -> Tensor | None:
         if self.options.top_entropy_quantile < 1:
@@ -576,18 +536,7 @@ class _PolicyBatch:
         head = check_spec(head)
         check_head(hidden, weight, bias)
         check_labels(labels, hidden)
-        bounds = None
-        if cu_seqlens is None:
-            if labels.dim() != 2:
-                raise ValueError(
-                    f"labels must have shape [S, T], or [N] with cu_seqlens, got {tuple(labels.shape)} and no cu_seqlens"
-                )
-            count = len(labels)
-        else:
-            if labels.dim() != 1:
-                raise ValueError(f"labels must have shape [N] with cu_seqlens, got {tuple(labels.shape)}")
-            bounds = check_cu_seqlens(cu_seqlens, len(labels), labels.device)
-            count = len(bounds) - 1
+        bounds, count = check_layout(labels, cu_seqlens)
         inputs = {}
         for name, value in given.items():
             if value is not None or name == "advantages":
