@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from logitless.kernels.spec import HeadSpec
 
 from .model_logps import HeadCall, run_packed
+from .modules import FusedLinearLoss, KTOOutput, PreferenceOutput
 from .packing import PackedSequences
 from .policy.modules import FusedLinearPolicyLoss, PolicyOutput
+from .preference import FusedLinearKTOLoss
 
 Result = TypeVar("Result")
 
@@ -94,9 +96,21 @@ def at_head(
     return result
 
 
+@overload
+def model_loss(model: nn.Module, loss: FusedLinearPolicyLoss, packed: PackedSequences, **options: Any) -> PolicyOutput: ...
+
+
+@overload
+def model_loss(model: nn.Module, loss: FusedLinearKTOLoss, packed: PackedSequences, **options: Any) -> KTOOutput: ...
+
+
+@overload
+def model_loss(model: nn.Module, loss: FusedLinearLoss, packed: PackedSequences, **options: Any) -> PreferenceOutput: ...
+
+
 def model_loss(
     model: nn.Module,
-    loss: FusedLinearPolicyLoss,
+    loss: FusedLinearLoss | FusedLinearPolicyLoss,
     packed: PackedSequences,
     *,
     head: HeadSpec | None = None,
@@ -104,32 +118,42 @@ def model_loss(
     padding_free: bool | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     **inputs: Any,
-) -> PolicyOutput:
-    """A policy loss of a model on packed sequences; see :func:`at_head`.
+) -> PreferenceOutput | KTOOutput | PolicyOutput:
+    """A loss module on a model's packed sequences; see :func:`at_head`.
 
     Args:
         model, head, temperature, padding_free: as for :func:`logitless.model_logps`.
-        loss: a policy-loss module.
-        packed: see :func:`logitless.pack`.
+        loss: any loss module of this library.
+        packed: see :func:`logitless.pack`; for losses of pairs the chosen sequences first, then the rejected ones.
         model_kwargs: further arguments of the model's forward.
-        inputs: further arguments of the loss: ``advantages``, ``old_logps`` ..., aligned with ``packed.labels``.
+        inputs: further arguments of the loss: ``ref_logps``, ``desirable``, ``advantages``, ``old_logps`` ...; those of tokens
+            aligned with ``packed.labels``.
+
+    Raises:
+        TypeError, ValueError: as :func:`logitless.model_logps` and the loss.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=16, n_layer=1, n_head=2))
-        >>> packed = pack([[5, 6, 7, 8], [9, 10]], prompt_lengths=[2, 1])
+        >>> packed = pack([[5, 6, 7, 8], [5, 9]], prompt_lengths=[1, 1])
         >>> model_loss(model, FusedLinearGRPOLoss(), packed, advantages=torch.tensor([1.0, -1.0])).logps.shape
         torch.Size([6])
+        >>> model_loss(model, FusedLinearDPOLoss(), packed, ref_logps=torch.tensor([-9.0, -5.0])).chosen_logps.shape
+        torch.Size([1])
     """
-    if not isinstance(loss, FusedLinearPolicyLoss):
-        raise TypeError(f"loss must be a policy-loss module such as FusedLinearGRPOLoss, got {type(loss).__name__}")
-
+    if not isinstance(loss, (FusedLinearLoss, FusedLinearPolicyLoss)):
+        raise TypeError(
+            f"loss must be a loss module such as FusedLinearDPOLoss or FusedLinearGRPOLoss, got {type(loss).__name__}"
+        )
     if isinstance(packed, PackedSequences) and packed.ignore_index != loss.ignore_index:
         raise ValueError(f"loss has ignore_index={loss.ignore_index}, but packed has {packed.ignore_index}: give both the same")
 
-    def fn(at: AtHead) -> PolicyOutput:
-        out: PolicyOutput = loss(at.hidden, at.weight, at.labels, at.bias, at.head, cu_seqlens=at.cu_seqlens, **inputs)
-        return out
+    def fn(at: AtHead) -> Any:
+        arguments = {"bias": at.bias, "head": at.head, "cu_seqlens": at.cu_seqlens}
+        return loss(at.hidden, at.weight, at.labels, **arguments, **inputs)
 
     kwargs = dict(model_kwargs or {})
-    return at_head(model, packed, fn, head=head, temperature=temperature, padding_free=padding_free, **kwargs)
+    out: PreferenceOutput | KTOOutput | PolicyOutput = at_head(
+        model, packed, fn, head=head, temperature=temperature, padding_free=padding_free, **kwargs
+    )
+    return out

@@ -71,6 +71,40 @@ def test_a_loss_of_a_model_is_that_of_its_log_probabilities(name):
 
 
 @pytest.mark.parametrize("padding_free", [True, False])
+@pytest.mark.parametrize("kind", ["dpo", "kto", "orpo"])
+def test_preference_losses_of_a_model(kind, padding_free):
+    model, sequences = make("llama"), [SEQUENCES[0], SEQUENCES[4], SEQUENCES[1], SEQUENCES[4][:3]]
+    batch = ll.pack(sequences, prompt_lengths=[2, 1, 1, 1])
+    ref_logps = torch.tensor([-9.0, -10.0, -5.0, -8.0], dtype=torch.float64)
+    more = {"dpo": {"ref_logps": ref_logps}, "orpo": {"nll_labels": ll.pack(sequences).labels}}
+    more["kto"] = {"ref_logps": ref_logps, "desirable": torch.tensor([True, False, False, True]), "kl": 0.3}
+    modules = {"dpo": ll.FusedLinearDPOLoss(), "kto": ll.FusedLinearKTOLoss(), "orpo": ll.FusedLinearORPOLoss()}
+    out = ll.model_loss(model, modules[kind], batch, padding_free=padding_free, **more[kind])
+    out.loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+
+    tokens = [model(torch.tensor([s])).logits[0, :-1].log_softmax(-1) for s in sequences]
+    tokens = [t.gather(1, torch.tensor(s[1:])[:, None])[:, 0] for t, s in zip(tokens, sequences, strict=True)]
+    scored = [t[start - 1 :] for t, start in zip(tokens, (2, 1, 1, 1), strict=True)]
+    ratios = torch.stack([t.sum() for t in scored]) - ref_logps
+    if kind == "dpo":
+        wanted = -nn.functional.logsigmoid(0.1 * (ratios[:2] - ratios[2:])).mean()
+    elif kind == "kto":
+        signs = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)
+        wanted = (1 - torch.sigmoid(0.1 * signs * (ratios - 0.3))).mean()
+    else:
+        means = torch.stack([t.mean() for t in scored])
+        odds = means - torch.log1p(-means.exp())
+        nll = -torch.cat(tokens[:2]).mean()
+        wanted = nll - 0.1 * nn.functional.logsigmoid(odds[:2] - odds[2:]).mean()
+    wanted.backward()
+    torch.testing.assert_close(out.loss, wanted.detach(), rtol=1e-11, atol=1e-12)
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(found[n], p.grad, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("padding_free", [True, False])
 def test_what_a_function_gets_at_the_head(padding_free):
     model, batch, value_head = make("llama"), packed(), nn.Linear(32, 1).double()
 
@@ -101,7 +135,8 @@ def test_nothing_to_score_still_runs_the_model_and_has_a_gradient_of_zero():
         (lambda m: ll.at_head(m, [[1, 2]], print), TypeError, "packed must be PackedSequences"),
         (lambda m: ll.at_head(m, packed(), None), TypeError, "fn must be callable"),
         (lambda m: ll.at_head(m, packed(), print, use_cache=True), ValueError, "use_cache is not to be given"),
-        (lambda m: ll.model_loss(m, ll.FusedLinearDPOLoss(), packed()), TypeError, "loss must be a policy-loss module"),
+        (lambda m: ll.model_loss(m, nn.CrossEntropyLoss(), packed()), TypeError, "loss must be a loss module"),
+        (lambda m: ll.model_loss(m, ll.FusedLinearDPOLoss(), packed()), ValueError, "even number of sequences"),
         (
             lambda m: ll.model_loss(m, ll.FusedLinearPPOLoss(), packed(), advantages=torch.ones(3)),
             ValueError,
