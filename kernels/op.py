@@ -60,10 +60,37 @@ def _names(bits: int) -> frozenset[str]:
     return frozenset(name for i, name in enumerate(OPTIONAL_OUTPUTS) if bits >> i & 1)
 
 
-def _scored_rows(labels: Tensor, vocab: int, ignore_index: int) -> Tensor:
-    scored = labels != ignore_index
-    check_label_range(labels, scored, vocab, ignore_index)
-    return scored.nonzero()[:, 0]
+def _capturing(labels: Tensor) -> bool:
+    """Whether a CUDA graph is being captured. Its replays may have other labels, so it cannot depend on which are ignored."""
+    return labels.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+class _Rows(NamedTuple):
+    """The rows that are computed: those that are scored or, in a captured graph, all, with zeros where none is."""
+
+    index: Tensor  # (N,)
+    scored: Tensor | None  # (P,) bool, where all rows are computed
+
+    @classmethod
+    def of(cls, labels: Tensor, ignore_index: int) -> _Rows:
+        scored = labels != ignore_index
+        if _capturing(labels):
+            return cls(torch.arange(len(labels), device=labels.device), scored)
+        return cls(scored.nonzero()[:, 0], None)
+
+    def hidden(self, hidden: Tensor) -> Tensor:
+        """(P, H) -> (N, H)"""
+        return gather_rows(hidden, self.index) if self.scored is None else torch.where(self.scored[:, None], hidden, 0)
+
+    def labels(self, labels: Tensor) -> Tensor:
+        """(P,) -> (N,). In place of an ignored one stands one that is scored: label 0 may be ruled out by a bias of -inf."""
+        if self.scored is None or not len(labels):
+            return labels[self.index]
+        return torch.where(self.scored, labels, torch.where(self.scored, labels, 0).amax())
+
+    def values(self, values: Tensor) -> Tensor:
+        """What is given for each token. (P,) -> (N,)"""
+        return values[self.index] if self.scored is None else torch.where(self.scored, values, 0)
 
 
 def _call(hidden: Tensor, weight: Tensor, num_tokens: int, work: Work, options: CoreOptions) -> Call:
@@ -102,14 +129,15 @@ def _forward(
     grad_filter: float,
 ) -> tuple[Tensor, ...]:
     spec = HeadSpec.unpack(head)
-    rows = _scored_rows(labels, len(weight), ignore_index)
-    acc = accumulate_dtype(hidden.dtype)
+    check_label_range(labels, labels != ignore_index, len(weight), ignore_index)
+    picked = _Rows.of(labels, ignore_index)
+    rows, acc = picked.index, accumulate_dtype(hidden.dtype)
     options = core_options(memory_budget, _names(outputs), precision, acc.itemsize, hidden.device, grad_filter)
     work: Work = "forward" if unit_dhidden == _NO_UNIT else "frozen"
     chosen = choose_backend(_call(hidden, weight, len(rows), work, options), backend)
     with torch.autocast(hidden.device.type, enabled=False):
         stats: RowStats = chosen.score(
-            gather_rows(hidden, rows), weight, bias, labels[rows], spec, options, unit_dhidden=unit_dhidden != _NO_UNIT
+            picked.hidden(hidden), weight, bias, picked.labels(labels), spec, options, unit_dhidden=unit_dhidden != _NO_UNIT
         )
     results = []
     for name in _PER_TOKEN:
@@ -117,6 +145,8 @@ def _forward(
         dtype = torch.bool if name == "is_top1" else acc
         absent = name in OPTIONAL_OUTPUTS and name not in options.outputs
         full = torch.zeros(0 if absent else len(labels), dtype=dtype, device=hidden.device)
+        if value is not None and picked.scored is not None and name not in _SAVED:
+            value = value.masked_fill(~picked.scored, 0)
         results.append(full if value is None else full.index_copy_(0, rows, value))
     unit = stats.unit_dhidden
     if unit is None:
@@ -176,13 +206,14 @@ def _backward(
     grad_filter: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     spec = HeadSpec.unpack(head)
-    rows = (labels != ignore_index).nonzero()[:, 0]
+    picked = _Rows.of(labels, ignore_index)
+    rows = picked.index
     n, acc, deferred = len(rows), accumulate_dtype(hidden.dtype), needs[0] and not (needs[1] or needs[2])
     options = core_options(memory_budget, frozenset(), precision, acc.itemsize, hidden.device, grad_filter)
     call = _call(hidden, weight, n, "recompute", options)
     chosen = choose_backend(replace(call, train_hidden=needs[0], train_weight=needs[1]), backend)
-    c = None if grad_logps is None else grad_logps[rows].to(acc)
-    g = None if grad_entropy is None else grad_entropy[rows].to(acc)
+    c = None if grad_logps is None else picked.values(grad_logps).to(acc)
+    g = None if grad_entropy is None else picked.values(grad_entropy).to(acc)
 
     def empty() -> Tensor:
         return torch.empty(0, dtype=acc, device=hidden.device)
@@ -206,12 +237,11 @@ def _backward(
                 target_slope=target_slope[rows] if spec.softcap is not None else None,
                 entropy=entropy[rows] if g is not None else None,
             )
-            x = gather_rows(hidden, rows)
             chosen.recompute_gradients(
-                x,
+                picked.hidden(hidden),
                 weight,
                 bias,
-                labels[rows],
+                picked.labels(labels),
                 stats,
                 None if deferred else c,
                 g,
@@ -223,6 +253,10 @@ def _backward(
         dh, dw, db = empty(), empty(), empty()
         if needs[0]:
             if deferred:
+                if picked.scored is not None and len(unit) != n:
+                    raise RuntimeError(
+                        "the forward pass of linear_logps ran outside of the CUDA graph that captures its backward"
+                    )
                 factor = torch.zeros_like(sum_others[rows]) if c is None else c
                 unit = unit if len(unit) == n else unit[rows]
                 dh = scatter_rows(hidden.shape, hidden.dtype, rows, unit, factor, dhidden)
@@ -391,7 +425,7 @@ def linear_logps(
 
     Positions whose label is ``ignore_index`` never enter a GEMM. Costs ``2*N*H*V`` FLOP for N scored tokens without
     gradient; with a frozen head 4 in all, forward and backward; with a trained one 8. For a loss from this library use its
-    module, which needs 6.
+    module, which needs 6. In a CUDA graph every position enters, as zeros where it is ignored: replays may ignore others.
 
     Args:
         hidden: hidden states, float64, float32, bfloat16 or float16.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import logitless as ll
-from logitless.kernels import torch_backend
+from logitless.kernels import op, torch_backend
 from logitless.kernels.stats import OPTIONAL_OUTPUTS
 
 from .helpers import Case, gradients, make_case, plain_logps, relative_error, run_op, run_reference
@@ -424,6 +427,50 @@ def test_fp16_gradient_tiles_survive_where_gemms_take_fp16(monkeypatch):
         wide = frozen.double()
         (dx,) = gradients(run_op(frozen).logps.sum(), frozen)
         assert relative_error(dx, gradients(run_reference(wide).logps.sum(), wide)[0]) < 3 * 2**-10
+
+
+@pytest.mark.parametrize("masked", ["some", "all", "no positions"])
+@pytest.mark.parametrize("train", ["h", "w", "hwb"])
+@pytest.mark.parametrize("use_entropy", [False, True])
+def test_what_a_cuda_graph_captures_is_the_same_and_asks_no_label(train, use_entropy, masked, monkeypatch):
+    """Made to think on any device that it is captured; tests/gpu captures it."""
+    case = make_case(bias=True, train=train, masked=0.4)
+    with torch.no_grad():
+        case.bias[0] = -float("inf")  # what stands in for an ignored label must not be ruled out
+        case.labels.clamp_(min=-100).masked_fill_(case.labels == 0, 1)
+        if masked == "all":
+            case.labels.fill_(-100)
+        case.hidden[case.labels == -100] = float("nan")
+    if masked == "no positions":
+        case = replace(case, hidden=case.hidden[:0].detach().requires_grad_("h" in train), labels=case.labels[:0])
+
+    def run() -> list[torch.Tensor]:
+        stats = run_op(case, ll.OUTPUTS)
+        loss = (stats.logps * 1.5).sum() + (stats.entropy.sum() if use_entropy else 0)
+        return [*(getattr(stats, name) for name in ll.OUTPUTS), *gradients(loss, case)]
+
+    expected = run()
+    monkeypatch.setattr(op, "_capturing", lambda labels: True)
+    seen: list[str] = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Names():
+        found = run()
+    assert "aten.sum.default" in seen and not any("nonzero" in name for name in seen)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+
+
+def test_a_backward_pass_alone_cannot_be_captured_for_a_frozen_head(monkeypatch):
+    case = make_case(train="h", masked=0.4)
+    logps = run_op(case).logps
+    monkeypatch.setattr(op, "_capturing", lambda labels: True)
+    with pytest.raises(RuntimeError, match="ran outside of the CUDA graph"):
+        logps.sum().backward()
 
 
 def test_bitwise_repeatable():
