@@ -1,5 +1,5 @@
-# Two commands for a newcomer: `make bench` and `make test`. Both set up what they need first. On a GPU: `make test-gpu`
-# and `make bench-gpu`.
+# Two commands for a newcomer: `make bench` and `make test`. Both set up what they need first. On a GPU: `make test-gpu`,
+# `make bench-gpu` and the others of bench/results/PENDING.md, which install nothing.
 #
 # An active virtual environment (or conda environment) is used as it is, with the torch that is in it; otherwise one is made
 # in .venv with $(PYTHON). See scripts/setup.sh for how torch is chosen.
@@ -11,11 +11,11 @@ BIN := $(ENVIRONMENT)/bin
 CXX_SOURCES = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 NAME := $(subst /,_,$(abspath $(ENVIRONMENT)))
 STAMP := build/.ready-$(NAME)
-# Measuring needs less than the tests and the checks: `make bench` and `make tune-gpu` alone install no more.
+# Measuring needs less than the tests and the checks: `make bench` alone installs no more.
 BENCH_STAMP := build/.ready-bench-$(NAME)
-NEEDED := $(if $(filter bench tune-gpu,$(MAKECMDGOALS)),$(if $(wildcard $(STAMP)),$(STAMP),$(BENCH_STAMP)),$(STAMP))
+NEEDED := $(if $(filter bench,$(MAKECMDGOALS)),$(if $(wildcard $(STAMP)),$(STAMP),$(BENCH_STAMP)),$(STAMP))
 
-.PHONY: bench tune-gpu test lint types format setup ext clean
+.PHONY: bench test test-gpu sanitize-gpu bench-gpu bench-gpu-losses bench-gpu-policy tune-gpu lint types format setup ext clean
 
 setup: $(STAMP)
 
@@ -34,31 +34,47 @@ ext: $(NEEDED)
 bench: ext
 	$(BIN)/python -m logitless.bench
 
-# Configurations of the Triton kernels for this GPU, at the shapes of Qwen3 8B, Llama 3 8B, 2048 and 1024 hidden with Qwen's
-# vocabulary, and Gemma 2 2B. The file can replace kernels/triton_kernels/configs.json.
-tune-gpu: $(NEEDED)
-	$(BIN)/python -m logitless.cli tune --dtype bf16 --export bench/results/triton-configs.json \
-	  --shape tokens=8192,hidden=4096,vocab=151936 \
-	  --shape tokens=8192,hidden=4096,vocab=128256 \
-	  --shape tokens=16384,hidden=2048,vocab=151936 \
-	  --shape tokens=8192,hidden=1024,vocab=151936 \
-	  --shape tokens=8192,hidden=2304,vocab=256000,softcap=1
-
 # The tensors are small: a process for each core is faster than threads.
 test: ext
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8
 
-# The next two run on $(PYTHON) as it is, and install nothing: torch, Triton and pytest must be there; nvcc adds the backend
-# cuda. Each ends within 9 minutes on one H100.
+# The next six run on $(PYTHON) as it is, and install nothing: torch and Triton must be there, pytest for the first two; nvcc
+# adds the backend cuda. What the caller's PYTHONPATH brings is used: TRL, Liger and Cut Cross-Entropy take part if they can be
+# imported, matplotlib adds figures. Each ends within 10 minutes on one H100; bench/results/PENDING.md says what to run first.
+# FLAGS: more arguments of the benchmark, such as FLAGS="--providers gemm torch logitless".
+RESULTS ?= bench/results
+FLAGS ?=
+TOOL ?= both
+
 test-gpu:
 	bash scripts/test_gpu.sh $(PYTHON)
 
-# TRL, Liger and Cut Cross-Entropy take part if they are installed; matplotlib adds the figure.
-bench-gpu bench-gpu-policy:
-	tree=$$(bash scripts/gpu_tree.sh $(PYTHON)) && \
+# TOOL=memcheck or racecheck: one of them alone, which takes half of the time.
+sanitize-gpu:
+	bash scripts/sanitize_gpu.sh $(PYTHON) $(TOOL)
+
+GPU_SUITES_bench-gpu := ceilings gpu
+GPU_SUITES_bench-gpu-losses := gpu-losses
+GPU_SUITES_bench-gpu-policy := gae policy-gpu
+GPU_ROUNDS_bench-gpu := 10
+GPU_ROUNDS_bench-gpu-losses := 5
+GPU_ROUNDS_bench-gpu-policy := 5
+
+bench-gpu bench-gpu-losses bench-gpu-policy:
 	name=$$($(PYTHON) -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))') && \
-	PYTHONPATH=$$tree PYTHONSAFEPATH=1 $(PYTHON) -m logitless.bench --suite $(if $(filter %-policy,$@),policy-gpu gae,gpu) \
-		--device cuda --rounds 10 --time-limit 420 --out bench/results/gpu-$$name
+	bash scripts/gpu_run.sh $(PYTHON) -m logitless.bench --suite $(GPU_SUITES_$@) --device cuda \
+		--rounds $(GPU_ROUNDS_$@) --time-limit 420 --profile --out $(RESULTS)/gpu-$$name $(FLAGS)
+
+# Configurations of the Triton kernels for this GPU, at the shapes of `make bench-gpu`. The file can replace
+# kernels/triton_kernels/configs.json; scripts/gpu_constants.py reads the times.
+tune-gpu:
+	bash scripts/gpu_run.sh $(PYTHON) -m logitless.cli tune --dtype bf16 --time-limit 420 \
+		--export $(RESULTS)/triton-configs.json --timings $(RESULTS)/triton-timings.json \
+		--shape tokens=8192,hidden=4096,vocab=151936 \
+		--shape tokens=8192,hidden=2304,vocab=256000,softcap=1 \
+		--shape tokens=16384,hidden=2048,vocab=151936 \
+		--shape tokens=8192,hidden=1024,vocab=151936 \
+		--shape tokens=8192,hidden=4096,vocab=128256
 
 lint: setup
 	$(BIN)/ruff check .

@@ -37,6 +37,7 @@ FOLDERS = {
     "logitless.fused.losses": "fused/losses",
     "logitless.fused.policy": "fused/policy",
     "logitless.bench": "bench",
+    "logitless.bench.training": "bench/training",
 }
 PARTS = ("cpu", "cuda")
 NO_CUDA = "the installed torch is built without CUDA"

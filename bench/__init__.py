@@ -6,4 +6,4 @@ This folder is the package ``logitless.bench``; ``python -m logitless.bench --li
 
 def register_all() -> None:
     """Import every module of providers; each registers its own."""
-    from . import providers, providers_peers, providers_policy, providers_tile, providers_train  # noqa: F401
+    from . import providers, providers_peers, providers_policy, providers_tile  # noqa: F401

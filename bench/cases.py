@@ -1,10 +1,10 @@
-"""What is benchmarked: shapes, the tensors of a shape, cases, and the suites that group them."""
+"""What is benchmarked: shapes, cases, and the tensors of a case. ``suites.py`` groups cases."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from logitless.kernels.spec import HeadSpec
 
-from .losses import LOSSES
 from .policy_losses import POLICY_LOSSES
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -135,8 +134,8 @@ class Case:
     Attributes:
         suite: the suite that it belongs to.
         task: ``logps`` (log-probs under an arbitrary upstream gradient), ``nll``, a loss of :data:`~.losses.LOSSES` or
-            :data:`~.policy_losses.POLICY_LOSSES`, ``tile`` (log-probs and gradient of logits that are there), ``gae``
-            (advantages from rewards and values), or ``train`` (a whole trainer step).
+            :data:`~.policy_losses.POLICY_LOSSES`, ``tile`` (log-probs and gradient of logits that are there), or
+            ``gae`` (advantages from rewards and values).
         train_head: whether the head's weight has a gradient.
         backward: whether there is a backward pass.
     """
@@ -238,10 +237,16 @@ _FILL_ROWS = 1024
 def _normal(shape: tuple[int, ...], std: float, dtype: torch.dtype, device: torch.device, g: torch.Generator) -> Tensor:
     """Random numbers in ``dtype``, a few rows at a time: a float32 copy of a large weight would blur the memory figures.
 
-    Drawn by all cores, each block of rows by a generator of its own: a weight of 152k x 4096 takes one core 8 seconds.
+    Drawn by all cores, each block of rows by a generator of its own: a weight of 152k x 4096 takes one core 8 seconds. A GPU
+    draws its own.
     """
     out = torch.empty(shape, dtype=dtype, device=device)
     parts = out.view(-1, shape[-1]).split(_FILL_ROWS)
+    if device.type == "cuda":
+        own = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=g)))
+        for rows in parts:
+            rows.copy_(torch.randn(rows.shape, generator=own, device=device).mul_(std))
+        return out
     seeds = torch.randint(2**62, (len(parts),), generator=g).tolist()
 
     def fill(rows: Tensor, seed: int) -> None:
@@ -253,7 +258,7 @@ def _normal(shape: tuple[int, ...], std: float, dtype: torch.dtype, device: torc
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
-    """The tensors of a case; the same on every call, machine and device."""
+    """The tensors of a case; the same on every call and, on CPUs, on every machine."""
     shape = case.shape
     s, t, h, v = shape.sequences, shape.tokens, shape.hidden, shape.vocab
     g = torch.Generator().manual_seed(shape.seed)
@@ -329,208 +334,3 @@ def _estimated_logps(case: Case, inputs: Inputs) -> Tensor:
 
 #: Tasks whose inputs hold rollouts.
 ROLLOUT_TASKS = frozenset({"gae", *POLICY_LOSSES})
-
-
-@dataclass(frozen=True)
-class Suite:
-    """A named group of cases.
-
-    Attributes:
-        cases: the cases for a base shape; the flag says whether ``--quick`` was given.
-        base, quick: the base shape, and what ``--quick`` changes in it.
-        providers: names that run by default; empty: all that could.
-        quick_providers: those of ``--quick``, where they are fewer.
-    """
-
-    name: str
-    help: str
-    cases: Callable[[Shape, bool], list[Case]]
-    base: Shape
-    quick: Mapping[str, Any]
-    providers: tuple[str, ...] = ()
-    quick_providers: tuple[str, ...] = ()
-
-    def make(self, overrides: Mapping[str, Any], quick: bool) -> list[Case]:
-        """Its cases, with some values of the shape replaced."""
-        return self.cases(replace(self.base, **{**(self.quick if quick else {}), **overrides}), quick)
-
-
-#: The shape that the project's speed and precision targets are stated for.
-HEADLINE = Shape()
-#: The same for one H100: every position is scored, so N is 8192.
-GPU_HEADLINE = Shape(pairs=4, tokens=1024, hidden=4096, vocab=151936, masked=0.0)
-_GPU_OTHERS = (
-    replace(GPU_HEADLINE, vocab=128256),
-    replace(GPU_HEADLINE, pairs=8, hidden=2048),
-    replace(GPU_HEADLINE, hidden=1024),
-    replace(GPU_HEADLINE, hidden=2304, vocab=256000, softcap=30.0),
-)
-_SMALL = Shape(hidden=512, vocab=32768)
-_TINY = {"tokens": 64, "hidden": 256, "vocab": 8192}
-_ON_GPUS = ("logitless@torch", "logitless@cuda", "logitless@triton")
-_SWEEP = ("gemm", "torch", "trl", "liger", "logitless", "logitless:op", "logitless:small")
-
-
-def _single(suite: str, task: str, **options: bool) -> Callable[[Shape, bool], list[Case]]:
-    return lambda shape, quick: [Case(suite, task, shape, **options)]
-
-
-def _sweep(suite: str) -> Callable[[Shape, bool], list[Case]]:
-    """DPO on sequences of ``tokens``, and of half, a quarter ... as many."""
-
-    def cases(shape: Shape, quick: bool) -> list[Case]:
-        lengths = sorted({max(2, shape.tokens >> i) for i in range(3 if quick else 4)})
-        return [Case(suite, "dpo", replace(shape, tokens=n)) for n in lengths]
-
-    return cases
-
-
-def _headline(shape: Shape, quick: bool) -> list[Case]:
-    return [Case("dpo", task, shape) for task in (("dpo",) if quick else ("dpo", "nll"))]
-
-
-def _losses(shape: Shape, quick: bool) -> list[Case]:
-    return [Case("losses", task, shape) for task in LOSSES]
-
-
-def _gpu(shape: Shape, quick: bool) -> list[Case]:
-    """DPO trained, frozen and forward only: the headline first, so that a time limit leaves it in; another shape alone."""
-
-    def three(one: Shape) -> list[Case]:
-        case = Case("gpu", "dpo", one)
-        return [case, replace(case, train_head=False), replace(case, backward=False)]
-
-    if shape != GPU_HEADLINE:
-        return three(shape)
-    others = [] if quick else [three(one) for one in _GPU_OTHERS]
-    return three(shape) + [case for kind in zip(*others) for case in kind]  # first all that are trained
-
-
-#: Ragged responses with as many scored tokens as the headline.
-POLICY = Shape(pairs=4, tokens=170, spread=2.0)
-_RAGGED = 10.0
-_FOR_POLICY = (
-    "gemm:policy",
-    "torch:policy",
-    "torch:padded",
-    "verl-style:policy",
-    "trl:policy",
-    "trl:policy-scored",
-    "liger:policy",
-    "logitless:policy",
-    "logitless:policy-op",
-)
-
-
-def _policy(suite: str) -> Callable[[Shape, bool], list[Case]]:
-    """The losses, a frozen head, an entropy bonus, and about as many tokens in responses of lengths 10:1."""
-
-    def cases(shape: Shape, quick: bool) -> list[Case]:
-        dapo = Case(suite, "dapo", shape)
-        # N is a multiple of 64 at the suites' own shapes: 766 tokens took the bare GEMMs a quarter longer than 768 (seen)
-        longer = replace(shape, tokens=math.ceil(1.25 * shape.tokens), spread=_RAGGED)
-        return [
-            dapo,
-            replace(dapo, train_head=False),
-            replace(dapo, task="dapo-entropy", shape=replace(shape, logits="peaked")),
-            replace(dapo, shape=longer),
-            replace(dapo, task="ppo"),
-        ]
-
-    return cases
-
-
-SUITES: dict[str, Suite] = {
-    suite.name: suite
-    for suite in (
-        Suite(
-            "dpo",
-            "the headline: DPO with a trained head at the shape of the targets",
-            _headline,
-            HEADLINE,
-            {},
-            quick_providers=("gemm", "torch", "torch-compile", "trl", "liger", "logitless"),
-        ),
-        Suite("op", "log-probs under an arbitrary upstream gradient", _single("op", "logps"), _SMALL, _TINY),
-        Suite("losses", "NLL and every preference loss", _losses, replace(_SMALL, tokens=128), _TINY),
-        Suite("forward", "forward only", _single("forward", "logps", backward=False), HEADLINE, _TINY),
-        Suite(
-            "tile",
-            "the element-wise pass alone, against a copy of the tile",
-            _single("tile", "tile", backward=False),
-            replace(HEADLINE, hidden=64),
-            {"tokens": 64},
-        ),
-        Suite(
-            "gpu",
-            "DPO at the sizes of one H100: trained head, frozen head, forward only",
-            _gpu,
-            GPU_HEADLINE,
-            {},
-            ("gemm", "torch", "torch-compile", "trl", "liger", "cce", "logitless", *_ON_GPUS),
-        ),
-        Suite("frozen", "DPO with a frozen head", _single("frozen", "dpo", train_head=False), _SMALL, _TINY),
-        Suite(
-            "long",
-            "DPO on long sequences, against their length",
-            _sweep("long"),
-            Shape(pairs=1, tokens=8192, hidden=256, vocab=32768),
-            {"tokens": 1024, "vocab": 8192},
-            _SWEEP,
-        ),
-        Suite(
-            "vocab",
-            "DPO with a vocabulary of 2^18",
-            _single("vocab", "dpo"),
-            Shape(tokens=128, hidden=512, vocab=262144),
-            {"tokens": 32, "hidden": 128},
-            _SWEEP,
-        ),
-        Suite(
-            "masked",
-            "DPO where nine tenths of each sequence is prompt",
-            _single("masked", "dpo"),
-            replace(_SMALL, tokens=512, masked=0.9),
-            {**_TINY, "tokens": 128},
-        ),
-        Suite(
-            "memory",
-            "DPO: time and peak memory against sequence length",
-            _sweep("memory"),
-            Shape(tokens=1024, hidden=256, vocab=32768),
-            {"tokens": 512, "vocab": 16384},
-            _SWEEP,
-            ("gemm", "torch", "trl", "liger", "logitless"),  # each of them is a process of its own at each length
-        ),
-        Suite(
-            "train",
-            "a whole step of TRL's DPOTrainer on a small transformer with random weights",
-            _single("train", "train"),
-            Shape(tokens=128, hidden=256, vocab=32768),
-            {"tokens": 32, "hidden": 64, "vocab": 4096},
-        ),
-        Suite(
-            "policy",
-            "one update of policy training: GRPO's and PPO's losses on packed responses of different lengths",
-            _policy("policy"),
-            POLICY,
-            _TINY,
-            _FOR_POLICY,
-        ),
-        Suite(
-            "policy-gpu",
-            "the same at the size of one H100",
-            _policy("policy-gpu"),
-            replace(GPU_HEADLINE, pairs=8, masked=0.25, spread=3.0),
-            {},
-            (*_FOR_POLICY, *(f"logitless:policy{op}@{name}" for op in ("", "-op") for name in ("torch", "cuda", "triton"))),
-        ),
-        Suite(
-            "gae",
-            "generalized advantage estimation of 1M packed tokens",
-            _single("gae", "gae", backward=False),
-            Shape(pairs=512, tokens=1862, hidden=1, vocab=2, masked=0.0, dtype="fp32", spread=_RAGGED),
-            {"pairs": 64},
-        ),
-    )
-}

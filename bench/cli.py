@@ -5,22 +5,40 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import compile_report, register_all
-from .cases import DTYPES, LOGITS, SUITES, Case, Shape, parse_shape
+from . import ceilings, compile_report, register_all
+from .cases import DTYPES, LOGITS, Case, Shape, parse_shape
 from .console import Console, make_console
+from .environment import environment
+from .figures import can_draw, write_figures
 from .registry import PROVIDERS
-from .report import can_draw, environment, show, write_files
-from .runner import Outcome, default_providers, estimated_seconds, planned_steps, run_case
+from .report import document, show, write_json
+from .runner import (
+    Outcome,
+    context_is_lost,
+    default_providers,
+    estimated_seconds,
+    failed_case,
+    planned_steps,
+    run_case,
+    shorten,
+)
+from .suites import SUITES
 
 DEFAULT_SUITES = ("dpo", "memory")
 DEFAULT_OUT = Path("bench/out")
 _ROUNDS = {"cpu": (3, 7), "cuda": (10, 30)}
+
+
+_LOST = (
+    "the GPU answers nothing any more in this process: the first provider that failed above is to blame; run again without it "
+    "(--providers)"
+)
 
 
 class UsageError(Exception):
@@ -46,11 +64,14 @@ def _parser() -> argparse.ArgumentParser:
         "--time-limit", type=float, default=None, metavar="S", help="seconds after which no further case is started"
     )
     parser.add_argument("--no-memory", action="store_true", help="leave out the memory processes")
+    parser.add_argument(
+        "--profile", action="store_true", help="one more step of ours and of the bare GEMMs, after the timed ones, by kernel"
+    )
     parser.add_argument("--list", action="store_true", help="say what there is, and stop")
     return parser
 
 
-def _names(kind: str, given: Iterable[str], known: Iterable[str]) -> list[str]:
+def choose_names(kind: str, given: Iterable[str], known: Iterable[str]) -> list[str]:
     """Names given apart or joined by commas, each once and known."""
     names = list(dict.fromkeys(name for text in given for name in text.split(",") if name))
     known = list(known)
@@ -60,7 +81,7 @@ def _names(kind: str, given: Iterable[str], known: Iterable[str]) -> list[str]:
     return names
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda"):
@@ -74,7 +95,8 @@ def _list(console: Console, device: torch.device) -> None:
     console.print("[bold]suites[/bold]")
     for suite in SUITES.values():
         console.print(f"  {suite.name:10} {suite.help} ({suite.base})", highlight=False)
-    console.print(f"  {compile_report.SUITE:10} {compile_report.HELP}", highlight=False)
+    for apart in (compile_report, ceilings):
+        console.print(f"  {apart.SUITE:10} {apart.HELP}", highlight=False)
     console.print(f"[bold]providers[/bold] on {device.type}, at the headline shape")
     for name, provider in PROVIDERS.items():
         reasons = provider.why_not(Case("", min(provider.tasks), Shape()), device)
@@ -90,37 +112,46 @@ def _run(
     plan: Sequence[tuple[Case, list[str]]],
     device: torch.device,
     rounds: int,
+    save: Callable[[list[Outcome]], None],
+    *,
     memory: bool,
-    time_limit: float | None,
+    profile: bool,
+    deadline: float | None,
 ) -> list[Outcome]:
-    start = time.monotonic()
-    if device.type == "cuda":
-        seconds = sum(estimated_seconds(case, names, device, rounds) for case, names in plan)
+    """``save`` is told of all outcomes so far after each case: a run that is stopped leaves what it has measured."""
+    if device.type == "cuda" and plan:
+        seconds = estimated_seconds(plan, device, rounds)
         console.print(f"{len(plan)} cases of {rounds} rounds; by their FLOP about {seconds:.0f} s", highlight=False)
     outcomes: list[Outcome] = []
     with console.progress(sum(planned_steps(case, names, device, rounds) for case, names in plan)) as progress:
         for case, names in plan:
-            if outcomes and time_limit is not None and time.monotonic() - start > time_limit:
+            if outcomes and deadline is not None and time.monotonic() > deadline:
                 break
-            outcome = run_case(case, names, device, rounds=rounds, memory=memory, progress=progress)
+            try:
+                outcome = run_case(case, names, device, rounds=rounds, memory=memory, profile=profile, progress=progress)
+            except Exception as error:  # out of memory for its inputs or its reference: the next case may be smaller
+                outcome = failed_case(case, names, error)
             outcomes.append(outcome)
+            save(outcomes)
             show(console, outcome)
-    for case, _ in plan[len(outcomes) :]:
-        console.print(f"left out after {time_limit:g} s: {case.title}", highlight=False)
+            if context_is_lost(device):
+                console.print(_LOST, highlight=False)
+                break
     return outcomes
 
 
 def _main(arguments: argparse.Namespace, console: Console) -> int:
     register_all()
-    suites = _names("suite", arguments.suite, [*SUITES, compile_report.SUITE])
+    start = time.monotonic()
+    suites = choose_names("suite", arguments.suite, [*SUITES, compile_report.SUITE, ceilings.SUITE])
     quick = arguments.quick or not suites  # a run that nobody chose must not take an hour
     compiles = compile_report.SUITE in suites
-    chosen = _names("provider", arguments.providers, PROVIDERS)
+    chosen = choose_names("provider", arguments.providers, PROVIDERS)
     try:
         overrides: dict[str, Any] = parse_shape(arguments.shape)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    device = _device(arguments.device)
+    device = choose_device(arguments.device)
     if arguments.list:
         _list(console, device)
         return 0
@@ -137,15 +168,33 @@ def _main(arguments: argparse.Namespace, console: Console) -> int:
         if name in SUITES
         for case in SUITES[name].make(overrides, quick)
     ]
-    paths = [compile_report.run(console, arguments.out, environment(device), quick)] if compiles else []
-    outcomes = _run(console, plan, device, rounds, not arguments.no_memory, arguments.time_limit)
+    made_with = environment(device)  # before anything is written into the checkout, which would count as a change
+    paths = [compile_report.run(console, arguments.out, made_with, quick)] if compiles else []
+    if ceilings.SUITE in suites:
+        try:
+            paths.append(ceilings.run(console, arguments.out, made_with, device, overrides, quick))
+        except Exception as error:  # the cases have their own bare GEMMs
+            console.print(f"the ceilings failed: {shorten(error)}", highlight=False)
+    names = "-".join(dict.fromkeys(case.suite for case, _ in plan))
+    path = arguments.out / f"{device.type}-{names}.json"
+
+    def save(outcomes: list[Outcome]) -> None:
+        left_out = [case for case, _ in plan[len(outcomes) :]]
+        write_json(path, document(outcomes, made_with, quick=quick, rounds=rounds, left_out=left_out))
+
+    deadline = None if arguments.time_limit is None else start + arguments.time_limit
+    options = {"memory": not arguments.no_memory, "profile": arguments.profile, "deadline": deadline}
+    outcomes = _run(console, plan, device, rounds, save, **options)
+    late = deadline is not None and time.monotonic() > deadline
+    for case, _ in plan[len(outcomes) :]:
+        console.print(f"left out{f' after {arguments.time_limit:g} s' if late else ''}: {case.title}", highlight=False)
     if outcomes:
-        paths += write_files(arguments.out, outcomes, device, quick=quick, rounds=rounds)
+        paths += [path, *(write_figures(arguments.out, outcomes, device) if can_draw() else [])]
     for path in paths:
         console.print(f"wrote {path}", highlight=False)
     if not can_draw():
         console.print("no figures: matplotlib is not installed", highlight=False)
-    return 0
+    return int(context_is_lost(device))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -155,7 +204,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments, without the program's name; default those of the process.
 
     Returns:
-        int: 0, or 2 for a wrong argument. A provider that fails is a row of the table, not an exit code.
+        int: 0, 2 for a wrong argument, or 1 where a kernel broke the GPU's context. Otherwise a provider that fails is a row of
+        the table, not an exit code.
     """
     arguments = _parser().parse_args(argv)
     try:

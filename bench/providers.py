@@ -15,7 +15,7 @@ import logitless as ll
 from . import losses
 from .cases import Case, Inputs
 from .losses import LOSSES, loss_of
-from .registry import Result, Work, finish, provider
+from .registry import Result, Work, finish, of_plan, provider
 
 TOKEN_TASKS = frozenset({"logps", *LOSSES})
 _SMALL_BUDGET = 64 << 20
@@ -123,7 +123,7 @@ def _module(case: Case, inputs: Inputs, **settings: Any) -> Work:
     def step() -> Result:
         with ll.settings(**settings):
             out, logps = _call(case, module, inputs, inputs.hidden, inputs.labels)
-            return finish(out.loss, inputs, sequence_logps=logps, schedule=out.plan.schedule)
+            return finish(out.loss, inputs, sequence_logps=logps, **of_plan(out.plan))
 
     def token_logps() -> Tensor:
         # Sequences of one token each: the same tiles, and log-probs of tokens come out.
@@ -138,22 +138,23 @@ def _module(case: Case, inputs: Inputs, **settings: Any) -> Work:
 def _op(case: Case, inputs: Inputs, **settings: Any) -> Work:
     """``linear_logps`` and the loss in plain torch behind it."""
     loss_fn = loss_of(case.task)
-    schedule = ll.plan(
-        num_tokens=case.shape.scored,
-        hidden_size=case.shape.hidden,
-        vocab_size=case.shape.vocab,
-        dtype=case.shape.torch_dtype,
-        train_hidden=case.backward,
-        train_weight=case.backward and case.train_head,
-        arbitrary_loss=True,
-        device=inputs.hidden.device,
-    ).schedule
+    with ll.settings(**settings):
+        plan = ll.plan(
+            num_tokens=case.shape.scored,
+            hidden_size=case.shape.hidden,
+            vocab_size=case.shape.vocab,
+            dtype=case.shape.torch_dtype,
+            train_hidden=case.backward,
+            train_weight=case.backward and case.train_head,
+            arbitrary_loss=True,
+            device=inputs.hidden.device,
+        )
 
     def step() -> Result:
         with ll.settings(**settings):
             logps = ll.linear_logps(inputs.hidden, inputs.weight, inputs.labels, head=case.shape.head).logps
             assert logps is not None
-            return finish(loss_fn(logps, inputs), inputs, token_logps=logps, schedule=schedule)
+            return finish(loss_fn(logps, inputs), inputs, token_logps=logps, **of_plan(plan))
 
     return Work(step)
 

@@ -19,7 +19,7 @@ import logitless as ll
 from . import policy_losses as losses
 from .cases import Case, Inputs
 from .policy_losses import POLICY_LOSSES, uses_entropy
-from .registry import PROVIDERS, Result, Work, finish, not_installed, provider
+from .registry import PROVIDERS, Result, Work, finish, not_installed, of_plan, provider
 
 _TASKS = frozenset(POLICY_LOSSES)
 #: Tokens of a chunk of verl's ``FusedLinearForPPO``.
@@ -209,8 +209,7 @@ def _module(case: Case, inputs: Inputs, **settings: Any) -> Work:
     def step() -> Result:
         with ll.settings(**settings):
             out = module(packed.hidden, packed.weight, packed.labels, **arguments)
-            told = {"schedule": out.plan.schedule, "flops": out.plan.flops}
-            return finish(out.loss, packed, token_logps=out.logps, **told)
+            return finish(out.loss, packed, token_logps=out.logps, **of_plan(out.plan))
 
     return Work(step)
 
@@ -273,7 +272,11 @@ def _packed_gae(inputs: Inputs, fn: Callable[[Tensor, Tensor, Tensor], Tensor]) 
     return Work(lambda: Result(token_logps=fn(rollouts.rewards, rollouts.values, rollouts.cu_seqlens)))
 
 
-@provider("loop:gae", tasks={"gae"})
+def _no_launch_a_token(case: Case, device: torch.device) -> list[str]:
+    return [] if device.type == "cpu" else [f"would take minutes a step: several launches for each token, on {device.type}"]
+
+
+@provider("loop:gae", tasks={"gae"}, why_not=_no_launch_a_token)
 def gae_by_token(case: Case, inputs: Inputs) -> Work:
     """A loop over tokens, on the tensors."""
 

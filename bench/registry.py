@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from logitless.kernels.plan import Plan
 
 from .cases import Case, Inputs
 
@@ -23,6 +26,7 @@ class Result:
         dhidden, dweight: gradients, of the shapes of hidden (S, T, H) or packed (P, H) and the weight.
         schedule: what was done, for the table.
         flops: of the step's GEMMs, as logitless's plan has them.
+        predicted: seconds of each part of the step, by logitless's cost model, which knows GPUs alone.
     """
 
     loss: Tensor | None = None
@@ -32,6 +36,7 @@ class Result:
     dweight: Tensor | None = None
     schedule: str = ""
     flops: int | None = None
+    predicted: dict[str, float] | None = None
 
 
 @dataclass
@@ -94,7 +99,7 @@ def provider(
     Args:
         name: what ``--providers`` and the table call it.
         tasks: the tasks that it computes: ``logps``, names of :data:`~.losses.LOSSES` or
-            :data:`~.policy_losses.POLICY_LOSSES`, ``gae``, ``train``.
+            :data:`~.policy_losses.POLICY_LOSSES`, ``gae``.
         why_not: every reason why it cannot run a case on a device (package missing, dtype unsupported ...).
         roofline: it computes nothing that could be checked, and is what the others are compared with.
         warm_up: its first step compiles something or allocates for good, so memory is measured on the second.
@@ -125,7 +130,15 @@ def not_installed(package: str) -> list[str]:
     return [] if importlib.util.find_spec(package) else [f"package {package} is not installed"]
 
 
-def finish(loss: Tensor, inputs: Inputs, *, token_logps: Tensor | None = None, **more: Tensor | str | int | None) -> Result:
+def of_plan(plan: Plan | None) -> dict[str, Any]:
+    """What a result tells of logitless's plan."""
+    if plan is None:
+        return {}
+    predicted = None if plan.cost is None else {part.name: part.seconds for part in plan.cost.parts}
+    return {"schedule": plan.schedule, "flops": plan.flops, "predicted": predicted}
+
+
+def finish(loss: Tensor, inputs: Inputs, *, token_logps: Tensor | None = None, **more: Any) -> Result:
     """The backward pass, where there is one, and the result."""
     grads = dict(zip(map(id, inputs.leaves), torch.autograd.grad(loss, inputs.leaves))) if inputs.leaves else {}
     return Result(
@@ -133,5 +146,5 @@ def finish(loss: Tensor, inputs: Inputs, *, token_logps: Tensor | None = None, *
         token_logps=None if token_logps is None else token_logps.detach(),
         dhidden=grads.get(id(inputs.hidden)),
         dweight=grads.get(id(inputs.weight)),
-        **more,  # type: ignore[arg-type]
+        **more,
     )

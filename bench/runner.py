@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import statistics
@@ -13,11 +14,13 @@ from typing import Any
 
 import torch
 
-from .cases import SUITES, Case, Inputs, make_inputs
+from .cases import Case, Inputs, make_inputs
 from .memory import Memory, measure, measure_work
 from .policy_losses import POLICY_LOSSES
+from .profiling import Kernel, profile_step
 from .reference import Errors, Reference, check, compute_reference, token_error
 from .registry import PROVIDERS, Provider, Result, Work
+from .suites import SUITES
 
 OK, WRONG, FAILED, UNAVAILABLE = "ok", "wrong", "failed", "unavailable"
 
@@ -41,6 +44,8 @@ class Row:
         flops: of the GEMMs of a step, where the provider says.
         extra_bytes: peak memory above the inputs, ``None`` if it was not measured.
         note: why it was not.
+        predicted: seconds of each part of the step, by logitless's cost model.
+        profile: the kernels of one more step, where that was asked for.
     """
 
     provider: str
@@ -53,6 +58,8 @@ class Row:
     extra_bytes: int | None = None
     note: str = ""
     roofline: bool = False
+    predicted: dict[str, float] | None = None
+    profile: list[Kernel] | None = None
 
     @property
     def median(self) -> float | None:
@@ -61,7 +68,7 @@ class Row:
 
     def fail(self, status: str, message: str) -> None:
         """Turn into a row that says so. Its figures go: none stands next to a result that is not right."""
-        self.status, self.message, self.seconds, self.extra_bytes = status, message, [], None
+        self.status, self.message, self.seconds, self.extra_bytes, self.profile = status, message, [], None, None
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -78,6 +85,8 @@ class Row:
             "note": self.note,
             "errors": None if self.errors is None else self.errors.as_dict(),
             "roofline": self.roofline,
+            "predicted_seconds": self.predicted,
+            "profile": None if self.profile is None else [kernel.as_dict() for kernel in self.profile],
         }
 
 
@@ -103,11 +112,12 @@ class Outcome:
 
 #: Tasks of suites whose providers never meet those of the others in one table.
 _APART: dict[str, frozenset[str]] = {
-    "train": frozenset({"train"}),
     "policy": frozenset(POLICY_LOSSES),
     "policy-gpu": frozenset(POLICY_LOSSES),
     "gae": frozenset({"gae"}),
 }
+#: Providers whose steps ``--profile`` looks into, by how their names start: ours, and the bare GEMMs.
+_PROFILED = ("logitless", "gemm")
 
 
 def _belongs(provider: Provider, suite: str) -> bool:
@@ -134,32 +144,33 @@ class _Entry:
     last: Result | None = None
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def _reference(case: Case, inputs: Inputs) -> Reference:
-    if case.task == "train":
-        from .providers_train import train_reference
-
-        return train_reference(case, inputs)
-    return compute_reference(case, inputs)
-
-
-#: What an estimate assumes of a GPU of the H100's class: FLOP/s of GEMMs in bf16 and float64, a provider's step over the
-#: bare GEMMs, and seconds to start a provider (it may compile) and a case (inputs are drawn on the CPU). Assumed.
-_GEMM_RATE, _DOUBLE_RATE, _STEP, _PROVIDER_SECONDS, _CASE_SECONDS = 5e14, 3e13, 3.0, 4.0, 5.0
+#: What an estimate assumes of a GPU of the H100's class: FLOP/s of GEMMs in bf16 and float64, and a provider's step over the
+#: bare GEMMs, on average (Liger takes 4 to 5 times as long, we 1.1). Assumed.
+_GEMM_RATE, _DOUBLE_RATE, _STEP = 5e14, 3e13, 2.2
+#: Seconds for a case, for a provider in it (checks, memory), for its first case (imports, kernels to compile), and for one
+#: that compiles for each case. Assumed.
+_CASE_SECONDS, _PROVIDER_SECONDS, _FIRST_SECONDS, _WARM_UP_SECONDS = 1.0, 0.3, 6.0, 8.0
 
 
-def estimated_seconds(case: Case, names: Iterable[str], device: torch.device, rounds: int) -> float:
-    """About how long :func:`run_case` takes on a GPU, from the FLOP of its GEMMs."""
-    shape = case.shape
-    gemm = 2.0 * shape.scored * shape.hidden * shape.vocab
-    providers = len([n for n in names if not PROVIDERS[n].reasons(case, device)])
-    steps = providers * (rounds + 3) * _STEP * max(1, case.gemms) * gemm / _GEMM_RATE
-    reference = (1 + 3 * case.backward) * gemm / _DOUBLE_RATE
-    return _CASE_SECONDS + providers * _PROVIDER_SECONDS + steps + reference
+def estimated_seconds(plan: Iterable[tuple[Case, Iterable[str]]], device: torch.device, rounds: int) -> float:
+    """About how long :func:`run_case` takes on a GPU for all cases of a plan, from the FLOP of their GEMMs."""
+    seconds = 0.0
+    started: set[str] = set()
+    for case, names in plan:
+        gemm = 2.0 * case.shape.scored * case.shape.hidden * case.shape.vocab
+        able = [name for name in names if not PROVIDERS[name].reasons(case, device)]
+        steps = len(able) * (rounds + 3) * _STEP * max(1, case.gemms) * gemm / _GEMM_RATE
+        reference = (1 + 3 * case.backward) * gemm / _DOUBLE_RATE
+        seconds += _CASE_SECONDS + len(able) * _PROVIDER_SECONDS + steps + reference
+        seconds += _WARM_UP_SECONDS * sum(PROVIDERS[name].warm_up for name in able)
+        seconds += _FIRST_SECONDS * len(set(able) - started)
+        started |= set(able)
+    return seconds
 
 
 def planned_steps(case: Case, names: Iterable[str], device: torch.device, rounds: int) -> int:
@@ -174,6 +185,7 @@ def run_case(
     *,
     rounds: int,
     memory: bool = True,
+    profile: bool = False,
     progress: Callable[[str, int], None] = lambda text, steps: None,
 ) -> Outcome:
     """Measure memory, check, and time every provider of a case; errors of providers become rows.
@@ -184,6 +196,7 @@ def run_case(
         device: where.
         rounds: timed steps of each provider. They take turns, so that a slow spell of the machine falls on all of them.
         memory: whether to measure peak memory, on a CPU in processes of their own.
+        profile: whether one more step of ours and of the bare GEMMs runs under torch's profiler, after all that is timed.
         progress: told what happens next and how many planned steps are done with it.
     """
     gc.collect()
@@ -213,7 +226,7 @@ def run_case(
                 _apply_memory(entry.row, result.result())
     progress(f"{case.task}: float64 reference", 1)
     inputs = make_inputs(case, device)
-    reference = _reference(case, inputs)
+    reference = compute_reference(case, inputs)
     gc.collect()
     gc.freeze()  # what is imported by now: the collection before each step need not look at it
     for entry in entries:
@@ -229,7 +242,27 @@ def run_case(
     for entry in entries:
         if entry.row.status == OK:
             _guard(entry, lambda e: _check(e, case, inputs, reference))
+        if profile and entry.row.status == OK and entry.row.provider.startswith(_PROFILED):
+            _profile(entry, device)
         entry.work = entry.last = None
+    gc.unfreeze()
+    return Outcome(case, rows)
+
+
+def context_is_lost(device: torch.device) -> bool:
+    """Whether the GPU answers nothing any more in this process, as after a kernel that accessed memory it does not have."""
+    try:
+        synchronize(device)
+    except Exception:
+        return True
+    return False
+
+
+def failed_case(case: Case, names: Iterable[str], error: Exception) -> Outcome:
+    """What to show of a case whose inputs or reference could not be made: no provider is to blame, and none has a figure."""
+    rows = [Row(name, roofline=PROVIDERS[name].roofline) for name in names]
+    for row in rows:
+        row.fail(FAILED, f"the case itself: {shorten(error)}")
     gc.unfreeze()
     return Outcome(case, rows)
 
@@ -249,7 +282,8 @@ def _guard(entry: _Entry, action: Callable[[_Entry], None]) -> None:
     if entry.row.status != OK:
         entry.work = entry.last = None
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # what it held in pieces may be in the way of the next
+            with contextlib.suppress(Exception):  # after an illegal access, say, nothing works any more: see context_is_lost
+                torch.cuda.empty_cache()  # what it held in pieces may be in the way of the next
 
 
 def _first_step(entry: _Entry, case: Case, inputs: Inputs, reference: Reference, memory: bool) -> None:
@@ -257,7 +291,8 @@ def _first_step(entry: _Entry, case: Case, inputs: Inputs, reference: Reference,
     entry.work = entry.provider.build(case, inputs)
     entry.work.prepare()
     entry.last = entry.work.step()
-    entry.row.schedule, entry.row.flops = entry.last.schedule, entry.last.flops
+    last = entry.last
+    entry.row.schedule, entry.row.flops, entry.row.predicted = last.schedule, last.flops, last.predicted
     _check(entry, case, inputs, reference)
     if entry.row.errors is not None and entry.row.errors.token_logps is None and entry.row.status == OK:
         entry.row.errors.token_logps = token_error(case, inputs, entry.work, reference)
@@ -281,12 +316,22 @@ def _timed_step(entry: _Entry, device: torch.device) -> None:
     entry.last = None
     gc.collect()
     entry.work.prepare()
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     result = entry.work.step()
-    _synchronize(device)
+    synchronize(device)
     entry.row.seconds.append(time.perf_counter() - start)
     entry.last = result
+
+
+def _profile(entry: _Entry, device: torch.device) -> None:
+    """What goes wrong here says nothing about the step, which has its figures: it becomes a note."""
+    assert entry.work is not None
+    try:
+        entry.work.prepare()
+        entry.row.profile = profile_step(entry.work.step, device)
+    except Exception as error:
+        entry.row.note = f"profile: {shorten(error)}"
 
 
 def is_number(value: float | None) -> bool:

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from logitless.bench import register_all
-from logitless.bench.cases import SUITES, make_inputs
-from logitless.bench.providers_train import train_reference
+from logitless.bench.cases import make_inputs
 from logitless.bench.reference import check, compute_reference
 from logitless.bench.registry import PROVIDERS
+from logitless.bench.suites import SUITES
 
 register_all()
 _TINY = {"pairs": 1, "tokens": 8, "hidden": 16, "vocab": 97}
 _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-#: Compiling and building trainers take seconds each; once is enough for a smoke test.
-_SLOW = {"torch-compile": "op", "trl:trainer": "train", "logitless:trainer": "train"}
+#: Compiling takes seconds; once is enough for a smoke test.
+_SLOW = {"torch-compile": "op"}
 
 
 def _params() -> list[tuple[str, int, str]]:
@@ -37,8 +37,8 @@ def test_provider(benchmark: Any, suite: str, index: int, name: str) -> None:
     if not enabled and _SLOW.get(name, suite) != suite:
         pytest.skip("slow to start; it runs in another suite")
     cases = SUITES[suite].make({} if enabled else _TINY, False)
-    if index and not enabled and cases[0].task == cases[min(index, len(cases) - 1)].task:
-        pytest.skip("a sweep's other lengths are of interest at full size only")
+    if not enabled and (index >= len(cases) or cases[index].task in [case.task for case in cases[:index]]):
+        pytest.skip("a task's other shapes are of interest at full size only")
     case = cases[index]
     provider = PROVIDERS[name]
     reasons = provider.reasons(case, _DEVICE)
@@ -49,5 +49,4 @@ def test_provider(benchmark: Any, suite: str, index: int, name: str) -> None:
     benchmark.group = case.title
     result = benchmark.pedantic(work.step, rounds=3, warmup_rounds=1)
     if not provider.roofline:
-        reference = train_reference(case, inputs) if case.task == "train" else compute_reference(case, inputs)
-        assert check(case, inputs, result, reference).failed == []
+        assert check(case, inputs, result, compute_reference(case, inputs)).failed == []

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import shutil
-import subprocess
+import math
+import os
 import sys
+import time
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import torch
 
+    from logitless.bench.console import Console
     from logitless.kernels.triton_kernels.export import Result
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -50,54 +53,47 @@ def _environment(device: torch.device) -> str:
     import torch
     import triton
 
+    from logitless.bench.environment import driver_version
     from logitless.kernels.triton_kernels.tune import device_name
 
-    driver = "no driver"
-    if device.type == "cuda" and (tool := shutil.which("nvidia-smi")):
-        query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = "driver " + subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    driver = f"driver {driver_version() or 'unknown'}" if device.type == "cuda" else "no driver"
     versions = f"Triton {triton.__version__}, torch {torch.__version__}"
     return f"{device_name(device)}, {driver}, {versions}, {date.today()}"
 
 
-def _show(result: Result) -> None:
-    """The candidates of a shape, as a table."""
-    from rich.console import Console
-    from rich.table import Table
+_COLUMNS = (
+    "N x V x H", "group", "warps", "stages", "tma", "flatten", "per SM", "logits", "x mm", "and gradient", "x mm",
+)  # fmt: skip
 
-    p = result.problem
-    head = f"{p.num_tokens} tokens, H={p.hidden_size}, V={p.vocab_size}{', soft-cap' if p.softcap else ''}, {p.dtype}"
-    table = Table(title=f"{head}; torch.mm takes {result.mm:.3f} ms", title_justify="left", caption_justify="left")
-    table.caption = (
-        "Milliseconds. The first is taken. x mm: over torch.mm of the shape, which makes the logits and writes them."
-    )
-    names = ("N x V x H", "group", "warps", "stages", "tma", "flatten", "per SM", "logits", "x mm", "and gradient", "x mm")
-    for name in names:
-        table.add_column(name, justify="right")
+
+def _show(console: Console, result: Result) -> None:
+    """The candidates of a shape, as a table."""
+    p, rows = result.problem, []
     for timing in result.timings:
         c = timing.config
-        table.add_row(
-            f"{c.BLOCK_N} x {c.BLOCK_V} x {c.BLOCK_H}",
-            *map(str, (c.GROUP, c.num_warps, c.num_stages)),
-            *("yes" if flag else "no" for flag in (c.tma, c.flatten)),
-            str(c.programs_per_sm),
-            *(text for ms in (timing.forward, timing.gradient) for text in (f"{ms:.3f}", f"{ms / result.mm:.3f}")),
+        rows.append(
+            [
+                f"{c.BLOCK_N} x {c.BLOCK_V} x {c.BLOCK_H}",
+                *map(str, (c.GROUP, c.num_warps, c.num_stages)),
+                *("yes" if flag else "no" for flag in (c.tma, c.flatten)),
+                str(c.programs_per_sm),
+                *(text for ms in (timing.forward, timing.gradient) for text in (f"{ms:.3f}", f"{ms / result.mm:.3f}")),
+            ]
         )
-    console = Console()
-    (console if console.is_terminal else Console(width=150)).print(table)
+    head = f"{p.num_tokens} tokens, H={p.hidden_size}, V={p.vocab_size}{', soft-cap' if p.softcap else ''}, {p.dtype}"
+    title = f"{head}; torch.mm takes {result.mm:.3f} ms, {len(rows)} candidates, the first is taken"
+    console.table(title, _COLUMNS, rows, [i > 0 for i in range(len(rows))])
+    console.print("milliseconds; x mm: over torch.mm of the shape, which makes the logits and writes them", highlight=False)
 
 
 def _tune(options: argparse.Namespace) -> int:
     """Measure configurations of the Triton kernels, cache them, and export them; returns the exit status."""
-    try:
-        import rich  # noqa: F401 - before minutes of measuring
-    except ModuleNotFoundError:
-        print("logitless tune needs rich: pip install 'logitless[bench]'", file=sys.stderr)
-        return 1
     import torch
 
+    from logitless.bench.console import make_console
     from logitless.kernels.backends import Call, get_backend
 
+    start, console = time.monotonic(), make_console()
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     dtype: torch.dtype = getattr(torch, DTYPES[options.dtype])
     backend = get_backend("triton")
@@ -105,18 +101,59 @@ def _tune(options: argparse.Namespace) -> int:
         print(f"logitless tune cannot run: {'; '.join(reasons)}", file=sys.stderr)
         return 1
     from logitless.kernels.triton_kernels.export import export, tune
-    from logitless.kernels.triton_kernels.tune import Problem, bucket
+    from logitless.kernels.triton_kernels.tune import Problem, bucket, compilers
 
-    shapes = dict.fromkeys((bucket(s.tokens), s.hidden, s.vocab, bool(s.softcap)) for s in options.shape)
-    results = []
-    for shape in shapes:
-        results.append(tune(Problem(device, dtype, *shape)))
-        _show(results[-1])
+    shapes = list(dict.fromkeys((bucket(s.tokens), s.hidden, s.vocab, bool(s.softcap)) for s in options.shape))
+    deadline = None if options.time_limit is None else start + options.time_limit
+    environment, notes = _environment(device), []
+    results: list[Result] = []
+    # the interpreter compiles nothing
+    jobs = max(1, min(_MOST_COMPILERS, (os.cpu_count() or 1) - 1))
+    with contextlib.nullcontext() if device.type == "cpu" else compilers(jobs) as prepare:
+        for shape in shapes:
+            what = f"{shape[0]} tokens, H={shape[1]}, V={shape[2]}{', soft-cap' if shape[3] else ''}"
+            if results and deadline is not None and time.monotonic() > deadline:
+                notes.append(f"left out after {options.time_limit:g} s: {what}")
+                continue
+            results.append(tune(Problem(device, dtype, *shape), deadline, prepare))
+            if deadline is not None and time.monotonic() > deadline:
+                notes.append(f"cut short after {options.time_limit:g} s, at {len(results[-1].timings)} candidates: {what}")
+            _show(console, results[-1])
+            if options.timings is not None:  # after each shape: a run that is stopped leaves what it has measured
+                _write(
+                    options.timings,
+                    json.dumps({"environment": environment, "results": [r.as_dict() for r in results]}, indent=1),
+                )
+    for note in notes:
+        console.print(note, highlight=False)
+    if options.timings is not None:
+        console.print(f"wrote {options.timings}", highlight=False)
     if options.export is not None:
-        options.export.parent.mkdir(parents=True, exist_ok=True)
-        options.export.write_text(export(results, _environment(device)))
+        _write(options.export, export(results, environment))
         print(f"wrote {options.export}, which can replace kernels/triton_kernels/configs.json")
     return 0
+
+
+#: Processes that compile for `logitless tune`; each has a context on the GPU.
+_MOST_COMPILERS = 8
+
+
+def _write(path: Path, text: str) -> None:
+    """The whole file or none of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text if text.endswith("\n") else text + "\n")
+    draft.replace(path)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds > 0, got {text!r}")
+    return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,6 +182,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     tune.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s; bf16 and fp16 share a table")
     tune.add_argument("--export", type=Path, metavar="FILE", help="write the library's table with the best in it")
+    tune.add_argument("--timings", type=Path, metavar="FILE", help="write milliseconds of all candidates, as JSON")
+    tune.add_argument(
+        "--time-limit",
+        type=_seconds,
+        metavar="S",
+        help="seconds after which no further shape and no further candidate is tried",
+    )
     options = parser.parse_args(arguments)
     if options.command == "tune":
         return _tune(options)

@@ -1,12 +1,21 @@
-"""Write README's headline table and picture from the files of a ``make bench`` run. Usage: readme_figures.py bench/out"""
+"""Write README's tables and pictures from the files of measurements.
+
+    python scripts/readme_figures.py [bench/out] [--gpu bench/results/gpu-DEVICE]
+
+The folder is that of a ``make bench`` run, for the headline; without it the headline stays. The block on GPUs is always made
+anew: of ``cuda-gpu.json`` in the folder that ``--gpu`` names, by default the last of bench/results/gpu-*; without any it
+says so.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
-import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {
@@ -19,12 +28,22 @@ NAMES = {
     "logitless": "**logitless**, loss module",
     "logitless:op": "logitless, `linear_logps` + loss",
 }
+#: Columns of the table on GPUs: how many times as long as logitless each takes.
+PEERS = {"trl": "TRL", "liger": "Liger", "cce": "CCE", "torch": "torch", "torch-compile": "torch.compile"}
+NOTHING = (
+    "On a GPU nothing has been measured yet; [bench/results/PENDING.md](bench/results/PENDING.md) has the commands that do."
+)
 
 
-def table(run: dict) -> str:
+def _rows(case: dict[str, Any]) -> dict[str, Any]:
+    """Those with figures, by provider."""
+    return {row["provider"]: row for row in case["rows"] if row["status"] == "ok"}
+
+
+def table(run: dict[str, Any]) -> str:
     """The headline case as Markdown."""
     (case,) = (c for c in run["cases"] if c["suite"] == "dpo" and c["task"] == "dpo")
-    rows = {row["provider"]: row for row in case["rows"] if row["status"] == "ok"}
+    rows = _rows(case)
     shape, versions, machine = case["shape"], run["environment"]["versions"], run["environment"]["machine"]
     lines = [
         f"DPO forward + backward, trained head, {shape['dtype']}, H={shape['hidden']}, V={shape['vocab']}, "
@@ -49,13 +68,116 @@ def table(run: dict) -> str:
     return "\n".join(lines)
 
 
-def main(folder: Path) -> None:
-    run = json.loads((folder / "cpu-dpo-memory.json").read_text())
-    readme = ROOT / "README.md"
-    block = f"<!-- headline -->\n{table(run)}\n<!-- /headline -->"
-    readme.write_text(re.sub(r"<!-- headline -->.*<!-- /headline -->", lambda _: block, readme.read_text(), flags=re.S))
-    shutil.copy(folder / "cpu-memory.png", ROOT / "docs" / "memory.png")
+def _shape(case: dict[str, Any]) -> str:
+    shape = case["shape"]
+    softcap = f", soft-cap {shape['softcap']:g}" if shape["softcap"] else ""
+    return f"{case['scored_tokens']}, {shape['hidden']}, {shape['vocab']}{softcap}"
+
+
+def _mode(case: dict[str, Any]) -> str:
+    return "forward only" if not case["backward"] else "trained" if case["train_head"] else "frozen"
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def gpu_table(folder: Path, picture: str) -> str:
+    """The suite ``gpu`` as Markdown, and how many targets of all suites in the folder are met."""
+    run = json.loads((folder / "cuda-gpu.json").read_text())
+    environment = run["environment"]
+    versions, gpu = (
+        environment["versions"],
+        environment["machine"]["gpu"] or {"name": environment["machine"]["cpu"], "driver": None},
+    )
+    used = ", ".join(
+        f"{name} {version}" for name, version in versions.items() if version and name not in ("python", "numpy", "logitless")
+    )
+    met = [
+        t["met"]
+        for path in sorted(folder.glob("cuda-*.json"))
+        for c in json.loads(path.read_text()).get("cases", ())
+        for t in c["targets"]
+    ]
+    lines = [
+        f"DPO on one {gpu['name']}, {run['cases'][0]['shape']['dtype']}, driver {gpu['driver'] or 'unknown'}, {used}, "
+        f"commit {(environment['commit'] or 'unknown')[:10]}, {environment['time'][:10]}; each row one interleaved run. "
+        '"x GEMMs" is the time of logitless over that of the bare GEMMs, "x TRL" and the following are times over that of '
+        "logitless. "
+        f"{met.count(True)} of {len(met) - met.count(None)} targets are met, in all suites.",
+        "",
+        f"![time over the bare GEMMs]({picture})",
+        "",
+        "| N, H, V | head | ms | x GEMMs | "
+        + " | ".join(f"x {name}" for name in PEERS.values())
+        + " | extra GiB | max logp error |",
+        "|---" * (6 + len(PEERS)) + "|",
+    ]
+    for case in run["cases"]:
+        rows = _rows(case)
+        if (ours := rows.get("logitless")) is None:
+            lines.append(f"| {_shape(case)} | {_mode(case)} |" + " - |" * (4 + len(PEERS)))
+            continue
+        median, extra = ours["median_seconds"], ours["extra_bytes"]
+        cells = [_shape(case), _mode(case), f"{median * 1e3:.1f}", _cell(ours["ratio_to_gemm"], ".2f")]
+        cells += [_cell(rows[name]["median_seconds"] / median if name in rows else None, ".2f") for name in PEERS]
+        cells += [_cell(None if extra is None else extra / 2**30, ".2f"), _cell(ours["errors"]["token_logps"], ".1e")]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", f"Raw figures, of the other losses too: [bench/results/{folder.name}](bench/results/{folder.name})."]
+    return "\n".join(lines)
+
+
+def gpu_picture(run: dict[str, Any], path: Path) -> None:
+    """Time over the bare GEMMs, a panel a mode, a group of bars a shape."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    names, modes = ["logitless", *PEERS], list(dict.fromkeys(map(_mode, run["cases"])))
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes = figure.subplots(1, len(modes), sharey=True, squeeze=False)[0]
+    for axis, mode in zip(axes, modes):
+        cases = [case for case in run["cases"] if _mode(case) == mode]
+        for i, name in enumerate(names):
+            ratios = [_rows(case).get(name, {}).get("ratio_to_gemm") for case in cases]
+            bars = [(j + i / (len(names) + 1), ratio) for j, ratio in enumerate(ratios) if ratio is not None]
+            axis.barh(
+                [y for y, _ in bars], [x for _, x in bars], 0.9 / (len(names) + 1), color=mpl.colormaps["tab10"](i), label=name
+            )
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_yticks([j + 0.4 for j in range(len(cases))], [_shape(case) for case in cases], fontsize=8)
+        axis.set(title=mode, xlabel="time over the bare GEMMs")
+    axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=9, frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def _block(readme: Path, name: str, text: str) -> None:
+    before = readme.read_text()
+    after, count = re.subn(
+        rf"<!-- {name} -->.*<!-- /{name} -->", lambda _: f"<!-- {name} -->\n{text}\n<!-- /{name} -->", before, flags=re.S
+    )
+    if count != 1:
+        raise SystemExit(f"{readme} has {count} blocks {name!r}, not one")
+    readme.write_text(after)
+
+
+def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> None:
+    parser = argparse.ArgumentParser(description="README's tables and pictures from the files of measurements.")
+    parser.add_argument("folder", type=Path, nargs="?", help="of a run of make bench")
+    parser.add_argument("--gpu", type=Path, help="with cuda-gpu.json; default: the last of bench/results/gpu-*")
+    options = parser.parse_args(argv)
+    readme, folder = root / "README.md", options.gpu
+    if options.folder is not None:
+        _block(readme, "headline", table(json.loads((options.folder / "cpu-dpo-memory.json").read_text())))
+        shutil.copy(options.folder / "cpu-memory.png", root / "docs" / "memory.png")
+    if folder is None:
+        folder = max((path.parent for path in root.glob("bench/results/gpu-*/cuda-gpu.json")), default=None)
+    if folder is None:
+        _block(readme, "gpu", NOTHING)
+        return
+    gpu_picture(json.loads((folder / "cuda-gpu.json").read_text()), root / "docs" / "gpu.png")
+    _block(readme, "gpu", gpu_table(folder, "docs/gpu.png"))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

@@ -14,15 +14,16 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import logitless as ll
-from logitless.bench import register_all
-from logitless.bench.cases import SUITES, Case, Shape, make_inputs
+from logitless.bench import cli, environment, register_all, runner
+from logitless.bench.cases import Case, Shape, make_inputs
 from logitless.bench.cli import main
 from logitless.bench.memory import measure
 from logitless.bench.policy_losses import ENTROPY_COEF, loop_over_tokens
 from logitless.bench.reference import compute_reference
 from logitless.bench.registry import PROVIDERS, Result, Work, provider
-from logitless.bench.report import targets
-from logitless.bench.runner import FAILED, OK, UNAVAILABLE, WRONG, default_providers, run_case
+from logitless.bench.runner import FAILED, OK, UNAVAILABLE, WRONG, default_providers, estimated_seconds, run_case
+from logitless.bench.suites import GPU_SHAPES, SUITES
+from logitless.bench.targets import targets
 
 register_all()
 CPU = torch.device("cpu")
@@ -94,6 +95,141 @@ def test_the_gpu_suite_starts_with_its_headline():
         (8192, 2304, 256000, 30, 3),
     ]
     assert len(cases) == 15
+
+
+def sizes(shape: Shape) -> tuple[int, int, int, float]:
+    return shape.scored, shape.hidden, shape.vocab, shape.softcap
+
+
+def test_every_loss_meets_every_shape_of_an_h100_trained_frozen_and_forward_only():
+    assert [sizes(shape) for shape in GPU_SHAPES] == [
+        (8192, 4096, 151936, 0),
+        (8192, 4096, 128256, 0),
+        (16384, 2048, 151936, 0),
+        (8192, 1024, 151936, 0),
+        (8192, 2304, 256000, 30),
+    ]
+    for suite, tasks in (("gpu", ["dpo"]), ("gpu-losses", ["simpo", "orpo", "kto"]), ("policy-gpu", ["dapo"])):
+        found = [(c.task, sizes(c.shape), c.train_head, c.backward) for c in SUITES[suite].make({}, False)]
+        modes = [(True, True), (False, True), (True, False)]
+        wanted = {(task, sizes(shape), *mode) for task in tasks for shape in GPU_SHAPES for mode in modes}
+        assert wanted <= set(found), suite
+        assert found[0] == (tasks[0], sizes(GPU_SHAPES[0]), True, True)
+        assert len(set(found)) == len(found) or suite == "policy-gpu"  # which has ragged responses of two kinds
+
+
+@pytest.mark.usefixtures("registered")
+def test_by_their_flop_the_suites_of_a_gpu_end_within_their_time_limit():
+    """With every provider, whatever is installed here. Rounds and limit are those of the Makefile."""
+    for name, one in PROVIDERS.items():
+        PROVIDERS[name] = replace(one, why_not=lambda case, device: [])
+    cuda = torch.device("cuda")
+    for suite, rounds in (("gpu", 10), ("gpu-losses", 5), ("policy-gpu", 5)):
+        plan = [(case, default_providers(suite, False)) for case in SUITES[suite].make({}, False)]
+        assert estimated_seconds(plan, cuda, rounds) < 420, suite
+        assert max(estimated_seconds([one], cuda, rounds) for one in plan) < 120  # which may start at 420 s
+
+
+def test_what_is_measured_is_written_after_every_case(tmp_path, monkeypatch, capsys):
+    """A run that is stopped at its third case leaves two, and says which are missing."""
+    run, calls = cli.run_case, []
+
+    def stopped(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(cli, "run_case", stopped)
+    options = ["--rounds", "1", "--no-memory", "--device", "cpu", "--out", str(tmp_path), "--providers", "gemm", "torch"]
+    with pytest.raises(KeyboardInterrupt):
+        main(["--suite", "gpu", "--shape", TINY, *options])
+    document = json.loads((tmp_path / "cpu-gpu.json").read_text())
+    assert [(c["train_head"], c["backward"]) for c in document["cases"]] == [(True, True), (False, True)]
+    assert len(document["left_out"]) == 1 and "forward only" in document["left_out"][0]
+    assert [p.name for p in tmp_path.iterdir()] == ["cpu-gpu.json"]
+    capsys.readouterr()
+
+
+def test_a_case_without_inputs_is_rows_that_say_so_and_the_next_case_runs(tmp_path, monkeypatch):
+    make = runner.make_inputs
+
+    def fails(case, device):
+        if not case.train_head:
+            raise torch.OutOfMemoryError("too large")
+        return make(case, device)
+
+    monkeypatch.setattr(runner, "make_inputs", fails)
+    options = ["--rounds", "1", "--no-memory", "--device", "cpu", "--out", str(tmp_path), "--providers", "gemm", "torch"]
+    assert main(["--suite", "gpu", "--shape", TINY, *options]) == 0
+    cases = json.loads((tmp_path / "cpu-gpu.json").read_text())["cases"]
+    assert [{row["status"] for row in case["rows"]} for case in cases] == [{OK}, {FAILED}, {OK}]
+    assert cases[1]["rows"][1]["message"] == "the case itself: OutOfMemoryError: too large"
+
+
+def test_a_run_ends_where_the_gpu_answers_nothing_any_more(tmp_path, monkeypatch, capsys):
+    """With what it has, and a status that says so."""
+    monkeypatch.setattr(cli, "context_is_lost", lambda device: True)
+    options = ["--rounds", "1", "--no-memory", "--device", "cpu", "--out", str(tmp_path), "--providers", "gemm"]
+    assert main(["--suite", "gpu", "--shape", TINY, *options]) == 1
+    printed = capsys.readouterr().out
+    assert "run again without it" in printed and printed.count("left out: gpu: dpo") == 2
+    document = json.loads((tmp_path / "cpu-gpu.json").read_text())
+    assert (len(document["cases"]), len(document["left_out"])) == (1, 2)
+
+
+def test_a_profile_says_which_operators_ours_and_the_bare_gemms_take(tmp_path, capsys):
+    names = ["gemm", "torch", "logitless:op"]
+    options = ["--rounds", "1", "--no-memory", "--profile", "--device", "cpu", "--out", str(tmp_path), "--providers", *names]
+    assert main(["--suite", "op", "--shape", TINY, *options]) == 0
+    assert "profile of gemm" in capsys.readouterr().out
+    (case,) = json.loads((tmp_path / "cpu-op.json").read_text())["cases"]
+    gemm, plain, ours = case["rows"]
+    assert plain["profile"] is None
+    assert {kernel["name"]: kernel["calls"] for kernel in gemm["profile"]}["aten::mm"] == 3
+    for row in (gemm, ours):
+        times = [kernel["microseconds"] for kernel in row["profile"]]
+        assert times == sorted(times, reverse=True) and times[-1] >= 0 and len(times) <= 20
+    assert ours["predicted_seconds"] is None  # the cost model knows GPUs alone
+
+
+def test_ceilings_are_measured_at_small_shapes_too(tmp_path, capsys):
+    options = ["--device", "cpu", "--out", str(tmp_path), "--shape", "pairs=1,tokens=16,hidden=32,vocab=300,masked=0"]
+    assert main(["--suite", "ceilings", *options]) == 0
+    assert "copy of 128 MiB" in capsys.readouterr().out
+    document = json.loads((tmp_path / "cpu-ceilings.json").read_text())
+    rows = document["rows"]
+    assert [row["kind"] for row in rows] == ["copy", "launch", *["gemm"] * 5]
+    assert [row["dtype"] for row in rows[2:]] == ["bfloat16"] * 3 + ["float32", "float64"]
+    assert all(row["flops"] == 2 * 32 * 32 * 300 and row["flops_per_second"] > 0 for row in rows[2:])
+    assert rows[0]["bytes_per_second"] == rows[0]["moved"] / rows[0]["seconds"] and rows[0]["moved"] == 2 * 128 << 20
+    assert document["clock_hz"] is None and document["environment"]["device"] == "cpu"
+
+
+def test_the_commit_may_be_told_where_there_is_no_checkout(monkeypatch):
+    monkeypatch.setenv("LOGITLESS_COMMIT", "0123abc")
+    real = environment.environment(CPU)["commit"]
+    monkeypatch.setattr(environment, "_git", lambda *arguments: None)
+    assert environment.environment(CPU)["commit"] == "0123abc"
+    assert real is None or len(real) == 40
+
+
+@pytest.mark.parametrize(
+    ("account", "version"),
+    [
+        (
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\nGCC version: 12.2.0\n",
+            "535.104.05",
+        ),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.82.07  Release Build  (x)\n", "580.82.07"),
+        ("something else\n", None),
+    ],
+)
+def test_the_driver_is_known_without_its_tool(tmp_path, monkeypatch, account, version):
+    (tmp_path / "version").write_text(account)
+    monkeypatch.setattr(environment, "nvidia_smi", lambda query: None)
+    monkeypatch.setattr(environment, "Path", lambda path: tmp_path / "version")
+    assert environment.driver_version() == version
 
 
 def test_no_further_case_is_started_after_the_time_limit(tmp_path, capsys):
@@ -278,7 +414,7 @@ def test_responses_run_evenly_from_the_longest_to_the_shortest():
 
 def test_the_policy_suites_have_the_sizes_of_the_headlines():
     for suite, headline in (("policy", "dpo"), ("policy-gpu", "gpu")):
-        cases, like = SUITES[suite].make({}, False), SUITES[headline].base
+        cases, like = SUITES[suite].make({}, False)[:5], SUITES[headline].base
         assert {(c.shape.hidden, c.shape.vocab, c.shape.dtype) for c in cases} == {(like.hidden, like.vocab, like.dtype)}
         assert cases[0].shape.scored == like.scored
         assert all(c.shape.scored % 64 == 0 and abs(c.shape.scored / like.scored - 1) < 0.1 for c in cases)
@@ -396,7 +532,7 @@ def test_a_wrong_packed_gradient_gets_no_figure(task):
 
 
 def test_suites_apart_share_no_provider():
-    names = {suite: set(default_providers(suite, False)) for suite in ("op", "train", "policy", "gae")}
+    names = {suite: set(default_providers(suite, False)) for suite in ("op", "policy", "gae")}
     assert all(names[a].isdisjoint(names[b]) for a in names for b in names if a < b)
     assert "gemm:policy" in names["policy"] and "gemm" in names["op"]
 

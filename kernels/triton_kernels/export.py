@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from .configs import TABLE, GemmConfig, dumps, operand_bits, parse
-from .tune import Problem, Timing, Workload, search, store
+from .tune import Prepare, Problem, Timing, Workload, device_name, search, store
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,18 @@ class Result:
     timings: list[Timing]
     mm: float
 
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it: sizes, and milliseconds of all candidates, the one to take first."""
+        problem = {field.name: getattr(self.problem, field.name) for field in fields(self.problem)}
+        problem |= {"device": device_name(self.problem.device), "dtype": str(self.problem.dtype).removeprefix("torch.")}
+        problem["architecture"] = self.problem.architecture
+        return {"problem": problem, "mm_milliseconds": self.mm, "timings": [asdict(timing) for timing in self.timings]}
 
-def tune(problem: Problem) -> Result:
-    """Measure now, whatever is cached, and cache what is found."""
+
+def tune(problem: Problem, deadline: float | None = None, prepare: Prepare | None = None) -> Result:
+    """Measure now, whatever is cached, and cache what is found; the last two as for :func:`search`."""
     workload = Workload(problem)
-    result = Result(problem, search(workload), workload.mm_milliseconds())
+    result = Result(problem, search(workload, deadline, prepare), workload.mm_milliseconds())
     store(problem.path(), problem, result.timings[0], overwrite=True)
     return result
 

@@ -16,16 +16,19 @@ holds fewer tokens than the reference's batch, their last bits may differ.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
 import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,6 +125,10 @@ class Timing:
     @property
     def total(self) -> float:
         return self.forward + self.gradient
+
+
+#: Called with a problem and candidates that are measured next.
+Prepare = Callable[[Problem, Sequence[GemmConfig]], None]
 
 
 def bucket(num_tokens: int) -> int:
@@ -348,10 +355,44 @@ def _log_skipped(config: GemmConfig, error: Exception) -> None:
     log.debug("%s is skipped: %s: %s", config, type(error).__name__, lines[0])
 
 
-def search(workload: Workload) -> list[Timing]:
+def compile_for(problem: Problem, config: GemmConfig) -> None:
+    """Compile what :meth:`Workload.measure` runs of a configuration into Triton's cache, on tensors too small to matter.
+
+    Nothing of the number of tokens and of entries goes into a kernel, so those for fewer of them are the same.
+    """
+    workload = Workload(replace(problem, num_tokens=MOST_BLOCK_N, vocab_size=2 * config.BLOCK_V + problem.vocab_size % 16))
+    for gradient in (None, workload.tile):
+        workload._score(config, gradient)
+
+
+def _compile_quietly(task: tuple[Problem, GemmConfig]) -> None:
+    with contextlib.suppress(Exception):  # whoever measures it meets the error, and says so
+        compile_for(*task)
+
+
+@contextlib.contextmanager
+def compilers(jobs: int) -> Iterator[Prepare]:
+    """Processes that compile candidates side by side before one process measures them: a kernel takes seconds to compile, and a
+    search needs some eighty.
+    """
+    # a forked process would inherit CUDA in whatever state it is
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+
+        def prepare(problem: Problem, configs: Sequence[GemmConfig]) -> None:
+            list(pool.map(_compile_quietly, [(problem, config) for config in configs]))
+
+        yield prepare
+
+
+def search(workload: Workload, deadline: float | None = None, prepare: Prepare | None = None) -> list[Timing]:
     """Every candidate that runs; the first is the one to take, the others follow from fast to slow.
 
     Starts from the table's configurations, and goes on from the best so far until nothing near it is better.
+
+    Args:
+        workload: what is measured.
+        deadline: of ``time.monotonic()``, after which the best so far is taken.
+        prepare: told of candidates before they are measured, see :func:`compilers`.
 
     Raises:
         RuntimeError: when none runs.
@@ -362,10 +403,17 @@ def search(workload: Workload) -> list[Timing]:
     done: dict[GemmConfig, Timing | None] = {}
     best: Timing | None = None
     queue = [*starts, *candidates(starts[0], tma)]
+    prepared: set[GemmConfig] = set()
     while queue and len(done) < LIMIT:
+        if best is not None and deadline is not None and time.monotonic() > deadline:
+            break
         config = queue.pop(0)
         if config in done:
             continue
+        if prepare is not None and config not in prepared:
+            wave = [c for c in dict.fromkeys((config, *queue)) if c not in prepared and c not in done]
+            prepare(problem, wave)
+            prepared.update(wave)
         timing = done[config] = workload.measure(config)
         if timing is not None and (best is None or timing.total < (1 - GAIN) * best.total):
             best = timing

@@ -1,0 +1,218 @@
+"""What bounds a step on the device at hand: copies, GEMMs of the head's shapes, and launches. The suite ``ceilings``.
+
+It has no providers and nothing to check: each row is one operation of torch, timed alone. ``scripts/gpu_constants.py`` makes
+the cost model's constants of its JSON.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cases import Shape
+from .console import Console
+from .environment import nvidia_smi
+from .report import write_json
+from .suites import SUITES
+
+SUITE = "ceilings"
+HELP = "bandwidth of a copy, GEMMs of the head's shapes, and the time of a short kernel"
+SCHEMA = 1
+COLUMNS = ("operation", "ms, median", "min", "GB/s", "TFLOP/s", "what")
+
+#: Bytes that are copied, by device: far beyond any cache.
+_COPY_BYTES = {"cuda": 2 << 30, "cpu": 128 << 20}
+#: Short kernels in one queue, which holds about a thousand.
+_LAUNCHES = 500
+#: Vocabulary entries of the GEMMs in float32 and float64, whose whole weight would take seconds.
+_WIDE_VOCAB = 16384
+#: Seconds for which each operation is repeated, and its fewest and most runs.
+_REPEAT_SECONDS, _FEWEST, _MOST = 0.3, 3, 40
+#: Seconds of GEMMs in the queue while the driver's tool is asked for the clock.
+_LOAD_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """One operation.
+
+    Attributes:
+        kind: ``copy``, ``gemm`` or ``launch``. what: which one, for the table.
+        seconds, min_seconds: median and least of one operation.
+        moved: bytes read and written. flops: of a GEMM; 0 otherwise.
+        dtype, tokens, hidden, vocab: of a GEMM: N, H, V.
+    """
+
+    kind: str
+    what: str
+    seconds: float
+    min_seconds: float
+    moved: int
+    flops: int = 0
+    dtype: str = ""
+    tokens: int = 0
+    hidden: int = 0
+    vocab: int = 0
+
+    def cells(self) -> tuple[str, ...]:
+        """For COLUMNS."""
+        gb, tera = self.moved / self.seconds / 1e9, self.flops / self.seconds / 1e12
+        shape = f"N={self.tokens} H={self.hidden} V={self.vocab} {self.dtype}" if self.kind == "gemm" else ""
+        times = (f"{self.seconds * 1e3:.4g}", f"{self.min_seconds * 1e3:.4g}")
+        return (self.what, *times, f"{gb:.0f}" if self.moved else "-", f"{tera:.4g}" if self.flops else "-", shape)
+
+    def as_dict(self) -> dict[str, Any]:
+        rates = {"bytes_per_second": self.moved / self.seconds, "flops_per_second": self.flops / self.seconds}
+        return {**asdict(self), **{key: value or None for key, value in rates.items()}}
+
+
+def _once(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one run, on the device's own clock where it has one."""
+    if device.type == "cpu":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start_event.record()
+    run()
+    end_event.record()
+    end_event.synchronize()
+    return start_event.elapsed_time(end_event) / 1e3
+
+
+def time_of(run: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Median and least seconds of some runs, after one that nobody counts."""
+    run()
+    first = _once(run, device)
+    count = min(_MOST, max(_FEWEST, int(_REPEAT_SECONDS / max(first, 1e-9))))
+    seconds = [_once(run, device) for _ in range(count)]
+    return statistics.median(seconds), min(seconds)
+
+
+def copy(device: torch.device) -> Ceiling:
+    source = torch.zeros(_COPY_BYTES[device.type], dtype=torch.uint8, device=device)
+    destination = torch.empty_like(source)
+    found = time_of(lambda: destination.copy_(source), device)
+    return Ceiling("copy", f"copy of {len(source) >> 20} MiB", *found, moved=2 * len(source))
+
+
+def launch(device: torch.device) -> Ceiling:
+    """Of one short kernel among many that wait in the queue; on a CPU of a call of a short operator."""
+    x = torch.zeros(1, device=device)
+
+    def run() -> None:
+        for _ in range(_LAUNCHES):
+            x.add_(1.0)
+
+    if device.type == "cpu":
+        found = time_of(run, device)
+    else:
+        seconds = []
+        for _ in range(_FEWEST + 2):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(50_000_000)  # some 25 ms, in which the host fills the queue
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            seconds.append(start.elapsed_time(end) / 1e3)
+        found = statistics.median(seconds[2:]), min(seconds[2:])
+    return Ceiling("launch", "one short kernel", found[0] / _LAUNCHES, found[1] / _LAUNCHES, moved=0)
+
+
+def _operands(n: int, h: int, v: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """X (N, H), W (V, H) and a block for logits (N, V)."""
+    g = torch.Generator(device).manual_seed(0)
+    x = torch.randn((n, h), generator=g, dtype=dtype, device=device)
+    w = torch.empty((v, h), dtype=dtype, device=device).normal_(std=h**-0.5, generator=g)
+    return x, w, torch.empty((n, v), dtype=dtype, device=device)
+
+
+def gemms(shape: Shape, dtype: torch.dtype, device: torch.device, vocab: int | None = None) -> list[Ceiling]:
+    """The three of a step, each alone: logits, dX, dW."""
+    n, h, v = shape.scored, shape.hidden, vocab or shape.vocab
+    x, w, tile = _operands(n, h, v, dtype, device)
+    dx, dw = torch.empty_like(x), torch.empty_like(w)
+    moved = (x.numel() + w.numel() + tile.numel()) * dtype.itemsize
+    sizes: dict[str, Any] = {"tokens": n, "hidden": h, "vocab": v, "dtype": str(dtype).removeprefix("torch.")}
+    runs: dict[str, Callable[[], object]] = {
+        "logits = X W^T": lambda: torch.mm(x, w.t(), out=tile),
+        "dX = G W": lambda: torch.mm(tile, w, out=dx),
+        "dW = G^T X": lambda: torch.mm(tile.t(), x, out=dw),
+    }
+    found = []
+    for what, run in runs.items():
+        found.append(Ceiling("gemm", what, *time_of(run, device), moved=moved, flops=2 * n * h * v, **sizes))
+        if len(found) == 1:
+            tile.mul_(1e-3)  # about as large as gradients are: power depends on the numbers
+    return found
+
+
+def clock_under_load(shape: Shape, device: torch.device, seconds: float) -> float | None:
+    """Hertz of the multiprocessors while the GEMM of the logits, which takes ``seconds``, runs all the time.
+
+    ``None`` where the driver's tool does not say, or where the queue was empty before it did.
+    """
+    if device.type == "cpu":
+        return None
+    x, w, tile = _operands(shape.scored, shape.hidden, shape.vocab, shape.torch_dtype, device)
+    for _ in range(max(1, min(500, int(_LOAD_SECONDS / seconds)))):
+        torch.mm(x, w.t(), out=tile)
+    end = torch.cuda.Event()
+    end.record()
+    megahertz = nvidia_smi("clocks.sm")
+    still_busy = not end.query()
+    end.synchronize()
+    return float(megahertz) * 1e6 if megahertz is not None and still_busy else None
+
+
+def measure(device: torch.device, shapes: list[Shape], progress: Callable[[str, int], None]) -> dict[str, Any]:
+    """All rows, and the clock under load."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False  # of float32, as torch has it by default
+    try:
+        progress("copy and launch", 1)
+        rows = [copy(device), launch(device)]
+        for shape in shapes:
+            progress(f"GEMMs of {shape}", 1)
+            rows += gemms(shape, shape.torch_dtype, device)
+        first = shapes[0]
+        progress("clock under load", 1)
+        clock = clock_under_load(first, device, rows[2].seconds)
+        for dtype in (torch.float32, torch.float64):
+            progress(f"GEMM in {dtype}", 1)
+            rows += gemms(first, dtype, device, min(first.vocab, _WIDE_VOCAB))[:1]
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    return {"clock_hz": clock, "rows": [row.as_dict() for row in rows]}
+
+
+def shapes_of(device: torch.device, overrides: Mapping[str, Any], quick: bool) -> list[Shape]:
+    """Those of the suite that has the device's headline, each once."""
+    suite = SUITES["gpu" if device.type == "cuda" else "dpo"]
+    return list(dict.fromkeys(case.shape for case in suite.make(overrides, quick)))
+
+
+def run(
+    console: Console, out: Path, environment: Mapping[str, Any], device: torch.device, overrides: Mapping[str, Any], quick: bool
+) -> Path:
+    """Measure, print the table, and write it as JSON."""
+    shapes = shapes_of(device, overrides, quick)
+    with console.progress(len(shapes) + 4) as progress:
+        found = measure(device, shapes, progress)
+    names = list(Ceiling.__dataclass_fields__)
+    cells = [Ceiling(**{name: row[name] for name in names}).cells() for row in found["rows"]]
+    console.table(f"{SUITE}: operations of torch alone", COLUMNS, cells, [False] * len(cells))
+    if found["clock_hz"] is not None:
+        console.print(f"  {found['clock_hz'] / 1e6:.0f} MHz under a load of GEMMs", highlight=False)
+    console.print()
+    path = out / f"{device.type}-{SUITE}.json"
+    write_json(path, {"schema": SCHEMA, "quick": quick, "environment": environment, **found})
+    return path

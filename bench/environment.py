@@ -1,0 +1,121 @@
+"""What a run was made with: versions, machine and commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "numpy")
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory() -> int | None:
+    """Bytes of this machine."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _cores() -> int | None:
+    """Physical ones, where that can be known."""
+    try:
+        import psutil
+    except ImportError:
+        return os.cpu_count()
+    return psutil.cpu_count(logical=False) or os.cpu_count()
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def nvidia_smi(query: str) -> str | None:
+    """One property of the first GPU that the driver's tool knows, without its unit; ``None`` where it does not say."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    command = [tool, f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split("\n")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    value = lines[0].strip()
+    return None if not value or value.startswith("[") else value  # [N/A], [Not Supported]
+
+
+def driver_version() -> str | None:
+    """Of NVIDIA's driver: from its tool or, without that, from Linux's account of the module; ``None`` if neither is there."""
+    account = Path("/proc/driver/nvidia/version")
+    if (found := nvidia_smi("driver_version")) is None and account.exists():
+        match = re.search(r"Module.*?\s(\d+\.\d[\d.]*)\s", account.read_text())
+        found = match[1] if match else None
+    return found
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "architecture": f"sm_{properties.major}{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "sm_count": properties.multi_processor_count,
+        "l2_bytes": getattr(properties, "L2_cache_size", None),
+        "cuda": torch.version.cuda,
+        "driver": driver_version(),
+    }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, machine and commit: git's, or what ``LOGITLESS_COMMIT`` says where the sources are no checkout."""
+    import logitless
+
+    status = _git("status", "--porcelain")
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("LOGITLESS_COMMIT"),
+        "uncommitted_changes": None if status is None else bool(status),
+        "device": device.type,
+        "machine": {
+            "cpu": _cpu_model(),
+            "cores": _cores(),
+            "threads": torch.get_num_threads(),
+            "memory_bytes": _memory(),
+            "gpu": _gpu(device) if device.type == "cuda" else None,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "logitless": logitless.__version__,
+            **{name: _installed(name) for name in _PACKAGES},
+        },
+    }
