@@ -1,0 +1,5 @@
+"""``python -m logitless.bench.training``"""
+
+from .cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,274 @@
+"""A model, its reference, TRL's trainer and the optimizer of a case, which all of its arms share; and a batch's tensors."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import logitless as ll
+from logitless.kernels.reference import reference_logps
+
+from .batches import IGNORE, Batch
+from .cases import TrainCase
+from .methods import METHODS
+from .models import MODELS, lora_config, make_model, move_away
+
+#: Attention of a batch that is padded, and of sequences in one row on a GPU, the first that there is.
+PADDED = "sdpa"
+_IN_ONE_ROW = (("flash_attention_3", "flash_attn_interface"), ("flash_attention_2", "flash_attn"))
+#: Elements of a block of float64 logits.
+_BLOCK = 64 << 20
+#: Distances of the policy from the one that sampled, as in the benchmark of policy losses: none is near a clipping range's end.
+_LOG_RATIOS = (0.0, 0.05, -0.05, 0.1, -0.1, 0.5, -0.5)
+_MAX_GRAD_NORM = 1.0
+
+
+def packed_attention(device: torch.device) -> str:
+    """The attention implementation that runs sequences in one row."""
+    if device.type == "cpu":
+        return PADDED
+    return next((name for name, package in _IN_ONE_ROW if importlib.util.find_spec(package)), "flex_attention")
+
+
+@dataclass
+class Data:
+    """A batch on the device, in the forms that the arms take.
+
+    Attributes:
+        packed: sequences in one row, prompts not scored. packed_kl: the mismatched pairs of KTO.
+        every_label: (N,) shifted labels of all of ``packed``'s tokens.
+        ids, mask, labels: (S, T), padded on the right; labels not shifted, -100 outside of the completions.
+        desirable, advantages: (S,).
+        old_logps: (S, T) float32, at the position that predicts.
+        exact_ref: (S,) float64 sums of the reference, by an exact head. exact_kl: 0-dim.
+        trl: arguments of TRL's ``compute_loss``.
+    """
+
+    batch: Batch
+    device: torch.device
+    packed: ll.PackedSequences
+    packed_kl: ll.PackedSequences
+    every_label: Tensor
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor
+    desirable: Tensor
+    advantages: Tensor
+    old_logps: Tensor
+    exact_ref: Tensor | None = None
+    exact_kl: Tensor | None = None
+    trl: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(s) for s in self.batch.sequences]
+
+    @property
+    def scored(self) -> Tensor:
+        """(S, T - 1): positions that predict a token of a completion."""
+        return self.labels[:, 1:] != IGNORE
+
+    @property
+    def present(self) -> Tensor:
+        """(S, T - 1): positions that predict a token that is not padding."""
+        return self.mask[:, 1:] != 0
+
+
+class Workbench:
+    """One case made ready. Everything that is held between steps is held here.
+
+    Attributes:
+        model: the policy, within PEFT's wrapper where the case has adapters. base: the causal language model in it.
+        reference: a model of its own; ``None`` where there is none, or where it is the policy without adapters.
+        parameters: those that are trained.
+    """
+
+    def __init__(self, case: TrainCase, device: torch.device, *, learning_rate: float = 0.0) -> None:
+        self.case, self.device, self.method = case, device, METHODS[case.method]
+        options: dict[str, Any] = {"tiny": case.tiny, "attention": PADDED, "seed": case.seed}
+        peft = lora_config(case.model)
+        policy = make_model(case.model, device, case.weights_dtype, **options)
+        self.reference = None
+        models: dict[str, Any] = {"model": policy}
+        if peft is not None:
+            models["peft_config"] = peft
+        else:
+            move_away(policy, case.seed)
+        if self.method.reference and peft is None:
+            self.reference = make_model(case.model, device, case.weights_dtype, **options).requires_grad_(False).eval()
+            models["ref_model"] = self.reference
+        torch.manual_seed(case.seed)  # of the adapters
+        self.trainer = self.method.trainer(device, 2 * case.pairs, **models)
+        self.trainer.current_gradient_accumulation_steps = 1  # set by the training loop, which does not run here
+        self.model = self.trainer.model.to(device).train()
+        self.base = self.model.get_base_model() if peft is not None else self.model
+        if case.checkpointing:
+            self.base.gradient_checkpointing_enable({"use_reentrant": False})
+            if peft is not None:
+                self.base.enable_input_require_grads()
+        if case.compiled:
+            self.base.model.compile()
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        fused = device.type == "cuda"
+        # A learning rate of 0 pays for the optimizer's step and leaves every step with the same weights.
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.0, fused=fused)
+        self.scaler = torch.amp.GradScaler(device.type) if case.autocast_dtype == torch.float16 else None
+        self.head = ll.HeadSpec.from_config(self.base.config)
+
+    @functools.cached_property
+    def module(self) -> Any:
+        return self.method.module()
+
+    @property
+    def attention(self) -> str:
+        found: str = self.base.config._attn_implementation
+        return found
+
+    def use_attention(self, name: str) -> None:
+        """Of the policy and the reference."""
+        for model in (self.base, self.reference):
+            if model is not None and model.config._attn_implementation != name:
+                model.set_attn_implementation(name)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        dtype = self.case.autocast_dtype
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+
+    @contextmanager
+    def as_reference(self) -> Iterator[Any]:
+        """The model to run as the reference, without gradients."""
+        with torch.no_grad():
+            if self.reference is not None:
+                yield self.reference
+            else:
+                with self.model.disable_adapter():
+                    yield self.model
+
+    def _sums(self, model: nn.Module, packed: ll.PackedSequences) -> Tensor:
+        """(S,) log-probs of sequences, laid out as attention is."""
+
+        def sums(at: ll.AtHead) -> Tensor:
+            return ll.sequence_logps(at.hidden, at.weight, at.labels, at.bias, at.head, cu_seqlens=at.cu_seqlens)
+
+        return ll.at_head(model, packed, sums, padding_free=self.in_one_row)
+
+    def policy_sums(self, packed: ll.PackedSequences) -> Tensor:
+        return self._sums(self.model, packed)
+
+    def reference_sums(self, packed: ll.PackedSequences) -> Tensor:
+        with self.as_reference() as model:
+            return self._sums(model, packed)
+
+    #: Whether logitless's arms run sequences in one row; the arm sets it.
+    in_one_row: bool = False
+
+    def data(self, batch: Batch, *, exact: bool) -> Data:
+        """The tensors of a batch. ``exact``: also what the exact step needs, which costs a few forward passes.
+
+        Rollouts are taken from the policy as it is now.
+        """
+        device, g = self.device, torch.Generator().manual_seed(self.case.seed)
+        ids, mask, labels = batch.padded(device)
+        kl = batch.rotated()
+        data = Data(
+            batch=batch,
+            device=device,
+            packed=ll.pack(batch.sequences, prompt_lengths=batch.prompt_lengths).to(device),
+            packed_kl=ll.pack(kl.sequences, prompt_lengths=kl.prompt_lengths).to(device),
+            every_label=ll.pack(batch.sequences).to(device).labels,
+            ids=ids,
+            mask=mask,
+            labels=labels,
+            desirable=torch.arange(len(batch), device=device) < len(batch) // 2,
+            advantages=torch.randn(len(batch), generator=g).to(device),
+            old_logps=torch.zeros(ids.shape, device=device),
+        )
+        if self.case.method == "grpo":
+            self.use_attention(PADDED)
+            drawn = torch.randint(len(_LOG_RATIOS), tuple(ids.shape), generator=g)
+            with torch.no_grad(), self.autocast():
+                now = ll.model_logps(self.model, data.packed, padding_free=False).logps
+            logps = torch.zeros(ids.shape, device=device)
+            logps[mask != 0] = now.float()
+            shifted = torch.zeros_like(mask, dtype=torch.bool)
+            shifted[:, :-1] = data.scored
+            data.old_logps = torch.where(shifted, logps - torch.tensor(_LOG_RATIOS)[drawn].to(device), 0)
+        if exact and self.method.reference:
+            with self.as_reference() as model:
+                data.exact_ref = self.exact_logps(model, data.ids, data.mask, data.labels).sum(-1)
+            if self.method.kl:
+                arguments = kl.padded(device)
+                with torch.no_grad():
+                    ours = self.exact_logps(self.model, *arguments).sum(-1)
+                with self.as_reference() as model:
+                    data.exact_kl = (ours - self.exact_logps(model, *arguments).sum(-1)).mean()
+        data.trl = self.method.inputs(self.trainer, batch, data)
+        return data
+
+    def hidden(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+        """Hidden states (S, T, H) of the decoder below the head."""
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        states: Tensor = base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return states
+
+    def exact_logps(self, model: Any, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        """Log-probs (S, T - 1) by a float64 head on the model's own hidden states, differentiable, 0 at ``IGNORE``."""
+        with self.autocast():
+            hidden = self.hidden(model, ids, mask)[:, :-1]
+        targets = labels[:, 1:]
+        chosen = targets != IGNORE
+        weight = self.base.get_output_embeddings().weight.double()
+
+        def score(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+            logps = reference_logps(x.double(), w, y, head=self.head).logps
+            assert logps is not None
+            return logps
+
+        rows = max(1, _BLOCK // len(weight))
+        parts = zip(hidden[chosen].split(rows), targets[chosen].split(rows), strict=True)
+        values = torch.cat([checkpoint(score, x, weight, y, use_reentrant=False) for x, y in parts])
+        return torch.zeros(targets.shape, dtype=values.dtype, device=values.device).masked_scatter(chosen, values)
+
+    def exact_loss(self, data: Data) -> Tensor:
+        """The loss by the exact head, in float64."""
+        labels = data.ids.masked_fill(data.mask == 0, IGNORE) if self.method.every_token else data.labels
+        return self.method.exact(self.exact_logps(self.model, data.ids, data.mask, labels), data)
+
+    def backward(self, loss: Tensor) -> None:
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Of the trained parameters, taken out of the model, a loss scale undone; those that got none are left out."""
+        scale = 1.0 if self.scaler is None else 1 / self.scaler.get_scale()
+        found = {n: p.grad.mul_(scale) for n, p in self.model.named_parameters() if p.grad is not None}
+        self.optimizer.zero_grad()
+        return found
+
+    def update(self) -> None:
+        """Clip, step, and drop the gradients."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.parameters, _MAX_GRAD_NORM)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad()
+
+    @property
+    def vocab(self) -> int:
+        size: int = self.base.config.vocab_size
+        return size
+
+    @property
+    def lora(self) -> bool:
+        return bool(MODELS[self.case.model].lora)
