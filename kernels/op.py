@@ -68,7 +68,7 @@ def _capturing(labels: Tensor) -> bool:
 class _Rows(NamedTuple):
     """The rows that are computed: those that are scored or, in a captured graph, all, with zeros where none is."""
 
-    index: Tensor  # (N,)
+    taken: Tensor  # (N,) their indices
     scored: Tensor | None  # (P,) bool, where all rows are computed
 
     @classmethod
@@ -80,17 +80,17 @@ class _Rows(NamedTuple):
 
     def hidden(self, hidden: Tensor) -> Tensor:
         """(P, H) -> (N, H)"""
-        return gather_rows(hidden, self.index) if self.scored is None else torch.where(self.scored[:, None], hidden, 0)
+        return gather_rows(hidden, self.taken) if self.scored is None else torch.where(self.scored[:, None], hidden, 0)
 
     def labels(self, labels: Tensor) -> Tensor:
         """(P,) -> (N,). In place of an ignored one stands one that is scored: label 0 may be ruled out by a bias of -inf."""
         if self.scored is None or not len(labels):
-            return labels[self.index]
+            return labels[self.taken]
         return torch.where(self.scored, labels, torch.where(self.scored, labels, 0).amax())
 
     def values(self, values: Tensor) -> Tensor:
         """What is given for each token. (P,) -> (N,)"""
-        return values[self.index] if self.scored is None else torch.where(self.scored, values, 0)
+        return values[self.taken] if self.scored is None else torch.where(self.scored, values, 0)
 
 
 def _call(hidden: Tensor, weight: Tensor, num_tokens: int, work: Work, options: CoreOptions) -> Call:
@@ -131,7 +131,7 @@ def _forward(
     spec = HeadSpec.unpack(head)
     check_label_range(labels, labels != ignore_index, len(weight), ignore_index)
     picked = _Rows.of(labels, ignore_index)
-    rows, acc = picked.index, accumulate_dtype(hidden.dtype)
+    rows, acc = picked.taken, accumulate_dtype(hidden.dtype)
     options = core_options(memory_budget, _names(outputs), precision, acc.itemsize, hidden.device, grad_filter)
     work: Work = "forward" if unit_dhidden == _NO_UNIT else "frozen"
     chosen = choose_backend(_call(hidden, weight, len(rows), work, options), backend)
@@ -207,7 +207,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     spec = HeadSpec.unpack(head)
     picked = _Rows.of(labels, ignore_index)
-    rows = picked.index
+    rows = picked.taken
     n, acc, deferred = len(rows), accumulate_dtype(hidden.dtype), needs[0] and not (needs[1] or needs[2])
     options = core_options(memory_budget, frozenset(), precision, acc.itemsize, hidden.device, grad_filter)
     call = _call(hidden, weight, n, "recompute", options)

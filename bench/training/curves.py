@@ -97,7 +97,9 @@ class _InFloat32:
 
 def _roundings(vocab: int) -> dict[str, Arm]:
     """Arms that compute what TRL's does, rounded elsewhere."""
-    found = [("trl:float32-head", "its head in float32", ("_ChunkedLogProbFunction", _InFloat32))]
+    found: list[tuple[str, str, tuple[str, Any]]] = [
+        ("trl:float32-head", "its head in float32", ("_ChunkedLogProbFunction", _InFloat32))
+    ]
     for part in _PARTS:
         size = max(1, vocab // part)
         found.append((f"trl:tiles-{size}", "its head in other tiles", ("_CHUNKED_LOGPROB_CHUNK_SIZE", size)))

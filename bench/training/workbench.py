@@ -178,12 +178,14 @@ class Workbench:
         device, g = self.device, torch.Generator().manual_seed(self.case.seed)
         ids, mask, labels = batch.padded(device)
         kl = batch.rotated()
+        every_label = ll.pack(batch.sequences).labels
+        assert every_label is not None
         data = Data(
             batch=batch,
             device=device,
             packed=ll.pack(batch.sequences, prompt_lengths=batch.prompt_lengths).to(device),
             packed_kl=ll.pack(kl.sequences, prompt_lengths=kl.prompt_lengths).to(device),
-            every_label=ll.pack(batch.sequences).to(device).labels,
+            every_label=every_label.to(device),
             ids=ids,
             mask=mask,
             labels=labels,
