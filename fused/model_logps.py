@@ -75,7 +75,7 @@ def model_logps(
     checkpointing, ``DistributedDataParallel``, PEFT adapters.
 
     **Padding-free.** The sequences are laid end to end in one row, with position ids that start again at 0 in each and no
-    attention mask, from which transformers tells them apart; ``flash_attention_*`` also gets ``cu_seq_lens_q/k`` and
+    attention mask, from which transformers tells them apart; ``*flash*`` and ``*varlen*`` also get ``cu_seq_lens_q/k`` and
     ``max_length_q/k``. Some models silently let such sequences see each other (recurrent and convolutional layers; models
     that do not pass position ids to their mask, as Bloom, OPT, GPT-OSS and AFMoE in transformers 5.23). So a model is looked
     at and tried out once, with 16 tokens, before it is used this way (:func:`why_not_padding_free`); where it cannot, the
@@ -190,7 +190,7 @@ def _run(
             raise ValueError(f"model cannot be used: {'; '.join(wrong)}")
         inputs, targets, where = _right_padded(lm, packed, positions)
     else:
-        inputs = packed.model_inputs(flash_attention="flash" in _attention(lm))
+        inputs = packed.model_inputs(flash_attention=_takes_bounds(lm))
         assert packed.labels is not None
         targets, where = packed.labels[None], torch.arange(len(packed.input_ids), device=packed.input_ids.device)
     if not len(packed.input_ids):
@@ -211,8 +211,8 @@ def why_not_padding_free(model: nn.Module) -> list[str]:
     """Every reason why a model cannot take several sequences in one row of tokens; empty when it can.
 
     Looked at: whether its forward pass takes position ids, its attention implementation (``eager``, ``sdpa``,
-    ``flex_attention`` or ``flash_attention_*``), whether it keeps a recurrent state, and ``layer_types`` of its config. That
-    is not enough, since some models that pass all of it drop the position ids on the way to the mask. So the model is also
+    ``flex_attention``, ``*flash*`` or ``*varlen*``), whether it keeps a recurrent state, and ``layer_types`` of its config.
+    That is not enough, since some models that pass all of it drop the position ids on the way to the mask. So the model is also
     tried out: two sequences of eight tokens in one row must give the hidden states that they give alone, whatever tokens
     the other one has. This costs five forward passes without gradients, in evaluation mode, the first time that a model is
     seen with an attention implementation.
@@ -232,7 +232,7 @@ def why_not_padding_free(model: nn.Module) -> list[str]:
     if not _takes_positions(lm):
         reasons.append(f"{name}.forward takes no position_ids")
     attention = _attention(lm)
-    if attention not in _MASKED and "flash" not in attention:
+    if attention not in _MASKED and not _takes_bounds(lm):
         reasons.append(f"attention implementation {attention!r} is not known to tell sequences apart")
     if getattr(lm, "_is_stateful", False):
         reasons.append(f"{name} keeps a recurrent state, which runs on from one sequence into the next")
@@ -348,6 +348,11 @@ def _why_not(
     width = _head_weight(lm)[0].shape[1]
     one, batch = _row_cost(1, bounds[-1], width), _row_cost(len(sizes), packed.max_seqlen, width)
     return [f"a row of {bounds[-1]} tokens costs {one / batch:.1f} times the padded batch"] if one > batch else []
+
+
+def _takes_bounds(lm: Any) -> bool:
+    """Whether the attention implementation takes the sequences' bounds, by its name: a registered one may be of that kind."""
+    return "flash" in _attention(lm) or "varlen" in _attention(lm)
 
 
 def _row_cost(rows: int, tokens: int, width: int) -> int:
@@ -514,7 +519,7 @@ def _probe_row(model: nn.Module, lm: Any) -> list[str]:
 
     def packed(before: Tensor) -> Tensor:
         pack = PackedSequences(torch.cat((before, second)), alone.repeat(2), bounds, n)
-        return _states(model, lm, pack.model_inputs(flash_attention="flash" in _attention(lm)))[0, n:]
+        return _states(model, lm, pack.model_inputs(flash_attention=_takes_bounds(lm)))[0, n:]
 
     def continued(before: Tensor) -> Tensor:
         ids = torch.cat((before, second))

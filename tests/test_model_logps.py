@@ -389,8 +389,8 @@ def _varlen_attention(module, query, key, value, attention_mask, scaling=None, c
     return torch.cat(out, dim=2).transpose(1, 2), None
 
 
-def test_flash_attention_gets_its_sequences_by_argument():
-    name = "flash_varlen_reference"
+@pytest.mark.parametrize("name", ["flash_reference", "varlen_reference"])
+def test_flash_attention_gets_its_sequences_by_argument(name):
     transformers.AttentionInterface.register(name, _varlen_attention)
     transformers.AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
     model, plain, ids = make_model("llama", "eager").eval(), make_model("llama", "eager").eval(), make_ids()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import logitless as ll
 from logitless.bench.training.arms import ARMS, Arm
+from logitless.bench.training.attention import VARLEN
 from logitless.bench.training.batches import (
     IGNORE,
     PROFILES,
@@ -297,3 +299,26 @@ def test_the_list_names_every_suite_and_arm(capsys):
     assert main(["--list"]) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in (*SUITES, *ARMS, *MODELS, *METHODS, *PROFILES))
+
+
+def test_sequences_in_one_row_by_torchs_variable_length_attention(monkeypatch):
+    """Its kernels are for GPUs; what is done for a sequence stands in for them, so the way there and back is what runs."""
+    from torch.nn.attention import varlen
+
+    called = []
+
+    def by_sequence(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):
+        assert q.shape == k.shape == v.shape and cu_q is cu_k and max_q == max_k == int(cu_q.diff().max())
+        assert window_size == (-1, 0) and int(cu_q[-1]) == len(q) and cu_q.dtype == torch.int32
+        called.append(len(cu_q) - 1)
+        bounds = itertools.pairwise(cu_q.tolist())
+        parts = [[t[a:b].transpose(0, 1) for t in (q, k, v)] for a, b in bounds]
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return torch.cat([attend(*part, is_causal=True, scale=scale).transpose(0, 1) for part in parts])
+
+    monkeypatch.setattr(varlen, "varlen_attn", by_sequence)
+    case = replace(SMALL, attention=VARLEN)
+    outcome = run_steps(case, ["logitless", "logitless:packed", "body:packed"], CPU, rounds=1)
+    assert [row.status for row in outcome.rows] == ["ok"] * 3, [row.message for row in outcome.rows]
+    assert outcome.row("logitless:packed").gradient_error < 1e-5
+    assert max(called) == 4  # all sequences of the batch in one call

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import logitless as ll
 
-from .workbench import PADDED, Data, Workbench, packed_attention
+from .attention import PADDED
+from .workbench import Data, Workbench
 
 Loss = Callable[[Workbench, Data], Tensor]
 WhyNot = Callable[[Workbench], list[str]]
@@ -45,7 +46,7 @@ class Arm:
     @contextmanager
     def ready(self, bench: Workbench) -> Iterator[None]:
         """The model as the arm needs it; its own time is not counted."""
-        bench.use_attention(packed_attention(bench.device) if self.packed else PADDED)
+        bench.use_attention(bench.packed_attention if self.packed else PADDED)
         bench.in_one_row = self.packed
         with self.around():
             yield
@@ -86,7 +87,7 @@ def _unfused(bench: Workbench) -> list[str]:
 
 
 def _not_in_one_row(bench: Workbench) -> list[str]:
-    bench.use_attention(packed_attention(bench.device))
+    bench.use_attention(bench.packed_attention)
     return ll.why_not_padding_free(bench.model)
 
 

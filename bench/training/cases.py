@@ -30,6 +30,8 @@ class TrainCase:
         precision: of :data:`PRECISIONS`; ``fp16-amp`` trains with a ``GradScaler``.
         checkpointing: gradient checkpointing of the decoder's layers.
         compiled: the decoder under ``torch.compile``, the head left out of it.
+        attention: with which sequences run in one row, a name of transformers' or :data:`~.attention.VARLEN`; empty: the best
+            that there is.
         tiny: the model shrunk.
     """
 
@@ -41,6 +43,7 @@ class TrainCase:
     precision: str = "bf16"
     checkpointing: bool = False
     compiled: bool = False
+    attention: str = ""
     tiny: bool = False
     seed: int = 0
 
@@ -74,7 +77,7 @@ class TrainCase:
         more = "".join(f", {name}" for name in options)
         return (
             f"{self.model} {self.method}: {self.pairs} pairs x 2 x at most {self.length} tokens ({self.profile}), "
-            f"{self.precision}{more}"
+            f"{self.precision}{more}{', ' if self.attention else ''}{self.attention}"
         )
 
     def as_dict(self) -> dict[str, Any]:

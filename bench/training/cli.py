@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--length", type=int, default=None, metavar="T", help="of the longest sequence of every batch")
     parser.add_argument("--profile", default=None, metavar="NAME", help="lengths of every batch")
     parser.add_argument("--precision", default=None, metavar="NAME", help="of every case")
+    parser.add_argument("--attention", default=None, metavar="NAME", help="of sequences in one row, in every case")
     parser.add_argument("--tiny", action="store_true", help="shrink models and batches, as for a CPU")
     parser.add_argument(
         "--rounds", type=int, default=_ROUNDS, metavar="N", help="timed steps of each arm; default: %(default)s"
@@ -89,7 +90,7 @@ def _cases(suite: Suite, options: argparse.Namespace) -> list[TrainCase]:
         for case in suite.cases
         if (not models or case.model in models) and (not methods or case.method in methods)
     ]
-    names = ("pairs", "length", "profile", "precision")
+    names = ("pairs", "length", "profile", "precision", "attention")
     changes: dict[str, Any] = {name: value for name in names if (value := getattr(options, name)) is not None}
     try:
         return list(dict.fromkeys(replace(case, **changes) for case in chosen))

@@ -18,9 +18,10 @@ from ..memory import measure_work
 from ..registry import Result, Work
 from ..runner import FAILED, OK, UNAVAILABLE, WRONG, shorten, synchronize
 from .arms import ARMS, Arm
+from .attention import PADDED
 from .batches import Batch, make_batch
 from .cases import TrainCase
-from .workbench import PADDED, Data, Workbench
+from .workbench import Data, Workbench
 
 #: What a step may be off by from one with an exact head on the same decoder: a few times what TRL's is, whose head rounds
 #: to the model's dtype. Of the loss relative to the larger of 1 and its size, of gradients the norm of all of them.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -16,26 +15,17 @@ from torch.utils.checkpoint import checkpoint
 import logitless as ll
 from logitless.kernels.reference import reference_logps
 
+from .attention import PADDED, VARLEN, in_one_row, register
 from .batches import IGNORE, Batch
 from .cases import TrainCase
 from .methods import METHODS
 from .models import MODELS, lora_config, make_model, move_away
 
-#: Attention of a batch that is padded, and of sequences in one row on a GPU, the first that there is.
-PADDED = "sdpa"
-_IN_ONE_ROW = (("flash_attention_3", "flash_attn_interface"), ("flash_attention_2", "flash_attn"))
 #: Elements of a block of float64 logits.
 _BLOCK = 64 << 20
 #: Distances of the policy from the one that sampled, as in the benchmark of policy losses: none is near a clipping range's end.
 _LOG_RATIOS = (0.0, 0.05, -0.05, 0.1, -0.1, 0.5, -0.5)
 _MAX_GRAD_NORM = 1.0
-
-
-def packed_attention(device: torch.device) -> str:
-    """The attention implementation that runs sequences in one row."""
-    if device.type == "cpu":
-        return PADDED
-    return next((name for name, package in _IN_ONE_ROW if importlib.util.find_spec(package)), "flex_attention")
 
 
 @dataclass
@@ -122,6 +112,12 @@ class Workbench:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.0, fused=fused)
         self.scaler = torch.amp.GradScaler(device.type) if case.autocast_dtype == torch.float16 else None
         self.head = ll.HeadSpec.from_config(self.base.config)
+        #: Whether logitless's arms run sequences in one row; the arm sets it.
+        self.in_one_row = False
+        #: With what they do.
+        self.packed_attention = case.attention or in_one_row(device)
+        if self.packed_attention == VARLEN:
+            register()
 
     @functools.cached_property
     def module(self) -> Any:
@@ -166,9 +162,6 @@ class Workbench:
     def reference_sums(self, packed: ll.PackedSequences) -> Tensor:
         with self.as_reference() as model:
             return self._sums(model, packed)
-
-    #: Whether logitless's arms run sequences in one row; the arm sets it.
-    in_one_row: bool = False
 
     def data(self, batch: Batch, *, exact: bool) -> Data:
         """The tensors of a batch. ``exact``: also what the exact step needs, which costs a few forward passes.

@@ -1,0 +1,71 @@
+"""Attention of sequences in one row: FlashAttention where it is installed, else torch's own variable-length attention.
+
+The latter has FlashAttention's kernels in it (torch 2.10 and later, on CUDA) and, unlike flex attention, compiles nothing for
+each new length. transformers does not know it, so it is registered here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: Of a batch that is padded.
+PADDED = "sdpa"
+#: ``logitless.model_logps`` hands the bounds of sequences to implementations with such a name; those with "flash" in theirs
+#: transformers looks for itself.
+VARLEN = "torch_varlen"
+_PACKAGES = (("flash_attention_3", "flash_attn_interface"), ("flash_attention_2", "flash_attn"))
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,  # (1, heads, tokens, D)
+    key: Tensor,  # (1, key heads, tokens, D)
+    value: Tensor,  # (1, key heads, tokens, D)
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each sequence of a row, or within all of it where no bounds are given. (1, tokens, heads, D)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if len(query) != 1 or attention_mask is not None:
+        raise ValueError(f"{VARLEN} takes one row without a mask, got {len(query)} rows")
+    tokens, groups = query.shape[2], query.shape[1] // key.shape[1]
+    if cu_seq_lens_q is None:
+        cu_seq_lens_q, max_length_q = torch.tensor([0, tokens], dtype=torch.int32, device=query.device), tokens
+    assert max_length_q is not None
+    # torch 2.11 wants as many heads of keys as of queries
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v))
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+    out = varlen_attn(q, k, v, *bounds, scale=scaling, window_size=window)
+    assert isinstance(out, Tensor)
+    return out[None], None
+
+
+def register() -> None:
+    """Tell transformers of :data:`VARLEN`."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+
+    AttentionInterface.register(VARLEN, varlen_attention)
+    AttentionMaskInterface.register(VARLEN, flash_attention_mask)
+
+
+def in_one_row(device: torch.device) -> str:
+    """The implementation that runs sequences in one row on a device."""
+    if device.type == "cpu":
+        return PADDED
+    installed = next((name for name, package in _PACKAGES if importlib.util.find_spec(package)), None)
+    if installed is not None:
+        return installed
+    return VARLEN if importlib.util.find_spec("torch.nn.attention.varlen") else "flex_attention"
