@@ -38,7 +38,7 @@ bench: ext
 test: ext
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8
 
-# The next six run on $(PYTHON) as it is, and install nothing: torch and Triton must be there, pytest for the first two; nvcc
+# The next ten run on $(PYTHON) as it is, and install nothing: torch and Triton must be there, pytest for the first two; nvcc
 # adds the backend cuda. What the caller's PYTHONPATH brings is used: TRL, Liger and Cut Cross-Entropy take part if they can be
 # imported, matplotlib adds figures. Each ends within 10 minutes on one H100; bench/results/PENDING.md says what to run first.
 # FLAGS: more arguments of the benchmark, such as FLAGS="--providers gemm torch logitless".
@@ -64,6 +64,17 @@ bench-gpu bench-gpu-losses bench-gpu-policy:
 	name=$$($(PYTHON) -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))') && \
 	bash scripts/gpu_run.sh $(PYTHON) -m logitless.bench --suite $(GPU_SUITES_$@) --device cuda \
 		--rounds $(GPU_ROUNDS_$@) --time-limit 420 --profile --out $(RESULTS)/gpu-$$name $(FLAGS)
+
+# Whole training steps, which need TRL, datasets and what these import; the memory that a step needs; loss curves.
+TRAINING_bench-gpu-train := steps
+TRAINING_bench-gpu-grid := grid
+TRAINING_bench-gpu-limits := longest largest
+TRAINING_bench-gpu-curves := curves options
+
+bench-gpu-train bench-gpu-grid bench-gpu-limits bench-gpu-curves:
+	name=$$($(PYTHON) -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))') && \
+	PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True bash scripts/gpu_run.sh $(PYTHON) -m logitless.bench.training \
+		--suite $(TRAINING_$@) --device cuda --time-limit 420 --out $(RESULTS)/gpu-$$name $(FLAGS)
 
 # Configurations of the Triton kernels for this GPU, at the shapes of `make bench-gpu`. The file can replace
 # kernels/triton_kernels/configs.json; scripts/gpu_constants.py reads the times.

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,13 +28,15 @@ from logitless.bench.training.batches import (
 from logitless.bench.training.cases import TrainCase
 from logitless.bench.training.cli import main
 from logitless.bench.training.curves import distance, run_curves
-from logitless.bench.training.limits import LimitRow, Trial, predict, run_limits, search
+from logitless.bench.training.limits import LimitRow, Trial, extrapolate, run_limits, search
 from logitless.bench.training.methods import METHODS
 from logitless.bench.training.models import MODELS, make_config
+from logitless.bench.training.predict import decoder_flops, predict
 from logitless.bench.training.report import reach, targets, write_figure
 from logitless.bench.training.steps import StepOutcome, StepRow, case_batch, head_flops, run_steps
 from logitless.bench.training.suites import HEADLINE, SUITES
 from logitless.bench.training.workbench import Workbench
+from logitless.kernels.gpu_constants import Gpu, constants
 
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
@@ -182,7 +187,7 @@ def test_the_search_says_when_nothing_fits_and_when_time_would_run_out():
     assert row.predicted == 1000 and reach(row) == 1000.0  # what would fit, as far as memory goes
     row = _found(lambda size: 100 + size)
     assert "within 3 %" in row.message and reach(row) == row.largest < 900
-    assert predict([Trial(1, 10, 0.0), Trial(2, None, 0.0)], 100) is None
+    assert extrapolate([Trial(1, 10, 0.0), Trial(2, None, 0.0)], 100) is None
 
 
 def test_a_limit_is_between_what_ran_and_what_did_not():
@@ -235,6 +240,38 @@ def test_what_is_derived_from_times():
     assert second.met is False and second.value == 0.5 and "logitless:packed" in second.what
     assert outcome.as_dict()["rows"][1]["tokens_per_second"] == 30
     assert [t.met for t in targets(_outcome(HEADLINE, body=0.5))] == [None, None]
+
+
+def test_predictions_are_the_documented_ones():
+    root = Path(__file__).parents[1]
+    command = [sys.executable, str(root / "scripts" / "predict_training.py")]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert table in (root / "docs" / "training.md").read_text(), "scripts/predict_training.py --write"
+
+
+def test_predictions_know_the_flop_of_a_decoder():
+    from transformers import AutoModelForCausalLM
+
+    for name in MODELS:
+        config, length = make_config(name, tiny=True), 24
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        linear, attention = decoder_flops(config, [length, length])
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.model(torch.zeros(2, length, dtype=torch.int64))
+        assert counter.get_total_flops() == linear + 2 * attention  # torch counts what is masked, too
+
+
+def test_predictions_say_what_can_be_gained():
+    found = predict(HEADLINE)
+    assert found.speedup("trl") == 1.0 and found.speedup("logitless:packed") > found.speedup("logitless") > 1.0
+    assert found.seconds("trl") == pytest.approx(found.decoders["padded"] + found.heads["trl"] + found.optimizer)
+    same = predict(replace(HEADLINE, profile="fixed"))
+    assert same.seconds("logitless:packed") == same.seconds("logitless")
+    assert "trl+patch" not in predict(replace(HEADLINE, method="orpo")).heads
+    frozen, trained = predict(replace(HEADLINE, model="llama-3-8b-lora")), predict(replace(HEADLINE, model="llama-3.2-1b"))
+    assert frozen.optimizer == 0 < trained.optimizer
+    twice = Gpu(**{**asdict(constants()["sm_90"]), "bf16_flops": 1.4e15})
+    assert predict(HEADLINE, twice).decoders["padded"] == pytest.approx(found.decoders["padded"] / 2)
 
 
 def test_models_have_the_sizes_that_their_names_say():

@@ -71,7 +71,7 @@ class LimitOutcome:
         return {**self.case.as_dict(), "of": self.of, "limit_bytes": self.limit_bytes, "rows": [asdict(r) for r in self.rows]}
 
 
-def predict(trials: Iterable[Trial], limit: int) -> int | None:
+def extrapolate(trials: Iterable[Trial], limit: int) -> int | None:
     """Memory grows in proportion to tokens: the size at which the line through the two largest trials reaches the limit."""
     fitting = sorted((t for t in trials if t.peak_bytes is not None), key=lambda t: t.size)
     if len(fitting) < 2:
@@ -104,7 +104,7 @@ def search(
             row.largest = max(size, row.largest or 0)
         else:
             row.failing = min(size, row.failing or size)
-        row.predicted = predict([t for t in row.trials if t.peak_bytes is not None and t.peak_bytes <= limit], limit)
+        row.predicted = extrapolate([t for t in row.trials if t.peak_bytes is not None and t.peak_bytes <= limit], limit)
         low, high = row.largest, row.failing
         if low is None:
             if size == granule:

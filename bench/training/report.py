@@ -16,6 +16,7 @@ from ..runner import OK
 from ..targets import Target, quotient
 from .curves import CurveOutcome
 from .limits import LimitOutcome, LimitRow
+from .predict import Prediction, predict
 from .steps import StepOutcome
 from .suites import HEADLINE
 
@@ -47,9 +48,11 @@ def targets(outcome: Outcome) -> list[Target]:
         )
         return found
     if isinstance(outcome, LimitOutcome):
-        ours, trl = outcome.row("trl+patch"), outcome.row("trl")
-        ratio = quotient(None if ours is None else reach(ours), None if trl is None else reach(trl))
-        return [Target(f"{outcome.of} that fit with patch() over TRL's", ratio, LONGER, True)]
+        trl = outcome.row("trl")
+        reached = {row.arm: r for row in outcome.rows if row.arm != "trl" and (r := reach(row)) is not None}
+        best = max(reached, key=lambda arm: reached[arm], default=None)
+        ratio = quotient(None if best is None else reached[best], None if trl is None else reach(trl))
+        return [Target(f"{outcome.of} that fits with {best} over TRL's", ratio, LONGER, True)]
     rows = [row for row in outcome.rows if row.arm != "trl" and not row.rounding and row.status == OK]
     return [
         Target(f"distance of {row.arm}'s curve from TRL's over the noise", outcome.over_noise(row), NOISE, False)
@@ -65,22 +68,43 @@ def reach(row: LimitRow) -> float | None:
     return float(max(row.largest, row.predicted or 0) if cut else row.largest)
 
 
+def prediction(outcome: Outcome) -> Prediction | None:
+    """What was expected of a case; nothing of shrunk models, and of what the predictions do not know."""
+    case = outcome.case
+    known = isinstance(outcome, StepOutcome) and case.precision == "bf16" and not case.compiled and not case.tiny
+    return predict(case) if known else None
+
+
 def _note(row: Any) -> str:
     return row.message if row.status == OK else f"{row.status}: {row.message}"
 
 
 def _step_table(console: Console, outcome: StepOutcome) -> None:
-    columns = ["arm", "ms, median (min..max)", "tokens/s", "x TRL", "head", "extra GiB", "loss err", "grad err", "why not"]
+    expected = prediction(outcome)
+    columns = [
+        "arm",
+        "ms, median (min..max)",
+        "tokens/s",
+        "x TRL",
+        "predicted",
+        "head",
+        "extra GiB",
+        "loss err",
+        "grad err",
+        "why not",
+    ]
     rows = []
     for row in outcome.rows:
         median = row.median
         speedup, share = (None if row.floor else outcome.speedup(row)), outcome.head_share(row)
+        predicted = expected.speedup(row.arm) if expected is not None and row.arm in expected.heads else None
         rows.append(
             [
                 row.arm,
                 spread(median, row.seconds),
                 "-" if median is None else f"{outcome.tokens / median:.0f}",
                 number(speedup, ".2f"),
+                number(predicted, ".2f"),
                 "-" if share is None else f"{100 * share:.0f} %",
                 "-" if row.extra_bytes is None else f"{row.extra_bytes / _GIB:.3f}",
                 number(row.loss_error),
@@ -146,6 +170,11 @@ def show(console: Console, outcome: Outcome) -> None:
     console.print()
 
 
+def _predicted(outcome: Outcome) -> dict[str, float] | None:
+    expected = prediction(outcome)
+    return None if expected is None else {arm: expected.seconds(arm) for arm in expected.heads}
+
+
 def write_suite(path: Path, suite: str, outcomes: Sequence[Outcome], device: torch.device, *, rounds: int) -> None:
     """All of a suite so far."""
     value = {
@@ -154,7 +183,9 @@ def write_suite(path: Path, suite: str, outcomes: Sequence[Outcome], device: tor
         "command": sys.argv[1:],
         "rounds": rounds,
         "environment": environment(device),
-        "cases": [{**o.as_dict(), "targets": [t.as_dict() for t in targets(o)]} for o in outcomes],
+        "cases": [
+            {**o.as_dict(), "predicted_seconds": _predicted(o), "targets": [t.as_dict() for t in targets(o)]} for o in outcomes
+        ],
     }
     write_json(path, value)
 

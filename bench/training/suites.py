@@ -66,12 +66,18 @@ SUITES: dict[str, Suite] = {
             _options(),
             tuple(ARMS),
         ),
-        Suite("longest", "limits", "the longest sequence that fits, one pair, gradient checkpointing", (_LONG,), _TRAINED),
+        Suite(
+            "longest",
+            "limits",
+            "the longest sequence that fits, one pair, gradient checkpointing",
+            (_LONG, replace(_LONG, method="simpo")),
+            _TRAINED,
+        ),
         Suite(
             "largest",
             "limits",
             "the largest batch that fits, gradient checkpointing",
-            (replace(_LONG, pairs=4, length=2048),),
+            (replace(_LONG, pairs=4, length=2048), replace(_LONG, method="simpo", pairs=4, length=2048)),
             _TRAINED,
         ),
         Suite(
