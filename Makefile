@@ -15,7 +15,8 @@ STAMP := build/.ready-$(NAME)
 BENCH_STAMP := build/.ready-bench-$(NAME)
 NEEDED := $(if $(filter bench,$(MAKECMDGOALS)),$(if $(wildcard $(STAMP)),$(STAMP),$(BENCH_STAMP)),$(STAMP))
 
-.PHONY: bench test test-gpu sanitize-gpu bench-gpu bench-gpu-losses bench-gpu-policy tune-gpu lint types format setup ext clean
+.PHONY: bench test test-gpu sanitize-gpu bench-gpu bench-gpu-losses bench-gpu-policy bench-gpu-train \
+	bench-gpu-grid bench-gpu-limits bench-gpu-curves tune-gpu lint types format setup ext clean
 
 setup: $(STAMP)
 

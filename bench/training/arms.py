@@ -81,11 +81,6 @@ def _body(bench: Workbench, data: Data) -> Tensor:
     return run(bench.model, data.packed)
 
 
-def _unfused(bench: Workbench) -> list[str]:
-    kind = type(bench.trainer).__name__
-    return [] if bench.method.fused else [f"TRL's {kind} makes whole logits and has no fused head that could be replaced"]
-
-
 def _not_in_one_row(bench: Workbench) -> list[str]:
     bench.use_attention(bench.packed_attention)
     return ll.why_not_padding_free(bench.model)
@@ -97,7 +92,7 @@ ARMS: dict[str, Arm] = {
         Arm("body", "the decoders without any head", _body, floor=True),
         Arm("body:packed", "the same, sequences in one row", _body, packed=True, floor=True, why_not=_not_in_one_row),
         Arm("trl", "TRL's trainer as it is", _trl),
-        Arm("trl+patch", "TRL's trainer on logitless", _trl, around=ll.integrations.trl.patch, why_not=_unfused),
+        Arm("trl+patch", "TRL's trainer on logitless", _trl, around=ll.integrations.trl.patch),
         Arm("logitless", "loss module on the padded batch", _logitless),
         Arm("logitless:packed", "loss module, sequences in one row", _logitless, packed=True, why_not=_not_in_one_row),
     )

@@ -82,6 +82,21 @@ def extrapolate(trials: Iterable[Trial], limit: int) -> int | None:
     return b.size + int((limit - b.peak_bytes) / slope) if slope > 0 else None
 
 
+def estimate(trials: Iterable[Trial], size: int, growth: int) -> float:
+    """Seconds of a step of a size, from the two largest that ran: for a growth of 2, ``a * size + b * size**2``."""
+    ran = sorted((t for t in trials if t.peak_bytes is not None), key=lambda t: t.size)
+    last = ran[-1]
+    steepest = last.seconds * (size / last.size) ** growth
+    if growth != 2 or len(ran) < 2:
+        return steepest
+    before = ran[-2]
+    b = (last.seconds / last.size - before.seconds / before.size) / (last.size - before.size)
+    a = last.seconds / last.size - b * last.size
+    if b <= 0:
+        return last.seconds * size / last.size
+    return steepest if a < 0 else a * size + b * size**2
+
+
 def search(
     row: LimitRow,
     attempt: Callable[[int], Trial],
@@ -95,7 +110,7 @@ def search(
     """Fill in a row: double once, then go where the line says, from below, until nothing is left between what fits and what
     does not, or a step would take more than ``seconds``, growing with that power of the size.
     """
-    size = start
+    size = max(granule, start // granule * granule)
     while True:
         trial = attempt(size)
         row.trials.append(trial)
@@ -127,9 +142,11 @@ def search(
         if high is None and row.predicted is not None and size <= low + max(granule, low // 50):
             row.message = "within 3 % of the prediction"
             return
-        last = max(row.trials, key=lambda t: t.size if t.peak_bytes is not None else 0)
-        if last.seconds * (size / last.size) ** growth > seconds:
-            row.message = f"a step of {size} might take more than {seconds:g} s: the limit is a prediction"
+        wanted = size
+        while estimate(row.trials, size, growth) > seconds and size > low:
+            size -= granule
+        if size <= low:
+            row.message = f"a step of {wanted} might take more than {seconds:g} s: the limit is a prediction"
             return
 
 

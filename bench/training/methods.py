@@ -37,7 +37,7 @@ class Method:
         exact: the loss from float64 log-probs (S, T - 1), 0 where none are asked for, with plain formulas.
         reference: whether there is a reference model. kl: whether a batch of mismatched pairs runs through both models too.
         every_token: whether the loss reads prompts' log-probs too.
-        fused: whether TRL's trainer has its fused head, so that ``patch()`` changes it.
+        fused: whether TRL's trainer has its fused head; else it makes whole logits.
     """
 
     trainer: Callable[..., Any]

@@ -120,13 +120,13 @@ def predict(case: TrainCase, gpu: Gpu | None = None) -> Prediction:
     others = without * forward.cost.seconds
     ours = ("logitless", "logitless:packed")
     heads, head_bytes = dict.fromkeys(ours, module.cost.seconds + others), dict.fromkeys(ours, int(module.extra_bytes))
+    heads["trl+patch"], head_bytes["trl+patch"] = op.cost.seconds + others, int(op.extra_bytes)
     if method.fused:
         passes = 6 * v / gpu.bandwidth  # over a token's logits: read for the sums; read again, and their gradient written
         sums = 0 if lora else -(-tokens // _TRL_TOKENS) * 8 * h * v / gpu.bandwidth
         heads["trl"] = tokens * ((3 if lora else 4) * gemm + passes) + sums
         heads["trl"] += without * scored * (gemm + 2 * v / gpu.bandwidth)
         head_bytes["trl"] = _TRL_TOKENS * _TRL_VOCAB * 2 + tokens * h * 6 + (0 if lora else 6 * h * v)
-        heads["trl+patch"], head_bytes["trl+patch"] = op.cost.seconds + others, int(op.extra_bytes)
     else:
         positions = len(lengths) * batch.longest
         heads["trl"] = positions * ((2 if lora else 3) * gemm + WHOLE_LOGITS_BYTES * v / gpu.bandwidth)

@@ -1,4 +1,4 @@
-"""TRL's trainers on logitless: their fused lm-head is swapped for this library's log-prob operator.
+"""TRL's trainers on logitless: their fused lm-head, or whole logits, are swapped for this library's log-prob operator.
 
 TRL (1.15 and later) gives every model a fused head (``trl.trainer.utils.add_fused_lm_head``), through which its DPO, KTO,
 GRPO, RLOO and SFT trainers get their log-probabilities: one autograd function, a module global of TRL. :func:`patch` puts a
@@ -7,6 +7,10 @@ drop-in there, with the same arguments and the same five outputs. What changes f
 - logits are not rounded to bfloat16 on the way to the log-probabilities where the hardware makes that cheap;
 - a frozen head (LoRA) costs ``4 * N * H * V`` FLOP instead of 6, and is gathered once instead of twice under ZeRO-3;
 - positions that the loss leaves out are left out of the GEMMs on a CPU too.
+
+The CPO and ORPO trainers of ``trl.experimental`` (SimPO is a loss type of the first) have no fused head and make whole logits.
+They get their log-probabilities from :func:`logitless.model_logps` instead: no logits, scored tokens only, and sequences in one
+row where the model's attention is FlashAttention's or flex attention. See :func:`concatenated_forward`.
 
 :func:`logitless.settings` holds for it as for every other call. Nothing is patched, and TRL is not imported, before
 :func:`patch` is called.
@@ -17,13 +21,16 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import logging
 import threading
+import warnings
 from types import ModuleType, TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from logitless.fused.model_logps import causal_lm, model_logps
 from logitless.kernels.checks import compute_dtype
 from logitless.kernels.op import LinearLogps, token_stats
 from logitless.kernels.spec import HeadSpec
@@ -46,9 +53,17 @@ _ARGUMENTS = (
     "outputs",
 )
 _HOW = "install another (pip install 'trl>=1.15,<1.17'), or run this one unpatched"
+#: Trainers that make whole logits: module, class, and whether the NLL is over prompt and response.
+_WHOLE_LOGITS = (
+    ("trl.experimental.cpo.cpo_trainer", "CPOTrainer", False),
+    ("trl.experimental.orpo.orpo_trainer", "ORPOTrainer", True),
+)
+_FORWARD = "concatenated_forward"
 
+log = logging.getLogger("logitless")
 _lock = threading.Lock()
-_originals: dict[str, Any] = {}
+#: What :func:`unpatch` puts back: owner, name, value.
+_originals: list[tuple[Any, str, Any]] = []
 
 
 def _utils() -> ModuleType:
@@ -119,6 +134,96 @@ class LogProbFunction:
         return stats.logps, stats.entropy, stats.log_sum_sq_probs, stats.mean_logits, stats.is_top1
 
 
+def concatenated_forward(
+    trainer: Any, model: torch.nn.Module, batch: dict[str, Any], nll_of_prompt: bool
+) -> tuple[Tensor, ...]:
+    """What ``concatenated_forward`` of TRL's CPOTrainer and ORPOTrainer returns, without logits.
+
+    Differences: in place of the logits, of which the trainers log the mean, stand their means over scored tokens (TRL: over all
+    positions, padding too); a sequence without scored tokens has a log-probability of 0, and not NaN.
+
+    Args:
+        trainer: the trainer. model: its model, as it is called in training.
+        batch: of the trainer's collator.
+        nll_of_prompt: whether the NLL of the chosen sequences is over prompt and response, as ORPO's.
+
+    Returns:
+        chosen and rejected log-probabilities (P,), chosen and rejected mean logits (0-dim), NLL (0-dim).
+
+    Raises:
+        TypeError, ValueError: as :func:`logitless.model_logps`, for a model whose head cannot be left out.
+    """
+    padding = trainer.padding_value if nll_of_prompt else trainer.pad_token_id
+    inputs = trainer.concatenated_inputs(batch, padding_value=padding, device=trainer.accelerator.device)
+    ids, mask = inputs["concatenated_input_ids"], inputs["concatenated_attention_mask"]
+    labels = inputs["concatenated_labels"]
+    half = len(batch["chosen_labels"])
+    wanted = labels.clone()
+    if nll_of_prompt:
+        wanted[:half] = torch.where(mask[:half] == 1, ids[:half], -100)
+    attention = str(causal_lm(model).config.get_text_config()._attn_implementation)
+    stats = model_logps(
+        model,
+        ids,
+        attention_mask=mask,
+        labels=wanted,
+        outputs=("logps", "mean_logits"),
+        # a mask of all against all would cost these what the padding does
+        padding_free=False if attention in ("eager", "sdpa") else None,
+    )
+    assert stats.logps is not None and stats.mean_logits is not None
+
+    def scored_by(chosen: Tensor) -> Tensor:
+        scored = chosen != -100
+        scored[:, 0] = False  # nothing predicts the first token
+        return scored
+
+    responses = scored_by(labels)
+    logps = torch.where(responses, stats.logps, 0).sum(-1)
+    if nll_of_prompt or trainer.loss_type in ("ipo", "simpo"):
+        logps = logps / responses.sum(-1).clamp(min=1)
+    of_nll = scored_by(wanted)[:half]
+    nll = -torch.where(of_nll, stats.logps[:half], 0).sum() / of_nll.sum().clamp(min=1)
+    if not nll_of_prompt and trainer.cpo_alpha == 0:
+        nll = torch.zeros_like(nll)
+    means = torch.where(responses, stats.mean_logits, 0)
+    chosen, rejected = (m.sum() / r.sum().clamp(min=1) for m, r in zip(means.split(half), responses.split(half), strict=True))
+    return logps[:half], logps[half:], chosen, rejected, nll
+
+
+def _without_logits(original: Any, nll_of_prompt: bool) -> Any:
+    """The method that replaces ``original``, which serves what the library does not."""
+
+    def forward(self: Any, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[Tensor, ...]:
+        if self.is_encoder_decoder or self.aux_loss_enabled:
+            what = "an encoder-decoder" if self.is_encoder_decoder else "a router's auxiliary loss"
+            log.warning("%s with %s makes whole logits as before: logitless has no part in it", type(self).__name__, what)
+            found: tuple[Tensor, ...] = original(self, model, batch)
+            return found
+        return concatenated_forward(self, model, batch, nll_of_prompt)
+
+    return forward
+
+
+def _trainers_with_logits() -> list[tuple[type, Any]]:
+    """Trainers of ``trl.experimental``, and what to put in place of their ``concatenated_forward``."""
+    found = []
+    for module, name, nll_of_prompt in _WHOLE_LOGITS:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it is experimental, which whoever uses it has been told
+                trainer = getattr(importlib.import_module(module), name)
+            original = getattr(trainer, _FORWARD)
+        except (ImportError, AttributeError) as error:
+            log.info("%s.%s is left as it is: %s", module, name, error)
+            continue
+        if list(inspect.signature(original).parameters) != ["self", "model", "batch"]:
+            log.warning("%s.%s is left as it is: its %s takes other arguments than (model, batch)", module, name, _FORWARD)
+            continue
+        found.append((trainer, _without_logits(original, nll_of_prompt)))
+    return found
+
+
 def _load() -> ModuleType:
     """``trl.trainer.utils``, once all that is relied on has been found there."""
     if importlib.util.find_spec("trl") is None:
@@ -157,7 +262,7 @@ class Patch:
 
 
 def patch() -> Patch:
-    """Run the fused lm-head of TRL's trainers on logitless, those that exist already included.
+    """Run the heads of TRL's trainers on logitless, those that exist already included.
 
     Calling it again changes nothing. As a context manager it holds for the block; a block inside another, or after a plain
     call, leaves the patch in place when it ends.
@@ -187,21 +292,20 @@ def patch() -> Patch:
                 return device.type in ("cpu", "cuda") or asks_triton(device)
 
             replacements[_COMPACTS] = compacts
-        for name, replacement in replacements.items():
-            _originals[name] = getattr(utils, name)
-            setattr(utils, name, replacement)
+        swaps = [(utils, name, replacement) for name, replacement in replacements.items()]
+        swaps += [(trainer, _FORWARD, method) for trainer, method in _trainers_with_logits()]
+        for owner, name, replacement in swaps:
+            _originals.append((owner, name, getattr(owner, name)))
+            setattr(owner, name, replacement)
         return Patch(installed=True)
 
 
 def unpatch() -> None:
     """Give TRL its own functions back, however often :func:`patch` was called. Does nothing when it was not."""
     with _lock:
-        if not _originals:
-            return
-        utils = _utils()
         while _originals:
-            name, original = _originals.popitem()
-            setattr(utils, name, original)
+            owner, name, original = _originals.pop()
+            setattr(owner, name, original)
 
 
 def is_patched() -> bool:
