@@ -285,7 +285,7 @@ def test_a_loss_module_has_the_same_bits_in_100_runs(budget):
 @WORK
 @pytest.mark.parametrize("dtype", [BF16, F32])
 def test_capture_in_a_graph(backend, work, dtype):
-    """``linear_logps`` itself counts the scored tokens, for which it waits; what follows does not, and can be captured."""
+    """The backend's functions; ``linear_logps`` itself is the next test's."""
     core = Core.make(backend, dtype)
     run = getattr(core, work)
     eager = [t.clone() for t in run()]
@@ -307,6 +307,37 @@ def test_capture_in_a_graph(backend, work, dtype):
     graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(captured, run(), strict=True))
+
+
+@needs_gpu
+@pytest.mark.parametrize("train", ["", "h", "hw"])
+def test_linear_logps_in_a_graph_follows_new_labels(train):
+    """Positions that were scored when it was captured are ignored when it is replayed, and the other way round."""
+    first, second = (make_case(dtype=BF16, vocab=9001, hidden=64, tokens=40, train=train, seed=s).to(DEVICE) for s in (0, 1))
+
+    def run(case: Case) -> list[Tensor]:
+        logps = run_op(case).logps
+        return [logps, *(gradients(1.5 * logps.sum(), case) if train else ())]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run(first)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        captured = run(first)
+    for case in (first, second):
+        expected = run(case)
+        with torch.no_grad():
+            first.hidden.copy_(case.hidden)
+            first.weight.copy_(case.weight)
+            first.labels.copy_(case.labels)
+        graph.replay()
+        torch.cuda.synchronize()
+        for ours, theirs in zip(captured, expected, strict=True):
+            assert relative_error(ours, theirs) < 2**-7
+        assert (captured[0] != 0).eq(case.labels != -100).all()
 
 
 @needs_gpu
