@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
 import torch
+from blocks import write_block
 
 from logitless.kernels.backends import Call
 from logitless.kernels.cost import predict
@@ -53,7 +53,5 @@ def table() -> str:
 
 if __name__ == "__main__":
     if "--write" in sys.argv:
-        block = f"<!-- predictions -->\n{table()}\n<!-- /predictions -->"
-        text = DOCS.read_text()
-        DOCS.write_text(re.sub(r"<!-- predictions -->.*<!-- /predictions -->", lambda _: block, text, flags=re.S))
+        write_block(DOCS, "predictions", table())
     print(table())

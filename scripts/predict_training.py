@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
+
+from blocks import write_block
 
 from logitless.bench.training.predict import predict
 from logitless.bench.training.suites import SUITES
@@ -47,7 +48,5 @@ def table() -> str:
 
 if __name__ == "__main__":
     if "--write" in sys.argv:
-        block = f"<!-- predictions -->\n{table()}\n<!-- /predictions -->"
-        text = DOCS.read_text()
-        DOCS.write_text(re.sub(r"<!-- predictions -->.*<!-- /predictions -->", lambda _: block, text, flags=re.S))
+        write_block(DOCS, "predictions", table())
     print(table())

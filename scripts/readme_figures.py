@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from blocks import write_block
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {
@@ -151,16 +152,6 @@ def gpu_picture(run: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _block(readme: Path, name: str, text: str) -> None:
-    before = readme.read_text()
-    after, count = re.subn(
-        rf"<!-- {name} -->.*<!-- /{name} -->", lambda _: f"<!-- {name} -->\n{text}\n<!-- /{name} -->", before, flags=re.S
-    )
-    if count != 1:
-        raise SystemExit(f"{readme} has {count} blocks {name!r}, not one")
-    readme.write_text(after)
-
-
 def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> None:
     parser = argparse.ArgumentParser(description="README's tables and pictures from the files of measurements.")
     parser.add_argument("folder", type=Path, nargs="?", help="of a run of make bench")
@@ -168,15 +159,15 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> None:
     options = parser.parse_args(argv)
     readme, folder = root / "README.md", options.gpu
     if options.folder is not None:
-        _block(readme, "headline", table(json.loads((options.folder / "cpu-dpo-memory.json").read_text())))
+        write_block(readme, "headline", table(json.loads((options.folder / "cpu-dpo-memory.json").read_text())))
         shutil.copy(options.folder / "cpu-memory.png", root / "docs" / "memory.png")
     if folder is None:
         folder = max((path.parent for path in root.glob("bench/results/gpu-*/cuda-gpu.json")), default=None)
     if folder is None:
-        _block(readme, "gpu", NOTHING)
+        write_block(readme, "gpu", NOTHING)
         return
     gpu_picture(json.loads((folder / "cuda-gpu.json").read_text()), root / "docs" / "gpu.png")
-    _block(readme, "gpu", gpu_table(folder, "docs/gpu.png"))
+    write_block(readme, "gpu", gpu_table(folder, "docs/gpu.png"))
 
 
 if __name__ == "__main__":

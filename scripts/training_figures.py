@@ -6,10 +6,11 @@ Usage: training_figures.py [FOLDER], by default the one in bench/results whose n
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
+
+from blocks import write_block
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTHING = "Nothing has been measured on a GPU yet: `make bench-gpu-train` does it."
@@ -105,9 +106,6 @@ def block(folder: Path | None) -> str:
 
 def write(folder: Path | None, readme: Path, picture: Path) -> None:
     """Fill the block of the README between its marks, and draw the picture where there are steps to draw."""
-    text = readme.read_text()
-    if "<!-- training -->" not in text:
-        raise SystemExit(f"{readme} has no block between <!-- training --> and <!-- /training -->")
     made = block(folder)
     steps = next(iter(sorted(folder.glob("*-training-steps.json"))), None) if folder is not None else None
     if steps is not None:
@@ -117,8 +115,7 @@ def write(folder: Path | None, readme: Path, picture: Path) -> None:
         gpu = document["environment"]["machine"]["gpu"]
         write_figure(picture, document["cases"], gpu["name"] if gpu else "CPU, shrunk models")
         made += f"\n\n![speed of training steps over TRL's, and the head's share]({picture.parent.name}/{picture.name})"
-    made = f"<!-- training -->\n{made}\n<!-- /training -->"
-    readme.write_text(re.sub(r"<!-- training -->.*<!-- /training -->", lambda _: made, text, flags=re.S))
+    write_block(readme, "training", made)
 
 
 def main(arguments: list[str]) -> None:

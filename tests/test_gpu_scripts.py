@@ -29,7 +29,9 @@ def script(name: str):
     spec = spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(str(ROOT / "scripts"))  # as it is where Python runs the script
+        spec.loader.exec_module(module)
     return module
 
 

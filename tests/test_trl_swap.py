@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import logitless as ll
 from logitless.integrations import trl as swap
 
-from .tiny import VOCAB, make_model, make_tokenizer, text
+from .tiny import VOCAB, make_model, make_tokenizer, text, training_options
 
 EVERY_BACKEND = True
 
@@ -76,22 +76,7 @@ def load(path: Path, heads: bool = False) -> nn.Module:
 
 def make_trainer(kind: str, path: Path, out: Path, lora: bool = False, **options: Any) -> transformers.Trainer:
     torch.set_num_threads(1)
-    common: dict[str, Any] = {
-        "output_dir": str(out),
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "learning_rate": 1e-3,
-        "max_length": 64,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "seed": 3,
-    } | options
+    common = training_options(out, STEPS) | options
     rows = sentences()
     extra: dict[str, Any] = {"processing_class": make_tokenizer()}
     if lora:

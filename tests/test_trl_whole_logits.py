@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import logitless as ll
 from logitless.integrations import trl as swap
 
-from .tiny import VOCAB, make_model, make_tokenizer, text
+from .tiny import VOCAB, make_model, make_tokenizer, text, training_options
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 datasets = pytest.importorskip("datasets")
@@ -56,23 +56,7 @@ def sentences(count: int = 24) -> list[dict[str, str]]:
 def make_trainer(kind: str, model: nn.Module, out: Path, lora: bool = False, **options: Any) -> Any:
     torch.set_num_threads(1)
     trainer, config, own = KINDS[kind]
-    common: dict[str, Any] = {
-        "output_dir": str(out),
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 3,
-        "logging_steps": 1,
-        "learning_rate": 1e-3,
-        "max_length": 64,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "remove_unused_columns": False,
-        "seed": 3,
-    }
+    common = training_options(out, STEPS) | {"per_device_train_batch_size": 3, "remove_unused_columns": False}
     extra = {"peft_config": peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")} if lora else {}
     return trainer(
         model=model,

@@ -28,6 +28,26 @@ def text(rng: random.Random, count: int) -> str:
     return " ".join(rng.choice(WORDS) for _ in range(count))
 
 
+def training_options(out: Any, steps: int) -> dict[str, Any]:
+    """Of a trainer's config: some steps on a CPU, each logged, nothing else said or saved."""
+    return {
+        "output_dir": str(out),
+        "max_steps": steps,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "max_length": 64,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "seed": 3,
+    }
+
+
 def make_tokenizer() -> Any:
     """One token a word."""
     vocab = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}

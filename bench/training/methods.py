@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,7 @@ def _tokenizer() -> Any:
 def _common(device: torch.device, sequences: int) -> dict[str, Any]:
     """Of every trainer's config. The batches are cut to length already, and gradient checkpointing is the model's business."""
     return {
-        "output_dir": tempfile.mkdtemp(prefix="logitless-bench-"),
+        "output_dir": str(Path(tempfile.gettempdir()) / "logitless-bench"),  # a trainer makes it, and writes nothing there
         "per_device_train_batch_size": sequences,
         "bf16": False,
         "gradient_checkpointing": False,
