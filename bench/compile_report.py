@@ -121,7 +121,10 @@ def compile_one(target: tuple[str, int]) -> Usage:
 
     compilation, architecture = targets(quick=False)[target], target[1]
     configuration, programs = _configuration(compilation)
-    found = compile_ahead(compilation, architecture)
+    try:
+        found = compile_ahead(compilation, architecture)
+    except Exception as error:  # a pass of the compiler that fails does not say in which kernel
+        raise RuntimeError(f"{compilation.name} does not compile for sm_{architecture}: {error}") from error
     return Usage(
         kernel=found.name,
         architecture=architecture,

@@ -117,5 +117,6 @@ def environment(device: torch.device) -> dict[str, Any]:
             "python": platform.python_version(),
             "logitless": logitless.__version__,
             **{name: _installed(name) for name in _PACKAGES},
+            "torch": torch.__version__,  # with what it was built for, which a package's metadata may leave out
         },
     }

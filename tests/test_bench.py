@@ -207,8 +207,9 @@ def test_ceilings_are_measured_at_small_shapes_too(tmp_path, capsys):
 
 
 def test_the_commit_may_be_told_where_there_is_no_checkout(monkeypatch):
-    monkeypatch.setenv("LOGITLESS_COMMIT", "0123abc")
+    monkeypatch.delenv("LOGITLESS_COMMIT", raising=False)
     real = environment.environment(CPU)["commit"]
+    monkeypatch.setenv("LOGITLESS_COMMIT", "0123abc")
     monkeypatch.setattr(environment, "_git", lambda *arguments: None)
     assert environment.environment(CPU)["commit"] == "0123abc"
     assert real is None or len(real) == 40

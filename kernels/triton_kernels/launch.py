@@ -91,14 +91,22 @@ def _operands(x: Tensor, weight: Tensor, config: GemmConfig) -> tuple[Any, Any, 
     )
 
 
-def apart(config: GemmConfig, softcap: bool, known: bool) -> int:
-    """From how many columns on the epilogue handles halves of a block strictly one after the other; BLOCK_V: never.
+def epilogue(kernel: Any, config: GemmConfig, *, softcap: bool, known: bool, filtered: bool) -> dict[str, Any]:
+    """How the epilogue goes through a block.
 
-    Where registers are short: with the soft-cap's tanh beside 128 of the block's elements in each thread, and with operands
-    that are not ``known`` to be aligned.
+    APART: from how many columns on it handles halves strictly one after the other; BLOCK_V: never. That is where registers are
+    short: with the soft-cap's tanh beside 128 of the block's elements in each thread, with operands that are not ``known`` to
+    be aligned, and with the bookkeeping of a ``filtered`` gradient (which Triton 3.6 cannot compile in one piece for sm_100).
+
+    FLATTEN: whether the next block's loads start during the epilogue. Not around halves of a gradient: Triton 3.6 fails on a
+    branch that has no results in a flattened loop, 3.9 keeps too much in registers and waits for each product.
     """
     elements = config.BLOCK_N * config.BLOCK_V // (32 * config.num_warps)
-    return 32 if not known or (softcap and elements >= 128) else config.BLOCK_V
+    columns = 32 if not known or (softcap and elements >= 128) else config.BLOCK_V
+    if kernel is not gradient_kernel:
+        return {"APART": columns, "FLATTEN": config.flatten}
+    columns = min(columns, 64) if filtered else columns
+    return {"APART": columns, "FLATTEN": config.flatten and columns == config.BLOCK_V}
 
 
 def _gemm(
@@ -112,6 +120,7 @@ def _gemm(
     *rest: Any,
     first: int,
     more: tuple[float, ...] = (),
+    filtered: bool = False,
     **constants: Any,
 ) -> None:
     """Launch a kernel of gemm.py. ``rest``: its arguments between the bias and the sizes."""
@@ -143,10 +152,9 @@ def _gemm(
             BLOCK_H=config.BLOCK_H,
             GROUP=config.GROUP,
             PART=config.PART if head.softcap is None else config.SOFTCAP_PART,
-            APART=apart(config, head.softcap is not None, known),
             TMA=tma,
             EVEN=hidden % config.BLOCK_H == 0,
-            FLATTEN=config.flatten,
+            **epilogue(kernel, config, softcap=head.softcap is not None, known=known, filtered=filtered),
             PRECISION=input_precision(x.dtype, x.device),
             num_warps=gemm_warps(config.BLOCK_N, config.BLOCK_V, config.num_warps),
             num_stages=config.num_stages,
@@ -268,7 +276,7 @@ def gradient_block(
     row_scale = None if active is None else scale
     _gemm(
         gradient_kernel, config, head, options, x, weight, bias, labels, k, mix, at_target, row_scale, gradient,
-        gradient.stride(0), active, first=first, more=(float(options.grad_filter),),
+        gradient.stride(0), active, first=first, more=(float(options.grad_filter),), filtered=active is not None,
     )  # fmt: skip
     return active
 

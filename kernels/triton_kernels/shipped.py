@@ -19,7 +19,7 @@ from .compilation import Compilation, aligned
 from .configs import GemmConfig, table
 from .filtered import filtered_kernel
 from .gemm import gradient_kernel, score_kernel
-from .launch import COMBINE_CHUNK, COMBINE_ROWS, PartialRows, apart
+from .launch import COMBINE_CHUNK, COMBINE_ROWS, PartialRows, epilogue
 
 #: The architectures whose configurations must not spill.
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
@@ -93,6 +93,7 @@ def _gemm(config: GemmConfig, wide: bool, architecture: int) -> Iterator[Compila
         (score_kernel, "score_all", everything, False),
         (score_kernel, "score_all_softcap", everything, True),
         (gradient_kernel, "gradient_plain", plain, False),
+        (gradient_kernel, "gradient_plain_softcap", plain, True),
         (gradient_kernel, "gradient_all", {}, False),
         (gradient_kernel, "gradient_all_softcap", {}, True),
     )
@@ -101,7 +102,7 @@ def _gemm(config: GemmConfig, wide: bool, architecture: int) -> Iterator[Compila
             if dtype == "fp16" and "_all" in name:  # as bfloat16, but for the type of what is loaded
                 continue
             yield _one_gemm(kernel, config, name, dtype, constants, softcap, architecture)
-            if dtype != "fp16" and name in ("score_logps", "score_all", "gradient_all"):
+            if dtype != "fp16" and name in ("score_logps", "score_all", "gradient_plain", "gradient_all"):
                 slow = config.for_unaligned()
                 yield _unaligned(_one_gemm(kernel, slow, name, dtype, constants, softcap, architecture, known=False))
 
@@ -133,10 +134,9 @@ def _one_gemm(
         "BLOCK_H": config.BLOCK_H,
         "GROUP": config.GROUP,
         "PART": config.SOFTCAP_PART if softcap else config.PART,
-        "APART": apart(config, softcap, known),
         "TMA": tma,
         "EVEN": known,
-        "FLATTEN": config.flatten,
+        **epilogue(kernel, config, softcap=softcap, known=known, filtered=constants.get("active", "given") is not None),
         "PRECISION": _precision(dtype),
     }
     blocks = f"{config.BLOCK_N}x{config.BLOCK_V}x{config.BLOCK_H}"
@@ -180,6 +180,7 @@ def _filtered(config: GemmConfig, wide: bool, architecture: int) -> Iterator[Com
 _REPRESENTATIVE = (
     "score_logps_bf16",
     "score_all_bf16",
+    "gradient_plain_softcap_bf16",
     "gradient_all_bf16",
     "score_tile_fp32",
     "filtered_rows_bf16",
