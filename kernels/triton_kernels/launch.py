@@ -94,6 +94,8 @@ def _operands(x: Tensor, weight: Tensor, config: GemmConfig) -> tuple[Any, Any, 
 def epilogue(kernel: Any, config: GemmConfig, *, softcap: bool, known: bool, filtered: bool) -> dict[str, Any]:
     """How the epilogue goes through a block.
 
+    PART: columns that it handles at a time. A gradient, which adds nothing up, takes fewer where registers are short.
+
     APART: from how many columns on it handles halves strictly one after the other; BLOCK_V: never. That is where registers are
     short: with the soft-cap's tanh beside 128 of the block's elements in each thread, with operands that are not ``known`` to
     be aligned, and with the bookkeeping of a ``filtered`` gradient (which Triton 3.6 cannot compile in one piece for sm_100).
@@ -102,11 +104,13 @@ def epilogue(kernel: Any, config: GemmConfig, *, softcap: bool, known: bool, fil
     branch that has no results in a flattened loop, 3.9 keeps too much in registers and waits for each product.
     """
     elements = config.BLOCK_N * config.BLOCK_V // (32 * config.num_warps)
+    part = config.SOFTCAP_PART if softcap else config.PART
     columns = 32 if not known or (softcap and elements >= 128) else config.BLOCK_V
     if kernel is not gradient_kernel:
-        return {"APART": columns, "FLATTEN": config.flatten}
+        return {"PART": part, "APART": columns, "FLATTEN": config.flatten}
+    part = part if known else min(part, 16)
     columns = min(columns, 64) if filtered else columns
-    return {"APART": columns, "FLATTEN": config.flatten and columns == config.BLOCK_V}
+    return {"PART": part, "APART": columns, "FLATTEN": config.flatten and columns == config.BLOCK_V}
 
 
 def _gemm(
@@ -151,7 +155,6 @@ def _gemm(
             BLOCK_V=config.BLOCK_V,
             BLOCK_H=config.BLOCK_H,
             GROUP=config.GROUP,
-            PART=config.PART if head.softcap is None else config.SOFTCAP_PART,
             TMA=tma,
             EVEN=hidden % config.BLOCK_H == 0,
             **epilogue(kernel, config, softcap=head.softcap is not None, known=known, filtered=filtered),

@@ -133,7 +133,6 @@ def _one_gemm(
         "BLOCK_V": config.BLOCK_V,
         "BLOCK_H": config.BLOCK_H,
         "GROUP": config.GROUP,
-        "PART": config.SOFTCAP_PART if softcap else config.PART,
         "TMA": tma,
         "EVEN": known,
         **epilogue(kernel, config, softcap=softcap, known=known, filtered=constants.get("active", "given") is not None),

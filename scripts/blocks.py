@@ -1,0 +1,15 @@
+"""Parts of Markdown files that scripts write: what stands between ``<!-- name -->`` and ``<!-- /name -->``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+
+def write_block(path: Path, name: str, text: str) -> None:
+    """Put the text in place of what the block holds; an error where the file has no such block, or several."""
+    block = f"<!-- {name} -->\n{text}\n<!-- /{name} -->"
+    after, count = re.subn(rf"<!-- {name} -->.*<!-- /{name} -->", lambda _: block, path.read_text(), flags=re.S)
+    if count != 1:
+        raise SystemExit(f"{path} has {count} blocks {name!r}, not one")
+    path.write_text(after)
