@@ -108,7 +108,7 @@ def epilogue(kernel: Any, config: GemmConfig, *, softcap: bool, known: bool, fil
     columns = 32 if not known or (softcap and elements >= 128) else config.BLOCK_V
     if kernel is not gradient_kernel:
         return {"PART": part, "APART": columns, "FLATTEN": config.flatten}
-    part = part if known else min(part, 16)
+    part = part if known or filtered else min(part, 16)
     columns = min(columns, 64) if filtered else columns
     return {"PART": part, "APART": columns, "FLATTEN": config.flatten and columns == config.BLOCK_V}
 
