@@ -7,6 +7,7 @@ is far less than that rounding; so TRL's function in float32 is one of the round
 from __future__ import annotations
 
 import functools
+import gc
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -149,5 +150,8 @@ def run_curves(
                     row.losses.append(step(bench, arm, data).item())
         except Exception as error:
             row.status, row.message, row.losses = FAILED, shorten(error), []
-        del bench
+        del bench  # whose trainer holds itself in circles
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     return outcome

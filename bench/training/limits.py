@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -43,7 +44,7 @@ class LimitRow:
         largest: the largest size that ran within the limit, ``None`` if none did; tokens: of its batch, scored and not.
         failing: the smallest size that did not fit, if any was tried.
         predicted: where the straight line through the peaks of the two largest sizes that ran reaches the limit.
-        message: why the search ended, or why there is nothing.
+        cut_short: whether more would have been tried with more time. message: why the search ended, or why there is nothing.
     """
 
     arm: str
@@ -52,6 +53,7 @@ class LimitRow:
     largest: int | None = None
     failing: int | None = None
     predicted: int | None = None
+    cut_short: bool = False
     trials: list[Trial] = field(default_factory=list)
 
 
@@ -106,6 +108,7 @@ def search(
     granule: int,
     seconds: float,
     growth: int = 1,
+    deadline: float = math.inf,
 ) -> None:
     """Fill in a row: double once, then go where the line says, from below, until nothing is left between what fits and what
     does not, or a step would take more than ``seconds``, growing with that power of the size.
@@ -130,8 +133,8 @@ def search(
         if high is not None and high - low <= granule:
             row.message = "found"
             return
-        if len(row.trials) >= _TRIALS:
-            row.message = f"ended after {_TRIALS} trials"
+        if len(row.trials) >= _TRIALS or time.monotonic() > deadline:
+            row.cut_short, row.message = True, f"ended after {len(row.trials)} trials"
             return
         following = 2 * low if row.predicted is None else int(_CAUTION * row.predicted)
         if high is not None and not low < following < high:
@@ -146,7 +149,10 @@ def search(
         while estimate(row.trials, size, growth) > seconds and size > low:
             size -= granule
         if size <= low:
-            row.message = f"a step of {wanted} might take more than {seconds:g} s: the limit is a prediction"
+            row.cut_short, row.message = (
+                True,
+                f"a step of {wanted} might take more than {seconds:g} s: the limit is a prediction",
+            )
             return
 
 
@@ -168,7 +174,7 @@ def run_limits(
         limit_bytes: of all that the process holds on a GPU, which its allocator then refuses to exceed; on a CPU of what a
             step takes beside what is held between steps.
         seconds: that a step may take.
-        deadline: of ``time.monotonic()``, after which no further arm is started.
+        deadline: of ``time.monotonic()``, after which nothing further is tried.
     """
     rows = [LimitRow(name) for name in names]
     outcome = LimitOutcome(case, of, limit_bytes, rows)
@@ -198,6 +204,7 @@ def run_limits(
                     granule=GRANULES[of],
                     seconds=seconds,
                     growth=_GROWTH[of],
+                    deadline=deadline,
                 )
             except Exception as error:
                 row.status, row.message = FAILED, shorten(error)

@@ -61,11 +61,11 @@ def targets(outcome: Outcome) -> list[Target]:
 
 
 def reach(row: LimitRow) -> float | None:
-    """What an arm can hold: what ran, or the prediction where the search was cut short by time."""
+    """What an arm can hold: what ran, or the prediction where the search was cut short with nothing that did not fit."""
     if row.largest is None:
         return None
-    cut = row.failing is None and row.message != "within 3 % of the prediction"
-    return float(max(row.largest, row.predicted or 0) if cut else row.largest)
+    open_ended = row.cut_short and row.failing is None
+    return float(max(row.largest, row.predicted or 0) if open_ended else row.largest)
 
 
 def prediction(outcome: Outcome) -> Prediction | None:

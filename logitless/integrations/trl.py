@@ -292,7 +292,7 @@ def patch() -> Patch:
                 return device.type in ("cpu", "cuda") or asks_triton(device)
 
             replacements[_COMPACTS] = compacts
-        swaps = [(utils, name, replacement) for name, replacement in replacements.items()]
+        swaps: list[tuple[Any, str, Any]] = [(utils, name, replacement) for name, replacement in replacements.items()]
         swaps += [(trainer, _FORWARD, method) for trainer, method in _trainers_with_logits()]
         for owner, name, replacement in swaps:
             _originals.append((owner, name, getattr(owner, name)))
