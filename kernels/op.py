@@ -82,11 +82,11 @@ class _Rows(NamedTuple):
         """(P, H) -> (N, H)"""
         return gather_rows(hidden, self.taken) if self.scored is None else torch.where(self.scored[:, None], hidden, 0)
 
-    def labels(self, labels: Tensor) -> Tensor:
-        """(P,) -> (N,). In place of an ignored one stands one that is scored: label 0 may be ruled out by a bias of -inf."""
-        if self.scored is None or not len(labels):
+    def labels(self, labels: Tensor, bias: Tensor | None) -> Tensor:
+        """(P,) -> (N,). In place of an ignored label stands the one of the largest bias: label 0's may be -inf."""
+        if self.scored is None:
             return labels[self.taken]
-        return torch.where(self.scored, labels, torch.where(self.scored, labels, 0).amax())
+        return torch.where(self.scored, labels, 0 if bias is None else bias.argmax())
 
     def values(self, values: Tensor) -> Tensor:
         """What is given for each token. (P,) -> (N,)"""
@@ -137,7 +137,13 @@ def _forward(
     chosen = choose_backend(_call(hidden, weight, len(rows), work, options), backend)
     with torch.autocast(hidden.device.type, enabled=False):
         stats: RowStats = chosen.score(
-            picked.hidden(hidden), weight, bias, picked.labels(labels), spec, options, unit_dhidden=unit_dhidden != _NO_UNIT
+            picked.hidden(hidden),
+            weight,
+            bias,
+            picked.labels(labels, bias),
+            spec,
+            options,
+            unit_dhidden=unit_dhidden != _NO_UNIT,
         )
     results = []
     for name in _PER_TOKEN:
@@ -241,7 +247,7 @@ def _backward(
                 picked.hidden(hidden),
                 weight,
                 bias,
-                picked.labels(labels),
+                picked.labels(labels, bias),
                 stats,
                 None if deferred else c,
                 g,

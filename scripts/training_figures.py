@@ -53,7 +53,9 @@ def limit_lines(document: dict[str, Any]) -> list[str]:
     for case in document["cases"]:
         rows = _rows(case)
         found = [
-            f"{arm} {row['largest']} (by its memory {row['predicted']})" if row["predicted"] else f"{arm} {row['largest']}"
+            f"{arm} {row['largest']} (by its memory {row['predicted']})"
+            if row["cut_short"] and row["predicted"]
+            else f"{arm} {row['largest']}"
             for arm, row in rows.items()
             if row["largest"] is not None
         ]

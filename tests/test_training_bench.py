@@ -14,6 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import logitless as ll
+from logitless.bench.training import steps
 from logitless.bench.training.arms import ARMS, Arm
 from logitless.bench.training.attention import VARLEN
 from logitless.bench.training.batches import (
@@ -63,7 +64,7 @@ def test_every_arm_computes_the_step_of_an_exact_head(case):
         assert row.status == "ok", f"{row.arm}: {row.message}"
         assert len(row.seconds) == 1 and row.extra_bytes is not None
         if not row.floor:
-            assert row.loss_error < 1e-5 and row.gradient_error < 1e-5
+            assert row.loss_error < 2e-6 and row.gradient_error < 2e-6
     assert outcome.tokens == sum(outcome.lengths) and 0 < outcome.scored < outcome.tokens
 
 
@@ -76,6 +77,44 @@ def test_steps_in_low_precision(precision):
 def test_a_compiled_decoder_gives_the_same_step():
     (row,) = run_steps(replace(SMALL, method="simpo", compiled=True), ["logitless"], CPU, rounds=1).rows
     assert row.status == "ok", row.message
+
+
+def test_optimizer_states_are_no_arms_memory(monkeypatch):
+    seen = []
+
+    def spy(work, device):
+        seen.append(len(bench_of[0].optimizer.state))
+        work.step()
+        return 1
+
+    bench_of = []
+    made = Workbench.__init__
+
+    def remember(self, *args, **more):
+        made(self, *args, **more)
+        bench_of.append(self)
+
+    monkeypatch.setattr(Workbench, "__init__", remember)
+    monkeypatch.setattr(steps, "measure_work", spy)
+    run_steps(SMALL, ["trl", "logitless"], CPU, rounds=1)
+    assert seen == [len(bench_of[0].parameters)] * 2
+
+
+def test_a_case_that_cannot_run_is_recorded_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
+    made = Workbench.__init__
+
+    def fail_once(self, case, *args, **more):
+        if case.method == "dpo":
+            raise RuntimeError("no such model here")
+        made(self, case, *args, **more)
+
+    monkeypatch.setattr(Workbench, "__init__", fail_once)
+    options = ["--tiny", "--model", "qwen3-0.6b", "--method", "dpo", "simpo", "--profile", "chat", "--length", "32"]
+    assert main([*options, "--rounds", "1", "--arms", "logitless", "--out", str(tmp_path)]) == 1
+    assert "RuntimeError: no such model here" in capsys.readouterr().out
+    document = json.loads((tmp_path / "cpu-training-steps.json").read_text())
+    assert [c["method"] for c in document["cases"]] == ["simpo"]
+    assert {c["method"] for c in document["failed_cases"]} == {"dpo"}
 
 
 def test_an_arm_that_is_wrong_or_fails_earns_no_figure(monkeypatch):
@@ -173,7 +212,6 @@ def test_the_search_for_a_limit_ends_at_it(slope, base):
     assert row.largest is not None and row.largest <= true and (row.failing is None or row.failing > true)
     assert row.largest >= 0.93 * true - 1, row
     assert len({t.size for t in row.trials}) == len(row.trials) <= 7
-    assert all(t.size % 1 == 0 and t.size >= 1 for t in row.trials)
 
 
 def test_the_search_says_when_nothing_fits_and_when_time_would_run_out():
@@ -367,7 +405,8 @@ def test_the_list_names_every_suite_and_arm(capsys):
     assert all(name in said for name in (*SUITES, *ARMS, *MODELS, *METHODS, *PROFILES))
 
 
-def test_sequences_in_one_row_by_torchs_variable_length_attention(monkeypatch):
+@pytest.mark.parametrize("precision", ["fp32", "bf16-amp"])
+def test_sequences_in_one_row_by_torchs_variable_length_attention(precision, monkeypatch):
     """Its kernels are for GPUs; what is done for a sequence stands in for them, so the way there and back is what runs."""
     from torch.nn.attention import varlen
 
@@ -375,6 +414,7 @@ def test_sequences_in_one_row_by_torchs_variable_length_attention(monkeypatch):
 
     def by_sequence(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):
         assert q.shape == k.shape == v.shape and cu_q is cu_k and max_q == max_k == int(cu_q.diff().max())
+        assert q.dtype == k.dtype == v.dtype == (torch.float32 if precision == "fp32" else torch.bfloat16)
         assert window_size == (-1, 0) and int(cu_q[-1]) == len(q) and cu_q.dtype == torch.int32
         called.append(len(cu_q) - 1)
         bounds = itertools.pairwise(cu_q.tolist())
@@ -383,8 +423,8 @@ def test_sequences_in_one_row_by_torchs_variable_length_attention(monkeypatch):
         return torch.cat([attend(*part, is_causal=True, scale=scale).transpose(0, 1) for part in parts])
 
     monkeypatch.setattr(varlen, "varlen_attn", by_sequence)
-    case = replace(SMALL, attention=VARLEN)
+    case = replace(SMALL, attention=VARLEN, precision=precision)
     outcome = run_steps(case, ["logitless", "logitless:packed", "body:packed"], CPU, rounds=1)
     assert [row.status for row in outcome.rows] == ["ok"] * 3, [row.message for row in outcome.rows]
-    assert outcome.row("logitless:packed").gradient_error < 1e-5
+    assert outcome.row("logitless:packed").gradient_error < (1e-5 if precision == "fp32" else 0.02)
     assert max(called) == 4  # all sequences of the batch in one call

@@ -83,7 +83,8 @@ def _body(bench: Workbench, data: Data) -> Tensor:
 
 def _not_in_one_row(bench: Workbench) -> list[str]:
     bench.use_attention(bench.packed_attention)
-    return ll.why_not_padding_free(bench.model)
+    with bench.autocast():
+        return ll.why_not_padding_free(bench.model)
 
 
 ARMS: dict[str, Arm] = {

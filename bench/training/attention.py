@@ -1,12 +1,13 @@
 """Attention of sequences in one row: FlashAttention where it is installed, else torch's own variable-length attention.
 
-The latter has FlashAttention's kernels in it (torch 2.10 and later, on CUDA) and, unlike flex attention, compiles nothing for
+The latter has FlashAttention's kernels in it (torch 2.11 and later, on CUDA) and, unlike flex attention, compiles nothing for
 each new length. transformers does not know it, so it is registered here.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ def varlen_attention(
     # torch 2.11 wants as many heads of keys as of queries
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v))
+    if q.dtype == torch.float32 and torch.is_autocast_enabled(q.device.type):  # a norm may leave it: sdpa casts by itself
+        q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
     out = varlen_attn(q, k, v, *bounds, scale=scaling, window_size=window)
@@ -68,4 +71,13 @@ def in_one_row(device: torch.device) -> str:
     installed = next((name for name, package in _PACKAGES if importlib.util.find_spec(package)), None)
     if installed is not None:
         return installed
-    return VARLEN if importlib.util.find_spec("torch.nn.attention.varlen") else "flex_attention"
+    return VARLEN if _has_varlen() else "flex_attention"
+
+
+def _has_varlen() -> bool:
+    """Whether torch has the function, with a window by which it is causal."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "window_size" in inspect.signature(varlen_attn).parameters

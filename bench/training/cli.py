@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import os
 import sys
@@ -33,7 +34,7 @@ from .suites import SUITES, Suite, shrink
 
 DEFAULT_SUITES = ("steps",)
 DEFAULT_OUT = Path("bench/out")
-_PACKAGES = ("trl", "transformers", "datasets", "accelerate")
+_PACKAGES = ("trl", "transformers", "datasets", "accelerate", "peft")
 _ROUNDS = 5
 _CURVE_STEPS = 50
 _LIMIT_GB = 80.0
@@ -143,6 +144,7 @@ def _main(options: argparse.Namespace, console: Console) -> int:
     start = time.monotonic()
     options.deadline = float("inf") if options.time_limit is None else start + options.time_limit
     done: dict[str, list[Outcome]] = {}
+    failed: dict[str, list[tuple[TrainCase, str]]] = {}
     paths: dict[str, Path] = {}
     planned = sum(_planned(suite, chosen or suite.arms, options) for suite, _ in plan)
     with console.progress(planned) as progress:
@@ -154,17 +156,18 @@ def _main(options: argparse.Namespace, console: Console) -> int:
             more = {"progress": lambda text, n, case=case: progress(f"{case.model} {case.method}: {text}", n)}
             try:
                 outcome = _run(case, suite, chosen or suite.arms, device, options, more)
-            except torch.OutOfMemoryError as error:  # before any arm could be blamed for it
+                done.setdefault(suite.name, []).append(outcome)
+                show(console, outcome)
+            except Exception as error:  # of the case itself: no arm is to blame, and the next case may run
+                failed.setdefault(suite.name, []).append((case, shorten(error)))
                 console.print(f"{case.title}: {shorten(error)}", highlight=False)
-                continue
-            finally:
-                gc.collect()
-                if device.type == "cuda":
+            gc.collect()
+            if device.type == "cuda":
+                with contextlib.suppress(Exception):  # after an illegal access, say, nothing works any more
                     torch.cuda.empty_cache()
-            done.setdefault(suite.name, []).append(outcome)
-            show(console, outcome)
             paths[suite.name] = options.out / f"{device.type}-training-{suite.name}.json"
-            write_suite(paths[suite.name], suite.name, done[suite.name], device, rounds=options.rounds)
+            found = done.get(suite.name, []), failed.get(suite.name, [])
+            write_suite(paths[suite.name], suite.name, *found, device, rounds=options.rounds)
     written = list(paths.values())
     if can_draw() and "steps" in done:
         written.append(options.out / f"{device.type}-training-steps.png")
@@ -172,7 +175,7 @@ def _main(options: argparse.Namespace, console: Console) -> int:
         write_figure(written[-1], [o.as_dict() for o in done["steps"]], where)
     for path in written:
         console.print(f"wrote {path}", highlight=False)
-    return 0 if done else 1
+    return 1 if failed else 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -182,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments, without the program's name; default those of the process.
 
     Returns:
-        int: 0; 1 where no case could run; 2 for a wrong argument. An arm that fails is a row of the table.
+        int: 0; 1 where a case as a whole could not run; 2 for a wrong argument. An arm that fails is a row of the table.
     """
     try:
         return _main(_parser().parse_args(argv), make_console())

@@ -134,15 +134,14 @@ def run_curves(
         row = CurveRow(name, rounding=name in more)
         outcome.rows.append(row)
         bench = Workbench(case, device, learning_rate=learning_rate)
-        reasons = arm.why_not(bench)
-        if row.rounding and not bench.method.fused:
-            reasons = [f"TRL's {type(bench.trainer).__name__} has no fused head that could round elsewhere"]
-        if reasons:
-            row.status, row.message = UNAVAILABLE, "; ".join(reasons)
-        if row.status != OK:
-            progress(name, steps)
-            continue
         try:
+            reasons = arm.why_not(bench)
+            if row.rounding and not bench.method.fused:
+                reasons = [f"TRL's {type(bench.trainer).__name__} has no fused head that could round elsewhere"]
+            if reasons:
+                row.status, row.message = UNAVAILABLE, "; ".join(reasons)
+                progress(name, steps)
+                continue
             for i in range(steps):
                 progress(f"step {i + 1} of {name}", 1)
                 data = bench.data(case_batch(case, vocab, seed=i), exact=False)

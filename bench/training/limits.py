@@ -41,7 +41,7 @@ class LimitRow:
     """What an arm can hold.
 
     Attributes:
-        largest: the largest size that ran within the limit, ``None`` if none did; tokens: of its batch, scored and not.
+        largest: the largest size that ran within the limit, ``None`` if none did.
         failing: the smallest size that did not fit, if any was tried.
         predicted: where the straight line through the peaks of the two largest sizes that ran reaches the limit.
         cut_short: whether more would have been tried with more time. message: why the search ended, or why there is nothing.
@@ -171,8 +171,8 @@ def run_limits(
 
     Args:
         of: ``pairs`` or ``length``.
-        limit_bytes: of all that the process holds on a GPU, which its allocator then refuses to exceed; on a CPU of what a
-            step takes beside what is held between steps.
+        limit_bytes: of torch's allocator on a GPU, which then refuses to hold more; on a CPU of what a step takes beside what
+            is held between steps.
         seconds: that a step may take.
         deadline: of ``time.monotonic()``, after which nothing further is tried.
     """
@@ -187,15 +187,16 @@ def run_limits(
         for row in rows:
             progress(f"{of} of {row.arm}", 1)
             arm = ARMS[row.arm]
-            if reasons := arm.why_not(bench):
-                row.status, row.message = UNAVAILABLE, "; ".join(reasons)
-                continue
             if time.monotonic() > deadline:
                 row.status, row.message = UNAVAILABLE, "left out: the time limit was reached"
                 continue
             try:
+                if reasons := arm.why_not(bench):
+                    row.status, row.message = UNAVAILABLE, "; ".join(reasons)
+                    continue
                 with arm.ready(bench):
-                    step(bench, arm, warm)  # optimizer states, and what compiles
+                    step(bench, arm, warm)  # optimizer states
+                _attempt(bench, arm, of, getattr(case, of))  # what compiles at the first size, which is not its time
                 search(
                     row,
                     lambda size, arm=arm: _attempt(bench, arm, of, size),  # type: ignore[misc]

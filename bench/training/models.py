@@ -86,7 +86,7 @@ MODELS: dict[str, ModelSpec] = {
     ),
 }
 
-#: What ``--scale tiny`` makes of each of them: the same kinds of layers, heads and ties.
+#: What ``--tiny`` makes of each of them: the same kinds of layers, heads and ties.
 _TINY = {
     "vocab_size": 509,
     "hidden_size": 64,

@@ -14,6 +14,7 @@ from ..environment import environment
 from ..report import SCHEMA, number, spread, write_json
 from ..runner import OK
 from ..targets import Target, quotient
+from .cases import TrainCase
 from .curves import CurveOutcome
 from .limits import LimitOutcome, LimitRow
 from .predict import Prediction, predict
@@ -62,7 +63,7 @@ def targets(outcome: Outcome) -> list[Target]:
 
 def reach(row: LimitRow) -> float | None:
     """What an arm can hold: what ran, or the prediction where the search was cut short with nothing that did not fit."""
-    if row.largest is None:
+    if row.largest is None or row.status != OK:
         return None
     open_ended = row.cut_short and row.failing is None
     return float(max(row.largest, row.predicted or 0) if open_ended else row.largest)
@@ -116,12 +117,12 @@ def _step_table(console: Console, outcome: StepOutcome) -> None:
     console.table(title, columns, rows, [r.status != OK for r in outcome.rows])
     if outcome.held_bytes is not None:
         console.print(f"  held between steps: {outcome.held_bytes / _GIB:.2f} GiB", highlight=False)
-    fastest = min((r for r in outcome.rows if not r.floor and r.median), key=lambda r: r.median or 0.0, default=None)
-    if outcome.body_flops is not None and fastest is not None and fastest.median is not None:
-        floor = outcome.body_flops + outcome.head_flops
+    ours = outcome.time("logitless")
+    if outcome.body_flops is not None and ours is not None:  # as torch counts them, on the padded batch
+        total = outcome.body_flops + outcome.head_flops
         console.print(
-            f"  floor {floor / 1e12:.3g} TFLOP, of them {100 * outcome.head_flops / floor:.0f} % the head's; "
-            f"{fastest.arm} does {floor / fastest.median / 1e12:.3g} TFLOP/s of it",
+            f"  padded decoders and the least that a head can do: {total / 1e12:.3g} TFLOP, of them "
+            f"{100 * outcome.head_flops / total:.0f} % the head's; logitless does {total / ours / 1e12:.3g} TFLOP/s of it",
             highlight=False,
         )
 
@@ -175,13 +176,22 @@ def _predicted(outcome: Outcome) -> dict[str, float] | None:
     return None if expected is None else {arm: expected.seconds(arm) for arm in expected.heads}
 
 
-def write_suite(path: Path, suite: str, outcomes: Sequence[Outcome], device: torch.device, *, rounds: int) -> None:
-    """All of a suite so far."""
+def write_suite(
+    path: Path,
+    suite: str,
+    outcomes: Sequence[Outcome],
+    failed: Sequence[tuple[TrainCase, str]],
+    device: torch.device,
+    *,
+    rounds: int,
+) -> None:
+    """All of a suite so far, and the cases that could not run, with the reason."""
     value = {
         "schema": SCHEMA,
         "suite": suite,
         "command": sys.argv[1:],
         "rounds": rounds,
+        "failed_cases": [{**case.as_dict(), "message": message} for case, message in failed],
         "environment": environment(device),
         "cases": [
             {**o.as_dict(), "predicted_seconds": _predicted(o), "targets": [t.as_dict() for t in targets(o)]} for o in outcomes

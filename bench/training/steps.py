@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import statistics
@@ -160,7 +161,8 @@ class _Run:
         if row.status != OK:
             self.bench.optimizer.zero_grad()
             if self.bench.device.type == "cuda":
-                torch.cuda.empty_cache()
+                with contextlib.suppress(Exception):  # after an illegal access, say, nothing works any more
+                    torch.cuda.empty_cache()
 
     def check(self, row: StepRow, loss: float, gradients: dict[str, Tensor]) -> None:
         bench, arm = self.bench, ARMS[row.arm]
@@ -226,6 +228,16 @@ def run_steps(
     """
     progress("models and trainer", 1)
     bench = Workbench(case, device)
+    gc.collect()
+    gc.freeze()  # what stands by now: the collection before each step, which would take as long as the step, skips it
+    try:
+        return _run_steps(bench, names, rounds, progress)
+    finally:
+        gc.unfreeze()
+
+
+def _run_steps(bench: Workbench, names: Iterable[str], rounds: int, progress: Callable[[str, int], None]) -> StepOutcome:
+    case, device = bench.case, bench.device
     data = bench.data(case_batch(case, bench.vocab), exact=True)
     rows = {name: StepRow(name, floor=ARMS[name].floor) for name in names}
     batch = data.batch
@@ -243,6 +255,7 @@ def run_steps(
         progress(f"check of {row.arm}", 1)
         run.guard(row, lambda r: run.check(r, exact, gradients))
     gradients.clear()
+    _make_optimizer_states(bench)
     outcome.body_flops = _body_flops(run)
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -258,6 +271,14 @@ def run_steps(
             progress(f"round {i + 1} of {rounds}", 1)
             run.guard(row, run.time)
     return outcome
+
+
+def _make_optimizer_states(bench: Workbench) -> None:
+    """They are held between steps: the first arm that makes a step must not be charged with them."""
+    for parameter in bench.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    bench.optimizer.step()
+    bench.optimizer.zero_grad()
 
 
 def planned_steps(names: Iterable[str], rounds: int) -> int:

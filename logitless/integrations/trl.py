@@ -59,6 +59,7 @@ _WHOLE_LOGITS = (
     ("trl.experimental.orpo.orpo_trainer", "ORPOTrainer", True),
 )
 _FORWARD = "concatenated_forward"
+_SAID = "_logitless_has_said_so"
 
 log = logging.getLogger("logitless")
 _lock = threading.Lock()
@@ -197,7 +198,9 @@ def _without_logits(original: Any, nll_of_prompt: bool) -> Any:
     def forward(self: Any, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[Tensor, ...]:
         if self.is_encoder_decoder or self.aux_loss_enabled:
             what = "an encoder-decoder" if self.is_encoder_decoder else "a router's auxiliary loss"
-            log.warning("%s with %s makes whole logits as before: logitless has no part in it", type(self).__name__, what)
+            if not getattr(self, _SAID, False):  # once, and not at each step
+                setattr(self, _SAID, True)
+                log.warning("%s with %s makes whole logits as before: logitless has no part in it", type(self).__name__, what)
             found: tuple[Tensor, ...] = original(self, model, batch)
             return found
         return concatenated_forward(self, model, batch, nll_of_prompt)
