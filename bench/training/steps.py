@@ -24,9 +24,10 @@ from .batches import Batch, make_batch
 from .cases import TrainCase
 from .workbench import Data, Workbench
 
-#: What a step may be off by from one with an exact head on the same decoder: a few times what TRL's is, whose head rounds
-#: to the model's dtype. Of the loss relative to the larger of 1 and its size, of gradients the norm of all of them.
-LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 0.01, "bf16-amp": 0.01, "fp16-amp": 0.01}
+#: What a step may be off by from one with an exact head on the same decoder: a few times what TRL's is. Its fused head rounds
+#: logits to the model's dtype (2e-4 in bfloat16), its CPO trainer log-probs of sequences too (1e-2). Of the loss relative to
+#: the larger of 1 and its size, of gradients the norm of all of them.
+LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 0.05, "bf16-amp": 0.05, "fp16-amp": 0.05}
 GRADIENT_TOLERANCE = {"fp32": 1e-4, "bf16": 0.1, "bf16-amp": 0.1, "fp16-amp": 0.1}
 
 
