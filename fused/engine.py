@@ -14,8 +14,9 @@ from torch import Tensor
 from logitless.kernels.backends import Backend, get_backend
 from logitless.kernels.dtypes import accumulate_dtype, tile_dtype
 from logitless.kernels.head_grad import HeadGradient, scaled_to_dtype
-from logitless.kernels.op import gather_rows, once_differentiable, scatter_rows
+from logitless.kernels.op import once_differentiable
 from logitless.kernels.plan import DEFERRED_SCALE, FORWARD_ONLY, RECOMPUTE, Plan, Step, plan
+from logitless.kernels.scored_rows import gather_rows, scatter_rows
 from logitless.kernels.stats import RowStats
 
 from .job import Job

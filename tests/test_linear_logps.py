@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import logitless as ll
-from logitless.kernels import op, torch_backend
+from logitless.kernels import scored_rows, torch_backend
 from logitless.kernels.stats import OPTIONAL_OUTPUTS
 
 from .helpers import Case, gradients, make_case, plain_logps, relative_error, run_op, run_reference
@@ -450,7 +450,7 @@ def test_what_a_cuda_graph_captures_is_the_same_and_asks_no_label(train, use_ent
         return [*(getattr(stats, name) for name in ll.OUTPUTS), *gradients(loss, case)]
 
     expected = run()
-    monkeypatch.setattr(op, "_capturing", lambda labels: True)
+    monkeypatch.setattr(scored_rows, "capturing", lambda labels: True)
     seen: list[str] = []
 
     class Names(TorchDispatchMode):
@@ -468,7 +468,7 @@ def test_what_a_cuda_graph_captures_is_the_same_and_asks_no_label(train, use_ent
 def test_a_backward_pass_alone_cannot_be_captured_for_a_frozen_head(monkeypatch):
     case = make_case(train="h", masked=0.4)
     logps = run_op(case).logps
-    monkeypatch.setattr(op, "_capturing", lambda labels: True)
+    monkeypatch.setattr(scored_rows, "capturing", lambda labels: True)
     with pytest.raises(RuntimeError, match="ran outside of the CUDA graph"):
         logps.sum().backward()
 
