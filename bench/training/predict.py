@@ -2,8 +2,8 @@
 
 The decoders take their FLOP at a share of the GPU's GEMM rate (``DECODER_SHARE``, assumed: transformers runs norms, rotations
 and activations as kernels of their own); the optimizer takes its bytes; our head takes what its cost model says. TRL's fused
-head takes 8 (frozen 6) GEMMs' FLOP and, in tiles of 4096 tokens, the bytes of its logits and of its float32 sums; its trainers
-without one take 6 (4) on every position, and ``WHOLE_LOGITS_BYTES`` an entry of the logits.
+head takes 8 N H V FLOP (frozen 6) and, in tiles of 4096 tokens, the bytes of its logits and of its float32 sums; its trainers
+without one take 6 N H V (4) on every position, and ``WHOLE_LOGITS_BYTES`` an entry of the logits.
 """
 
 from __future__ import annotations
