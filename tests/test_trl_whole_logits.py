@@ -108,6 +108,29 @@ def test_training_logs_the_same(kind, model, lora, tmp_path):
                 assert a[name] == pytest.approx(value, rel=2e-5, abs=2e-6), name
 
 
+@pytest.mark.parametrize("kind", ["cpo", "orpo"])
+def test_evaluation_reports_the_same(kind, tmp_path):
+    trainer = make_trainer(kind, make_model("untied", 0), tmp_path, eval_strategy="no", per_device_eval_batch_size=3)
+    held_out = trainer.train_dataset.select(range(6))
+    theirs = trainer.evaluate(held_out)
+    with swap.patch():
+        ours = trainer.evaluate(held_out)
+    assert ours.keys() == theirs.keys() and "eval_nll_loss" in ours
+    for name, value in theirs.items():
+        if "logits/" not in name and name.startswith("eval_") and not name.endswith(("runtime", "per_second")):
+            assert ours[name] == pytest.approx(value, rel=2e-5, abs=2e-6), name
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_autocast_and_checkpointing_train(lora, tmp_path):
+    options = {"bf16": True, "gradient_checkpointing": True}
+    theirs = history(make_trainer("cpo", make_model("untied", 0), tmp_path / "a", lora, **options))
+    with swap.patch():
+        ours = history(make_trainer("cpo", make_model("untied", 0), tmp_path / "b", lora, **options))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.02) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.1)
+
+
 @pytest.mark.parametrize("kind", ["simpo", "orpo"])
 def test_no_logits_are_made_and_prompts_are_left_out(kind, tmp_path):
     trainer = make_trainer(kind, make_model("untied", 0), tmp_path)
