@@ -93,8 +93,13 @@ def launches(config: GemmConfig, dtype: str, unaligned: bool) -> dict[str, Recor
     score(("score_tile", ""), None, None, stats, None, linear, plain, gradient=tile)
     score(("score_all", "combine_first"), bias, sums, None, None, linear, everything, gradient=tile)
     score(("score_all_softcap", "combine_last"), bias, sums, stats, top1, capped, everything, gradient=tile, first=64)
-    for name, head in (("gradient_plain", linear), ("gradient_all", linear), ("gradient_all_softcap", capped)):
-        full = name != "gradient_plain"
+    for name, head in (
+        ("gradient_plain", linear),
+        ("gradient_plain_softcap", capped),
+        ("gradient_all", linear),
+        ("gradient_all_softcap", capped),
+    ):
+        full = name.startswith("gradient_all")
         optional = (bias if full else None, labels, row, torch.zeros(2, N) if full else None, row if full else None, row)
         given = x, weight, *optional, gradient, head, everything if full else plain, config
         record((name,), ("gradient_kernel",), launch.gradient_block, *given, first=0)
