@@ -13,6 +13,7 @@ from logitless.kernels.spec import HeadSpec
 
 from .model_logps import HeadCall, run_packed
 from .modules import FusedLinearLoss, KTOOutput, PreferenceOutput
+from .multi_objective import FusedLinearMultiObjectiveLoss, MultiObjectiveOutput
 from .packing import PackedSequences
 from .policy.modules import FusedLinearPolicyLoss, PolicyOutput
 from .preference import FusedLinearKTOLoss
@@ -105,6 +106,12 @@ def model_loss(model: nn.Module, loss: FusedLinearKTOLoss, packed: PackedSequenc
 
 
 @overload
+def model_loss(
+    model: nn.Module, loss: FusedLinearMultiObjectiveLoss, packed: PackedSequences, **options: Any
+) -> MultiObjectiveOutput: ...
+
+
+@overload
 def model_loss(model: nn.Module, loss: FusedLinearLoss, packed: PackedSequences, **options: Any) -> PreferenceOutput: ...
 
 
@@ -118,7 +125,7 @@ def model_loss(
     padding_free: bool | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     **inputs: Any,
-) -> PreferenceOutput | KTOOutput | PolicyOutput:
+) -> PreferenceOutput | KTOOutput | MultiObjectiveOutput | PolicyOutput:
     """A loss module on a model's packed sequences; see :func:`at_head`.
 
     Args:
@@ -153,7 +160,7 @@ def model_loss(
         return loss(at.hidden, at.weight, at.labels, **arguments, **inputs)
 
     kwargs = dict(model_kwargs or {})
-    out: PreferenceOutput | KTOOutput | PolicyOutput = at_head(
+    out: PreferenceOutput | KTOOutput | MultiObjectiveOutput | PolicyOutput = at_head(
         model, packed, fn, head=head, temperature=temperature, padding_free=padding_free, **kwargs
     )
     return out

@@ -104,6 +104,17 @@ def test_preference_losses_of_a_model(kind, padding_free):
         torch.testing.assert_close(found[n], p.grad, rtol=1e-8, atol=1e-11)
 
 
+def test_a_weighted_sum_of_objectives_of_a_model():
+    model, batch = make("llama"), ll.pack([SEQUENCES[0], SEQUENCES[4], SEQUENCES[1], SEQUENCES[4][:3]])
+    parts = {"a": ll.FusedLinearSimPOLoss(), "b": ll.FusedLinearCPOLoss()}
+    objectives = {name: ll.Objective(loss, sequences=[0, 1, 2, 3], weight=0.5) for name, loss in parts.items()}
+    out = ll.model_loss(model, ll.FusedLinearMultiObjectiveLoss(), batch, objectives=objectives)
+    single = [ll.model_loss(model, loss, batch).loss.detach() for loss in parts.values()]
+    torch.testing.assert_close(out.loss.detach(), 0.5 * sum(single), rtol=1e-11, atol=1e-12)
+    out.loss.backward()
+    assert model.model.embed_tokens.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("padding_free", [True, False])
 def test_what_a_function_gets_at_the_head(padding_free):
     model, batch, value_head = make("llama"), packed(), nn.Linear(32, 1).double()

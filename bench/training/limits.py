@@ -149,10 +149,8 @@ def search(
         while estimate(row.trials, size, growth) > seconds and size > low:
             size -= granule
         if size <= low:
-            row.cut_short, row.message = (
-                True,
-                f"a step of {wanted} might take more than {seconds:g} s: the limit is a prediction",
-            )
+            row.cut_short = True
+            row.message = f"a step of {wanted} might take more than {seconds:g} s: the limit is a prediction"
             return
 
 

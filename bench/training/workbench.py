@@ -19,7 +19,7 @@ from .attention import PADDED, VARLEN, in_one_row, register
 from .batches import IGNORE, Batch
 from .cases import TrainCase
 from .methods import METHODS
-from .models import MODELS, lora_config, make_model, move_away
+from .models import lora_config, make_model, move_away
 
 #: Elements of a block of float64 logits.
 _BLOCK = 64 << 20
@@ -122,11 +122,6 @@ class Workbench:
     @functools.cached_property
     def module(self) -> Any:
         return self.method.module()
-
-    @property
-    def attention(self) -> str:
-        found: str = self.base.config._attn_implementation
-        return found
 
     def use_attention(self, name: str) -> None:
         """Of the policy and the reference."""
@@ -263,7 +258,3 @@ class Workbench:
     def vocab(self) -> int:
         size: int = self.base.config.vocab_size
         return size
-
-    @property
-    def lora(self) -> bool:
-        return bool(MODELS[self.case.model].lora)
