@@ -98,9 +98,9 @@ class _SegmentSum(torch.autograd.Function):
     @staticmethod
     def forward(values: Tensor, offsets: Tensor) -> Tensor:
         if values.device.type != "cpu" and current_settings().backend != "torch" and not why_no_triton():
-            from .backends.triton import rows
+            from .backends.triton import segments
 
-            return rows.segment_sum(values, offsets)
+            return segments.segment_sum(values, offsets)
         # its checks would synchronise
         sums = torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0, unsafe=True)
         return sums.to(values.dtype)

@@ -30,9 +30,9 @@ def mix_tile_(
 ) -> None:
     """``e -> e * (mix[0] + mix[1] * log e) * (1 - tanh^2)`` in place; 0 stays 0."""
     if tile.device.type != "cpu" and current_settings().backend != "torch" and not why_no_triton():
-        from ..backends.triton.entropy import mix_tile
+        from ..backends.triton import entropy
 
-        mix_tile(tile, mix, k, head)
+        entropy.mix_tile_(tile, mix, k, head, options)
         return
     acc = accumulate_dtype(tile.dtype)
     numbers = torch.stack((mix[0].to(acc), mix[1].to(acc), k.to(acc)))
