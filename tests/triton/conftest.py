@@ -21,11 +21,13 @@ def moved(t: Tensor | None) -> Tensor | None:
 
 
 def replace_in_backend(monkeypatch: pytest.MonkeyPatch, name: str, value: Any) -> None:
-    """Replaces what the modules of the backend, and of torch's blockwise algorithm, import under that name."""
+    """Replaces a name in the modules of the backend, of torch's blockwise algorithm, and of the mathematics that both share."""
     from logitless.kernels.backends.torch import blockwise
     from logitless.kernels.backends.triton import products, recompute, score, tile_gradients
+    from logitless.kernels.tile import factors, targets, unit
 
-    having = [module for module in (blockwise, products, recompute, score, tile_gradients) if hasattr(module, name)]
+    modules = blockwise, factors, products, recompute, score, targets, tile_gradients, unit
+    having = [module for module in modules if hasattr(module, name)]
     assert having
     for module in having:
         monkeypatch.setattr(module, name, value)

@@ -21,20 +21,21 @@ from triton.runtime.jit import create_function_from_signature
 import logitless as ll
 from logitless.bench.compile_report import targets
 from logitless.kernels.backends.torch.passes import Logits
-from logitless.kernels.backends.triton import elementwise, finish, logits_gradient, scan
-from logitless.kernels.backends.triton import targets as labels_of
 from logitless.kernels.backends.triton.aot.compilation import Compilation
 from logitless.kernels.backends.triton.aot.elementwise import DTYPES
 from logitless.kernels.backends.triton.aot.elementwise import compilations as elementwise_compilations
 from logitless.kernels.backends.triton.aot.gemms import UNALIGNED
 from logitless.kernels.backends.triton.aot.gemms import compilations as gemm_compilations
+from logitless.kernels.backends.triton.elementwise import TRITON_PASSES
+from logitless.kernels.backends.triton.finish import finish_rows
 from logitless.kernels.backends.triton.gemm import filtered, launch
 from logitless.kernels.backends.triton.gemm.config import GemmConfig
 from logitless.kernels.backends.triton.launch import Launch
+from logitless.kernels.backends.triton.targets import target_logit_and_slope
 from logitless.kernels.backends.triton.tuning.configs import table
+from logitless.kernels.core.blocking import VOCAB_BLOCK
 from logitless.kernels.core.dtypes import accumulate_dtype
 from logitless.kernels.core.stats import OPTIONAL_OUTPUTS, CoreOptions
-from logitless.kernels.planner.plan import VOCAB_BLOCK
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 TYPES = {name: dtype for dtype, name in NAMES.items()}
@@ -75,7 +76,7 @@ def declared(compilation: Compilation) -> dict[str, Any]:
 
 
 def elementwise_launches() -> dict[str, Launch]:
-    """The launches of the element-wise functions, by the name that aot/elementwise.py gives to each."""
+    """The launches of the element-wise functions, by the name that aot/TRITON_PASSES.py gives to each."""
     found: dict[str, Launch] = {}
 
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -91,27 +92,27 @@ def elementwise_launches() -> dict[str, Launch]:
         x, weight = zeros(N, 1024, dtype=dtype), zeros(W, 1024, dtype=dtype)
         values, per_row = zeros(N, 1024, dtype=acc), zeros(N, dtype=acc)
         given = x, weight, None, labels, "auto"
-        add(f"target_raw_{name}", labels_of.target_logits, *given)
-        add(f"target_plain_{name}", labels_of.target_logit_and_slope, *given, PLAIN)
-        add(f"target_softcap_{name}", labels_of.target_logit_and_slope, *given, CAPPED)
-        add(f"finish_rows_{name}", finish.finish_rows, values, per_row, per_row, weight, labels, dtype)
+        add(f"target_raw_{name}", TRITON_PASSES.target_logits, *given)
+        add(f"target_plain_{name}", target_logit_and_slope, *given, PLAIN)
+        add(f"target_softcap_{name}", target_logit_and_slope, *given, CAPPED)
+        add(f"finish_rows_{name}", finish_rows, values, per_row, per_row, weight, labels, dtype)
         tile = zeros(N, 32 * VOCAB_BLOCK, dtype=dtype)
-        add(f"finish_tile_{name}", finish.finish_tile, tile, [per_row] * 32, labels, per_row, VOCAB_BLOCK)
+        add(f"finish_tile_{name}", TRITON_PASSES.finish_tile, tile, [per_row] * 32, labels, per_row, VOCAB_BLOCK)
         rows = (2 * N, 1024), dtype, labels, values
-        add(f"scatter_rows_{name}", elementwise.scatter_rows, *rows, per_row[0])
-        add(f"scatter_rows_base_{name}", elementwise.scatter_rows, *rows, per_row, values)
-        add(f"scaled_to_dtype_{name}", elementwise.scaled_to_dtype, values, per_row[0], dtype, dtype == acc)
+        add(f"scatter_rows_{name}", TRITON_PASSES.scatter_rows, *rows, per_row[0])
+        add(f"scatter_rows_base_{name}", TRITON_PASSES.scatter_rows, *rows, per_row, values)
+        add(f"scaled_to_dtype_{name}", TRITON_PASSES.scaled_to_dtype, values, per_row[0], dtype, dtype == acc)
     for dtype in (torch.float32, torch.float64):
         name, values = NAMES[dtype], zeros(N, dtype=dtype)
-        add(f"segment_sum_{name}", elementwise.segment_sum, values, bounds)
+        add(f"segment_sum_{name}", TRITON_PASSES.segment_sum, values, bounds)
         mask, last = zeros(N, dtype=torch.bool), zeros(16, dtype=dtype)
-        add(f"gae_plain_{name}", elementwise.gae, values, values, bounds, None, 1.0, 0.9, None, dtype)
-        add(f"gae_masked_{name}", elementwise.gae, values, values, bounds, mask, 1.0, 0.9, last, dtype)
+        add(f"gae_plain_{name}", TRITON_PASSES.gae, values, values, bounds, None, 1.0, 0.9, None, dtype)
+        add(f"gae_masked_{name}", TRITON_PASSES.gae, values, values, bounds, mask, 1.0, 0.9, last, dtype)
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         k = zeros(N, dtype=accumulate_dtype(dtype))
         for softcap, head in (("", PLAIN), ("_softcap", CAPPED)):
             tile, mix = zeros(N, W, dtype=dtype), zeros(2, N, dtype=k.dtype)
-            add(f"mix_tile{softcap}_{NAMES[dtype]}", elementwise.mix_tile_, tile, mix, k, head, CoreOptions())
+            add(f"mix_tile{softcap}_{NAMES[dtype]}", TRITON_PASSES.mix_tile_, tile, mix, k, head, CoreOptions())
     span = labels, 0, VOCAB_BLOCK
     for source, destination in (
         (torch.float32, torch.bfloat16),
@@ -126,12 +127,12 @@ def elementwise_launches() -> dict[str, Launch]:
         for softcap, head in (("", PLAIN), ("_softcap", CAPPED)):
             end = f"{NAMES[source]}_{NAMES[destination]}{softcap}"
             for name, outputs, to in (("sums", frozenset(), None), ("tile", frozenset(), tile), ("all", EVERYTHING, tile)):
-                add(f"scan_{name}_{end}", scan.scan_block, logits, head, CoreOptions(outputs), raw, to, k, k, *span)
+                add(f"scan_{name}_{end}", TRITON_PASSES.scan_block, logits, head, CoreOptions(outputs), raw, to, k, k, *span)
             for name, mix in (("plain", None), ("mixed", zeros(2, N, dtype=k.dtype))):
                 sums = f"column_sums_{NAMES[destination]}"
                 dbias = zeros(VOCAB_BLOCK, dtype=accumulate_dtype(destination))
                 given = logits, head, CoreOptions(), raw, tile, k, *span, mix, k, dbias, zeros(N, dtype=dbias.dtype)
-                add([f"logits_gradient_{name}_{end}", sums], logits_gradient.logits_gradient_block, *given)
+                add([f"logits_gradient_{name}_{end}", sums], TRITON_PASSES.gradient_block, *given)
     return found
 
 

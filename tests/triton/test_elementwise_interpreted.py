@@ -13,28 +13,22 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from logitless.kernels.sequence_logps import segment_sum
-from logitless.kernels.tile import head_gradient as torch_head
-from logitless.kernels.tile import rows as torch_rows
+from logitless.kernels.backends.torch import rows as torch_rows
+from logitless.kernels.backends.torch.segments import segment_sum as torch_segment_sum
+from logitless.kernels.tile.segments import segment_sum
 
 from ..native.emulated import BF16, F16, F32, F64, TYPES, beside_is_untouched, matrix
 from ..native.operators import EPSILON, accumulate
 from .conftest import DEVICE, moved
 
 pytest.importorskip("triton")
-from logitless.kernels.backends.triton import elementwise, scatter
+from logitless.kernels.backends.triton import scatter
+from logitless.kernels.backends.triton.elementwise import TRITON_PASSES
 from logitless.kernels.backends.triton.scaled import scaled_to_dtype_launch
 
 #: NumPy's, in the interpreter.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 quick = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-
-
-@pytest.fixture(autouse=True)
-def torch_without_operators(monkeypatch):
-    """The functions that Triton's are compared with run in plain torch."""
-    for module in (torch_rows, torch_head):
-        monkeypatch.setattr(module.native, "serves", lambda device: False)
 
 
 @quick
@@ -49,14 +43,14 @@ def test_segment_sums(lengths, seed):
         parts = values.double().split(lengths) if lengths else []
         wanted = torch.tensor([float(p.sum()) for p in parts], dtype=F64, device=DEVICE)
         size = torch.tensor([float(p.abs().sum()) for p in parts], dtype=F64, device=DEVICE)
-        for function in (elementwise.segment_sum, segment_sum):
+        for function in (TRITON_PASSES.segment_sum, torch_segment_sum):
             got = function(values.to(DEVICE), offsets)
             assert got.dtype == dtype
             limit = 2 * EPSILON[dtype] * wanted.abs() + 16 * EPSILON[F64] * size
             assert ((got.double() - wanted).abs() <= limit).all()
 
 
-@pytest.mark.parametrize("function", [elementwise.segment_sum, segment_sum], ids=["triton", "any device"])
+@pytest.mark.parametrize("function", [TRITON_PASSES.segment_sum, torch_segment_sum], ids=["triton", "torch"])
 def test_nothing_leaks_from_one_segment_into_another(function):
     values, offsets = torch.randn(40, device=DEVICE), torch.tensor([0, 7, 7, 20, 40], device=DEVICE)
     clean = function(values, offsets)
@@ -65,12 +59,13 @@ def test_nothing_leaks_from_one_segment_into_another(function):
     assert got[0].isnan() and got[3] == math.inf and torch.equal(got[1:3], clean[1:3]) and got[1] == 0
 
 
-def test_segment_sums_are_differentiable():
+@pytest.mark.parametrize("add", [TRITON_PASSES.segment_sum, torch_segment_sum], ids=["triton", "torch"])
+def test_segment_sums_are_differentiable(add):
     values = torch.randn(20, dtype=F64, device=DEVICE, requires_grad=True)
     offsets = torch.tensor([0, 3, 3, 19, 20], device=DEVICE)
-    assert torch.autograd.gradcheck(lambda v: segment_sum(v, offsets), values)
-    assert torch.autograd.gradgradcheck(lambda v: segment_sum(v, offsets).square(), values)
-    assert torch.equal(torch.func.grad(lambda v: segment_sum(v, offsets).sum())(values.detach()), torch.ones_like(values))
+    assert torch.autograd.gradcheck(lambda v: segment_sum(v, offsets, add), values)
+    assert torch.autograd.gradgradcheck(lambda v: segment_sum(v, offsets, add).square(), values)
+    assert torch.equal(torch.func.grad(lambda v: segment_sum(v, offsets, add).sum())(values.detach()), torch.ones_like(values))
 
 
 def some_values(n: int, width: int, dtype: torch.dtype, seed: int, *, pad: int = 0, skip: int = 0) -> torch.Tensor:
@@ -91,7 +86,7 @@ def test_scatter_rows(values, out):
         per_row = torch.randn(n, generator=g).to(values).to(DEVICE)
         for factor in (None, per_row[0], per_row):
             given = (count, width), out, index, source, factor, base
-            found, expected = elementwise.scatter_rows(*given), torch_rows.scatter_rows(*given)
+            found, expected = TRITON_PASSES.scatter_rows(*given), torch_rows.scatter_rows(*given)
             assert found.dtype == out and found.shape == (count, width)
             if DEVICE.type == "cpu":
                 assert torch.equal(found, expected)
@@ -122,7 +117,7 @@ def test_scatter_rows_of_a_row_out_of_range_writes_nothing_foreign():
 def test_scatter_rows_that_are_not_distinct_add_up():
     values, index = some_values(5, 70, F32, 0), torch.tensor([2, 0, 2, 2, 1], device=DEVICE)
     factor, base = torch.randn(5, device=DEVICE), some_values(5, 70, F32, 1)
-    found = elementwise.scatter_rows((4, 70), F32, index, values, factor, base, distinct=False)
+    found = TRITON_PASSES.scatter_rows((4, 70), F32, index, values, factor, base, distinct=False)
     terms = values * factor[:, None] + base
     expected = torch.stack([terms[index == row].sum(dim=0) for row in range(4)])
     torch.testing.assert_close(found, expected)
@@ -137,7 +132,7 @@ def test_scatter_rows_computes_in_float32_at_least(values, base):
     source, factor = some_values(n, width, values, 0), torch.randn(n, dtype=F64, device=DEVICE).to(F32)
     added = None if base is None else some_values(n, width, base, 1)
     index = torch.arange(n, device=DEVICE).flip(0)
-    found = elementwise.scatter_rows((n, width), F64, index, source, factor, added)
+    found = TRITON_PASSES.scatter_rows((n, width), F64, index, source, factor, added)
     expected = source.to(wide) * factor.to(wide)[:, None]
     expected = expected if added is None else expected + added.to(wide)
     torch.testing.assert_close(found, expected.to(F64).flip(0), rtol=4 * EPSILON[wide], atol=4 * EPSILON[wide])
@@ -146,7 +141,7 @@ def test_scatter_rows_computes_in_float32_at_least(values, base):
 def test_scatter_rows_of_columns_of_any_stride():
     values, index = some_values(6, 40, F32, 0), torch.arange(6, device=DEVICE)
     transposed = values.t().contiguous().t()
-    found = elementwise.scatter_rows((6, 40), BF16, index, transposed, None, transposed)
+    found = TRITON_PASSES.scatter_rows((6, 40), BF16, index, transposed, None, transposed)
     assert torch.equal(found, (2 * values).to(BF16))
 
 
@@ -159,10 +154,10 @@ def test_scaled_to_dtype(source, out):
         factor = torch.tensor(1.7, dtype=accumulate(source), device=DEVICE)
         before = a.clone()
         expected = (a.to(factor.dtype) * factor).to(out)
-        found = elementwise.scaled_to_dtype(a, factor, out, in_place=False)
+        found = TRITON_PASSES.scaled_to_dtype(a, factor, out, in_place=False)
         assert torch.equal(found, expected) and found.dtype == out
         assert torch.equal(a, before)
-        found = elementwise.scaled_to_dtype(a, factor, out, in_place=True)
+        found = TRITON_PASSES.scaled_to_dtype(a, factor, out, in_place=True)
         assert torch.equal(found, expected)
         assert (found.data_ptr() == a.data_ptr()) == (source == out)
 
@@ -172,11 +167,11 @@ def test_scaled_to_dtype(source, out):
 def test_scaled_to_dtype_is_that_of_torch(source, out):
     a = torch.randn(41, 130, dtype=source, device=DEVICE)
     factor = torch.tensor(-0.3, dtype=F64, device=DEVICE)
-    expected = torch_head.scaled_to_dtype(a, factor, out, in_place=False)
-    assert torch.equal(elementwise.scaled_to_dtype(a, factor, out, in_place=False), expected)
+    expected = torch_rows.scaled_to_dtype(a, factor, out, in_place=False)
+    assert torch.equal(TRITON_PASSES.scaled_to_dtype(a, factor, out, in_place=False), expected)
     for strided in (a.t().contiguous().t(), torch.cat((a, a), dim=1)[:, :130]):
         for in_place in (False, True):
-            assert torch.equal(elementwise.scaled_to_dtype(strided, factor, out, in_place), expected)
+            assert torch.equal(TRITON_PASSES.scaled_to_dtype(strided, factor, out, in_place), expected)
 
 
 def test_scaled_to_dtype_writes_no_further_than_its_elements():
@@ -189,10 +184,12 @@ def test_scaled_to_dtype_writes_no_further_than_its_elements():
 def test_no_rows_and_no_columns():
     labels, none = torch.empty(0, dtype=torch.long, device=DEVICE), torch.empty(0, 4, device=DEVICE)
     factor = torch.ones((), device=DEVICE)
-    assert not elementwise.scatter_rows((7, 4), F32, labels, none, factor).any()
-    assert elementwise.scatter_rows((7, 0), F16, torch.arange(3, device=DEVICE), torch.empty(3, 0, device=DEVICE)).shape == (
+    assert not TRITON_PASSES.scatter_rows((7, 4), F32, labels, none, factor).any()
+    assert TRITON_PASSES.scatter_rows((7, 0), F16, torch.arange(3, device=DEVICE), torch.empty(3, 0, device=DEVICE)).shape == (
         7,
         0,
     )
-    assert elementwise.scaled_to_dtype(none, factor, F16, in_place=False).shape == (0, 4)
-    assert elementwise.segment_sum(torch.empty(0, device=DEVICE), torch.zeros(1, dtype=torch.long, device=DEVICE)).shape == (0,)
+    assert TRITON_PASSES.scaled_to_dtype(none, factor, F16, in_place=False).shape == (0, 4)
+    assert TRITON_PASSES.segment_sum(torch.empty(0, device=DEVICE), torch.zeros(1, dtype=torch.long, device=DEVICE)).shape == (
+        0,
+    )

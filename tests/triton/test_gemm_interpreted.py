@@ -25,7 +25,7 @@ from logitless.kernels.backends.triton.gemm.combine import STATS
 from logitless.kernels.backends.triton.gemm.config import GemmConfig
 from logitless.kernels.backends.triton.targets import target_logit_and_slope
 from logitless.kernels.backends.triton.tuning.configs import table
-from logitless.kernels.operators.native import new_sums
+from logitless.kernels.operators.schemas import new_sums
 
 #: NumPy's, in the interpreter.
 pytestmark = [

@@ -26,7 +26,7 @@ from .conftest import DEVICE, moved
 
 pytest.importorskip("triton")
 from logitless.kernels.backends.triton import scan
-from logitless.kernels.backends.triton.passes import TRITON_PASSES
+from logitless.kernels.backends.triton.elementwise import TRITON_PASSES
 
 #: NumPy's, in the interpreter.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")

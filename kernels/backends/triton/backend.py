@@ -1,7 +1,7 @@
-"""The three entry points of the backend ``triton``; ``torch_backend`` says what each computes.
+"""The three entry points of the backend ``triton``; ``torch/blockwise.py`` says what each computes.
 
 dX and dW are products of the gradient tile by the vendor's GEMM or, with ``grad_filter``, by one that leaves out blocks.
-float64 takes the blockwise algorithm of ``torch_backend`` with its element-wise passes in Triton.
+float64 takes that blockwise algorithm, with its element-wise functions in Triton.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The pass that turns a finished tile of exponentials into the gradient of a loss with an entropy; see ``tile/entropy.py``."""
+"""The pass that turns a finished tile of exponentials into the gradient of a loss with an entropy: see ``torch/entropy.py``."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def mix_tile_(
     *,
     transposed: bool = False,
 ) -> None:
-    """See ``tile/entropy.py``. The labels' entries may be negative, and become NaN: the caller overwrites them.
+    """See ``ElementWise.mix_tile_``. The labels' entries may be negative, and become NaN: the caller overwrites them.
 
     Raises:
         ValueError: for a ``transposed`` tile (V, N), which only the backend ``cpu`` makes.

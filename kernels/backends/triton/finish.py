@@ -136,7 +136,7 @@ def finish_tile(
     at_target: Tensor | None,  # (N,)
     width: int,
 ) -> None:
-    """:func:`finish_blocks` with a list of factors; see ``torch_scan.finish_tile``."""
+    """:func:`finish_blocks` with a list of factors; see ``finish_tile`` in ``torch/passes.py``."""
     given = None
     if (some := next((f for f in factors if f is not None), None)) is not None:
         given = torch.stack([torch.ones_like(some) if f is None else f for f in factors])

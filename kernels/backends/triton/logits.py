@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..native.passes import rounding
+from ...core.dtypes import rounding
 from ..torch.passes import Logits
 from .math import rounded, transformed
 

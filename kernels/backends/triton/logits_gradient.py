@@ -162,7 +162,7 @@ def logits_gradient_block(
     dbias: Tensor | None,  # (W,)
     scale: Tensor,  # (N,)
 ) -> None:
-    """``Passes.gradient_block``; see ``torch_scan.gradient_block``."""
+    """``ElementWise.gradient_block``; see ``torch/passes.py``."""
     n, width = source.shape
     if n == 0:
         return

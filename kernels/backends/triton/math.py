@@ -8,12 +8,13 @@ import triton
 import triton.language as tl
 
 from ...core.head_spec import HeadSpec
-from ..torch import passes as torch_scan
+from ...tile.sums import FLOOR as _FLOOR
+from ...tile.sums import RAISE_ABOVE as _RAISE_ABOVE
 
 #: ``exp`` underflows below it; clamping to it keeps ``-inf * 0`` out of sums.
-FLOOR = tl.constexpr(torch_scan.FLOOR)
+FLOOR = tl.constexpr(_FLOOR)
 #: A logit this far (nats) above its row's offset raises the offset.
-RAISE_ABOVE = tl.constexpr(torch_scan.RAISE_ABOVE)
+RAISE_ABOVE = tl.constexpr(_RAISE_ABOVE)
 #: Triton's types.
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64}
 

@@ -7,11 +7,10 @@ import functools
 import torch
 from torch import Tensor
 
+from ...core.blocking import block_shape, weight_block
 from ...core.stats import CoreOptions
-from ...planner.plan import block_shape
 from ...tile.gemm import mm_accumulate
 from ...tile.head_gradient import HeadGradient
-from ..torch.passes import weight_block
 from .gemm.config import GemmConfig
 from .gemm.filtered import filtered_mm
 from .launch import unit_columns

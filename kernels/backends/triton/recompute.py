@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.blocking import blocks
 from ...core.dtypes import gemm_dtype
 from ...core.head_spec import HeadSpec
 from ...core.stats import CoreOptions, RowStats
+from ...tile.factors import add_bias_gradient, for_gemm, gradient_factors, scale_rows
 from ...tile.grad_filter import count_blocks
 from ...tile.head_gradient import HeadGradient
+from ...tile.targets import add_targets, targets_in_tile
 from ..torch import blockwise as torch_backend
-from ..torch.blockwise import add_bias_gradient, add_targets, for_gemm, gradient_factors, scale_rows, targets_in_tile
-from ..torch.passes import blocks
+from .elementwise import TRITON_PASSES
 from .gemm.launch import recompute_block
 from .launch import unit_columns
-from .passes import TRITON_PASSES
 from .products import add_products, gradient_shape, is_wide, weight_rows
 from .tuning.lookup import gemm_config
 
@@ -36,7 +37,7 @@ def recompute_gradients(
     dhidden: Tensor | None,  # (N, H) float32 (float64), written
     head_gradient: HeadGradient | None,
 ) -> None:
-    """See ``torch_backend.recompute_gradients``."""
+    """See ``torch/blockwise.py``."""
     if is_wide(x):
         given: tuple[Any, ...] = (x, weight, bias, labels, stats, coefficients, entropy_coefficients, head, options)
         torch_backend.recompute_gradients(*given, dhidden=dhidden, head_gradient=head_gradient, passes=TRITON_PASSES)

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.dtypes import accumulate_dtype
-from ...tile import head_gradient as torch_head
+from ..torch import rows as torch_rows
 from .launch import Launch
 from .math import converted
 
@@ -52,7 +52,7 @@ def scaled_to_dtype(
     Multiplied in float32 (float64 for a float64 source). Torch operators serve a source that is not contiguous.
     """
     if not source.is_contiguous():
-        return torch_head.scaled_to_dtype(source, factor, dtype, in_place)
+        return torch_rows.scaled_to_dtype(source, factor, dtype, in_place)
     out = source if in_place and source.dtype == dtype else torch.empty(source.shape, dtype=dtype, device=source.device)
     if source.numel():
         launch = scaled_to_dtype_launch(source, factor.to(accumulate_dtype(source.dtype)).reshape(1), out)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ...core.head_spec import HeadSpec
 from ...core.stats import CoreOptions
-from ..torch import passes as torch_scan
-from ..torch.passes import BlockSums, Logits
+from ...tile.sums import RAISE_ABOVE, BlockSums
+from ..torch.passes import Logits
 from .launch import Launch
 from .logits import label_column, load_logits, matched, warps
 from .math import FLOOR, converted, exact, scale_and_cap
@@ -171,7 +171,7 @@ def scan_launch(
             "width": width,
         },
         {
-            "LIMIT": 11.0 if destination is not None and destination.dtype == torch.float16 else torch_scan.RAISE_ABOVE,
+            "LIMIT": 11.0 if destination is not None and destination.dtype == torch.float16 else RAISE_ABOVE,
             "SOFTCAP": head.softcap is not None,
             "SLOPE": not options.slopes_later,
             "MATCH": matched(logits),
@@ -208,7 +208,7 @@ def scan_block(
     v0: int,
     v1: int,
 ) -> BlockSums:
-    """See ``torch_scan.scan_block``."""
+    """See ``scan_block`` in ``torch/passes.py``."""
     sums = new_block_sums(options.outputs, zy)
     if len(source):
         scan_launch(logits, head, options, source, destination, k, labels, sums, v0, v1).run(len(source))

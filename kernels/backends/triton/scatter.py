@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.dtypes import accumulate_dtype
-from ...tile import rows as torch_rows
+from ..torch import rows as torch_rows
 from .launch import Launch, unit_columns
 from .math import TYPES, converted
 

@@ -10,20 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.blocking import VOCAB_BLOCK, blocks
 from ...core.dtypes import gemm_dtype
 from ...core.head_spec import HeadSpec
 from ...core.stats import CoreOptions, RowStats
-from ...operators.native import new_sums
-from ...planner.plan import VOCAB_BLOCK
+from ...operators.schemas import new_sums
+from ...tile.factors import block_dtype
+from ...tile.targets import target_entry, targets_in_tile
+from ...tile.unit import add_unit
 from ..torch import blockwise as torch_backend
-from ..torch.blockwise import add_unit, block_dtype, target_entry, targets_in_tile
-from ..torch.passes import blocks
+from .elementwise import TRITON_PASSES
 from .finish import finish_blocks, finish_rows
 from .gemm.combine import STATS, PartialRows
 from .gemm.config import GemmConfig
 from .gemm.launch import score_block
 from .launch import unit_columns
-from .passes import TRITON_PASSES
 from .products import gradient_shape, is_wide, weight_rows
 from .targets import target_logit_and_slope
 from .tuning.lookup import gemm_config
@@ -40,7 +41,7 @@ def score(
     tile: Tensor | None = None,  # (N, V) gets G, relative to the returned k
     unit_dhidden: bool = False,
 ) -> RowStats:
-    """See ``torch_backend.score``."""
+    """See ``torch/blockwise.py``."""
     if is_wide(x):
         given: tuple[Any, ...] = (x, weight, bias, labels, head, options)
         return torch_backend.score(*given, tile=tile, unit_dhidden=unit_dhidden, passes=TRITON_PASSES)

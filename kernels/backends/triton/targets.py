@@ -12,9 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.dtypes import accumulate_dtype
+from ...core.dtypes import accumulate_dtype, rounding
 from ...core.head_spec import HeadSpec
-from ..native.passes import rounding
 from .launch import Launch
 from .math import converted, exact, rounded, scale_and_cap, transformed
 
@@ -128,7 +127,7 @@ def target_logits(
     labels: Tensor,  # (N,)
     precision: str,
 ) -> Tensor:
-    """Raw logits (N,) of the labels; see ``torch_scan.target_logits``."""
+    """Raw logits (N,) of the labels in float32 (float64); see ``ElementWise.target_logits``."""
     raw = torch.empty(len(x), dtype=accumulate_dtype(x.dtype), device=x.device)
     if len(x):
         target_launch(x, weight, bias, labels, precision, HeadSpec(), raw, None, None).run(triton.cdiv(len(x), TOKENS))
@@ -143,7 +142,7 @@ def target_logit_and_slope(
     precision: str,
     head: HeadSpec,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``torch_scan.target_logit_and_slope`` of :func:`target_logits`, in one launch: zy, k and the slope, each (N,)."""
+    """``target_logit_and_slope`` of ``tile/targets.py`` of :func:`target_logits`, in one launch. Each (N,)."""
     zy, k, *slope = torch.empty((2 + (head.softcap is not None), len(x)), dtype=accumulate_dtype(x.dtype), device=x.device)
     of_softcap = slope[0] if slope else None
     if len(x):

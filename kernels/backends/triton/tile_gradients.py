@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.blocking import VOCAB_BLOCK, blocks
 from ...core.dtypes import gemm_dtype
 from ...core.head_spec import HeadSpec
 from ...core.stats import CoreOptions, RowStats
-from ...planner.plan import VOCAB_BLOCK
-from ...tile.entropy import mix_tile_
+from ...tile.factors import add_bias_gradient, for_gemm, gradient_factors, scale_rows
 from ...tile.grad_filter import count_blocks
 from ...tile.head_gradient import HeadGradient
+from ...tile.targets import add_targets, targets_in_tile
 from ..torch import blockwise as torch_backend
-from ..torch.blockwise import add_bias_gradient, add_targets, for_gemm, gradient_factors, scale_rows, targets_in_tile
-from ..torch.passes import blocks
+from .elementwise import TRITON_PASSES
 from .gemm.config import GemmConfig
 from .launch import unit_columns
 from .products import add_products
@@ -38,11 +38,11 @@ def tile_gradients(
     head_gradient: HeadGradient | None,
     entropy_coefficients: Tensor | None = None,  # (N,) dLoss / dentropy
 ) -> None:
-    """See ``torch_backend.tile_gradients``."""
+    """See ``torch/blockwise.py``."""
     if stats.block_max is None:
         given: tuple[Any, ...] = (x, weight, labels, tile, stats, coefficients, head, options)
         made: dict[str, Any] = {"dhidden": dhidden, "head_gradient": head_gradient}
-        torch_backend.tile_gradients(*given, **made, entropy_coefficients=entropy_coefficients)
+        torch_backend.tile_gradients(*given, **made, entropy_coefficients=entropy_coefficients, passes=TRITON_PASSES)
         return
     x = unit_columns(x)
     n, vocab = tile.shape
@@ -55,7 +55,7 @@ def tile_gradients(
     if factors[2] is not None:
         assert mix is not None
         largest = largest_mixed(largest, factors[2])
-        mix_tile_(tile, mix, stats.k, head, options)
+        TRITON_PASSES.mix_tile_(tile, mix, stats.k, head, options)
         mix = None  # the tile has it
         if targets_in_tile(x.device):
             tile[torch.arange(n, device=x.device), labels] = at_target.to(tile.dtype)

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ....core.blocking import VOCAB_BLOCK
 from ....core.dtypes import accumulate_dtype
 from ....core.head_spec import HeadSpec
 from ....core.stats import OPTIONAL_OUTPUTS, CoreOptions
-from ....planner.plan import VOCAB_BLOCK
 from ...torch.passes import Logits
 from ..entropy import mix_tile_launch
 from ..finish import finish_rows_launch, finish_tile_launch

@@ -174,7 +174,7 @@ def combine_kernel(
             tl.store(to + 4 * wide_n, (log_denom - mean).to(tl.float32), mask=is_row)
         if ROW_Z:
             tl.store(to + 5 * wide_n, (sum_z / vocab_size).to(tl.float32), mask=is_row)
-        if ROW_EE:  # 1 - sum p^2 is small for a confident model: see torch_scan.combine
+        if ROW_EE:  # 1 - sum p^2 is small for a confident model: see ``combine`` in tile/sums.py
             p_y = e_target / denominator
             squares = sum_ee / denominator / denominator
             rest = tl.maximum(sum_e / denominator * (1 + p_y) - squares, 0.0)

@@ -8,9 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
+from ....core.dtypes import rounding
 from ....core.head_spec import HeadSpec
 from ....core.stats import CoreOptions
-from ...native.passes import rounding
 from ..compat import descriptor_step, gemm_warps, multiprocessors
 from ..launch import Launch
 from ..math import scale_and_cap
