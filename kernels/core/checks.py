@@ -1,4 +1,4 @@
-"""Argument checks shared by all public functions. Each error names the argument, what it was, and what is accepted."""
+"""Argument checks shared by all public functions. Each error names the argument, the value given, and what is accepted."""
 
 from __future__ import annotations
 

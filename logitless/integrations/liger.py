@@ -253,7 +253,7 @@ class LigerFusedLinearKTOLoss(nn.Module):
         kl: Tensor | None = None,  # 0-dim
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         if preference_labels is None:
-            raise ValueError("preference_labels is needed: a bool tensor with one value a sequence")
+            raise ValueError("preference_labels is needed: a bool tensor with one value per sequence")
         given = ref_input is not None or ref_weight is not None or ref_bias is not None
         if given != self.use_ref_model:
             raise ValueError("ref_input and ref_weight must be given with use_ref_model=True, and only then")
