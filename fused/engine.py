@@ -15,11 +15,12 @@ from torch import Tensor
 
 from logitless.kernels.backends.interface import Backend
 from logitless.kernels.backends.registry import get_backend
+from logitless.kernels.core.autograd import once_differentiable
 from logitless.kernels.core.checks import compute_dtype
 from logitless.kernels.core.dtypes import accumulate_dtype, tile_dtype
 from logitless.kernels.core.stats import RowStats
-from logitless.kernels.linear_logps import once_differentiable
-from logitless.kernels.planner.plan import DEFERRED_SCALE, FORWARD_ONLY, GRADIENT_IN_FORWARD, RECOMPUTE, Plan, Step, plan
+from logitless.kernels.planner.plan import Plan, plan
+from logitless.kernels.planner.steps import DEFERRED_SCALE, FORWARD_ONLY, GRADIENT_IN_FORWARD, RECOMPUTE, Step
 from logitless.kernels.tile.head_gradient import HeadGradient
 from logitless.kernels.tile.rows import gather_rows
 

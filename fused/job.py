@@ -11,7 +11,8 @@ from torch import Tensor
 
 from logitless.kernels.backends.interface import ElementWise
 from logitless.kernels.core.stats import RowStats
-from logitless.kernels.planner.plan import Plan, Step
+from logitless.kernels.planner.plan import Plan
+from logitless.kernels.planner.steps import Step
 
 from .call import LossCall
 from .scored_tokens import ScoredTokens

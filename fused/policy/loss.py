@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from logitless.kernels.backends.torch.segments import segment_sum as torch_segment_sum
 from logitless.kernels.tile.segments import segment_sum
 
 Group = Literal["token", "sequence", "batch"]
@@ -42,7 +41,7 @@ class Tokens:
     entropies: Tensor | None
     inputs: Mapping[str, Tensor]
     offsets: Tensor | None
-    add: Callable[[Tensor, Tensor], Tensor] = field(default=torch_segment_sum, repr=False)
+    add: Callable[[Tensor, Tensor], Tensor] = field(repr=False)
 
     def _offsets(self) -> Tensor:
         if self.offsets is None:
