@@ -1,4 +1,5 @@
-// Losses of one number a pair, with their derivative: what `pair_loss` evaluates on every device. See kernels/native.py.
+// Losses of one margin per pair, with their derivative, on every device. The operator pair_loss is documented with SCHEMAS in
+// kernels/.
 #pragma once
 
 #include <cmath>
@@ -7,7 +8,7 @@
 
 namespace logitless {
 
-// In the order of PAIR_LOSSES.
+// In the order of PAIR_LOSSES in kernels/.
 enum PairLossKind : int { kSigmoid = 0, kHinge = 1, kIpo = 2, kPairLossKinds = 3 };
 
 struct PairLossOptions {
@@ -35,7 +36,7 @@ LOGITLESS_HOST_DEVICE inline double sigmoid(double x) {
 LOGITLESS_HOST_DEVICE inline PairLossValue pair_loss_value(const PairLossOptions& options, double delta) {
   if (options.kind == kHinge) {
     const double gap = 1 - options.beta * delta;
-    // NaN compares false twice and stays
+    // a NaN fails both comparisons and stays
     return {gap <= 0 ? 0.0 : gap, gap <= 0 ? 0.0 : -options.beta};
   }
   if (options.kind == kIpo) {
