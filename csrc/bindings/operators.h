@@ -1,9 +1,10 @@
 // The operators that both devices have, from tensors to a kernel: check arguments, fill the struct of logitless/ops.h, run it.
-// They are documented with SCHEMAS in kernels/; the order here is the order there.
+// What they compute: kernels/operators/schemas.py, in the same order.
 //
 // A template argument Device has
 //   Device(tensor).run(op)   runs the kernel of `op` on the tensor's device;
-//   Device::kMixesTypes      whether kernels read a bias, tokens' weights and the source of scaled_convert in any type, rather than
+//   Device::kMixesTypes      whether kernels read a bias, tokens' weights and the source of scaled_convert in any type, rather
+//   than
 //                            in the type that they compute in, and whether they convert between float64 and narrower types;
 //   Device::kHostMemory      whether values of tensors may be read here, without waiting for the device.
 #pragma once
@@ -167,7 +168,7 @@ void pair_loss(const Tensor& logps, const MaybeTensor& weights, const Tensor& of
   check_tensor(sequence_logps, "sequence_logps", logps, {2 * op.pairs}, ScalarType::Double);
   check_tensor(ref_logps, "ref_logps", logps, {2 * op.pairs}, ScalarType::Double);
   check_tensor(coefficients, "coefficients", logps, {tokens}, logps.scalar_type());
-  STD_TORCH_CHECK(kind >= 0 && kind < kPairLossKinds, "kind must be 0, 1 or 2, got ", kind);
+  STD_TORCH_CHECK(kind >= 0 && kind < kMarginFunctions, "kind must be 0, 1 or 2, got ", kind);
   op.logps = pointer(logps);
   op.logps_dtype = dtype_of(logps, "logps");
   op.weights = pointer(weights);

@@ -30,17 +30,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logitless.fused.model_logps import causal_lm, model_logps
-from logitless.kernels.checks import compute_dtype
-from logitless.kernels.op import LinearLogps, token_stats
-from logitless.kernels.spec import HeadSpec
-from logitless.kernels.stats import OPTIONAL_OUTPUTS
+from logitless.fused.models.model_logps import causal_lm, model_logps
+from logitless.kernels.core.checks import compute_dtype
+from logitless.kernels.core.head_spec import HeadSpec
+from logitless.kernels.core.stats import OPTIONAL_OUTPUTS
+from logitless.kernels.linear_logps import LinearLogps, token_stats
 
 _UTILS = "trl.trainer.utils"
 _FUNCTION = "_ChunkedLogProbFunction"
 _COMPACTS = "_use_triton"
 _GATHER = "maybe_gather_lm_head_ctx"
-#: Arguments of TRL's autograd function that the drop-in knows how to serve.
+#: Arguments of TRL's autograd function that the drop-in serves.
 _ARGUMENTS = (
     "hidden",
     "weight",
@@ -214,7 +214,7 @@ def _trainers_with_logits() -> list[tuple[type, Any]]:
     for module, name, nll_of_prompt in _WHOLE_LOGITS:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that it is experimental, which whoever uses it has been told
+                warnings.simplefilter("ignore")  # the trainer is experimental; its own import has already said so
                 trainer = getattr(importlib.import_module(module), name)
             original = getattr(trainer, _FORWARD)
         except (ImportError, AttributeError) as error:

@@ -285,7 +285,7 @@ void pair_losses() {
   uint64_t seed = 0;
   for (DType type : {F32, F64}) {
     for (int64_t pairs : {0, 1, 9}) {
-      for (int kind = 0; kind < kPairLossKinds; ++kind) {
+      for (int kind = 0; kind < kMarginFunctions; ++kind) {
         for (bool mean : {false, true}) {
           Random random(++seed);
           std::vector<int64_t> ends = {0};

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from logitless.kernels import native
+from logitless.kernels.operators import loading, schemas
 
 from .emulated import BF16, F64, SANITIZED, make_tile
 from .operators import EVERYTHING, new_sums
@@ -19,7 +19,7 @@ def ops(request):
         return request.getfixturevalue("emulated").ops
     if SANITIZED:
         pytest.skip("only the emulated kernels are compiled with sanitizers")
-    if reasons := native.why_no_cpu_extension():
+    if reasons := loading.why_no_cpu_extension():
         pytest.skip("; ".join(reasons))
     return torch.ops.logitless
 
@@ -125,7 +125,7 @@ def wide(width: int) -> dict:
     return {"k": torch.zeros(4), "at_target": None, "sums": new_sums(4), "bias": torch.zeros(width)}
 
 
-@pytest.mark.skipif(bool(native.why_no_cpu_extension()), reason="; ".join(native.why_no_cpu_extension()))
+@pytest.mark.skipif(bool(loading.why_no_cpu_extension()), reason="; ".join(loading.why_no_cpu_extension()))
 def test_bad_argument_that_only_gpus_accept():
     ops = torch.ops.logitless
     with pytest.raises(RuntimeError, match="bias must be float32, got bfloat16"):
@@ -147,13 +147,13 @@ def test_bad_argument_that_only_gpus_accept():
         ops.pair_loss(out, None, torch.tensor([0, 1, 3]), None, 0, False, 1, 0, 0, 1, one, two, None)
 
 
-@pytest.mark.skipif(bool(native.why_no_cpu_extension()), reason="; ".join(native.why_no_cpu_extension()))
+@pytest.mark.skipif(bool(loading.why_no_cpu_extension()), reason="; ".join(loading.why_no_cpu_extension()))
 def test_bad_argument_of_the_operators_of_cpus():
     ops = torch.ops.logitless
     labels, ones = torch.zeros(3, dtype=torch.long), torch.ones(3)
     x, w = torch.zeros(3, 4, dtype=BF16), torch.zeros(5, 4, dtype=BF16)
-    tokens = torch.empty(native.packed_tokens_size(3, 4), dtype=BF16)
-    rows = torch.empty(native.packed_rows_size(3, 4), dtype=BF16)
+    tokens = torch.empty(schemas.packed_tokens_size(3, 4), dtype=BF16)
+    rows = torch.empty(schemas.packed_rows_size(3, 4), dtype=BF16)
     gradient, dweight = torch.zeros(5, 3, dtype=BF16), torch.zeros(5, 4)
     with pytest.raises(RuntimeError, match="x must be bfloat16, got float32"):
         ops.pack_tokens(x.float(), tokens)

@@ -1,5 +1,5 @@
 // Arguments of the operators that run on CPUs and on GPUs. Bindings fill these structs from tensors; kernels read them. What
-// each operator computes is documented with SCHEMAS in kernels/.
+// each operator computes: kernels/operators/schemas.py.
 //
 // Conventions: pointers are memory of the device. Shapes are in the comment beside a pointer; "acc" is accumulate_type of the
 // operand named there. A stride is the distance between rows in elements; elements of a row, and everything without a stride,
@@ -22,7 +22,7 @@ struct HeadSpec {
 // What raw logits are rounded to, bias included, before anything else.
 enum class Rounding : int { kNone = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// Rows of `sums`, as SUMS in kernels/.
+// Rows of `sums`, as SUMS in kernels/operators/schemas.py.
 enum SumRow : int { kSumE, kSumEz, kSumEe, kSumZ, kSumTarget, kSumBefore, kSumAfter, kNumSums };
 
 // Bits of `outputs`: rows of `sums` that are wanted besides e. kWithoutSlope leaves a soft-cap's slope out of the destination,

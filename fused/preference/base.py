@@ -1,0 +1,236 @@
+"""The base of the preference-loss modules, which is also the module for a user's own loss, and what the modules return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from logitless.kernels.core.checks import check_ignore_index, check_labels, check_token_weights
+from logitless.kernels.core.head_spec import HeadSpec
+from logitless.kernels.planner.plan import Plan
+
+from ..call import LossCall
+from ..checks import check_bool, check_data
+from ..engine import eagerly, run
+from ..scored_tokens import ScoredTokens
+from .job import PreferenceJob, PreferenceReport, Term
+from .loss import Margin, PreferenceLoss, PreferenceLossResult
+from .metrics import TOKEN_STATS, kto_metrics, pair_metrics
+
+
+@dataclass
+class PreferenceOutput:
+    """What a preference-loss module returns; only ``loss`` carries a gradient.
+
+    Attributes:
+        loss: 0-dim, float32 (float64 for float64 input).
+        logps: (S,) log-probability of each sequence: the (weighted) sum over its scored tokens.
+        chosen_logps, rejected_logps: (P,) log-probabilities that the loss is a function of: sums over scored tokens, or for
+            losses of length-normalised log-probabilities (SimPO, ORPO, CPO ``ipo``) their means. Empty for a sequence loss.
+        chosen_rewards, rejected_rewards: (P,) implicit rewards, as TRL logs them.
+        ref_logps: (S,) reference log-probabilities, where they were given or computed here.
+        metrics: 0-dim tensors under TRL's names; empty unless the module was made with ``metrics=True``. The names do not
+            depend on the data; a mean over nothing is 0.
+        plan: the plan that was carried out: schedule, FLOP, bytes.
+    """
+
+    loss: Tensor
+    logps: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    ref_logps: Tensor | None
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    plan: Plan | None = None
+
+
+@dataclass
+class KTOOutput:
+    """What :class:`FusedLinearKTOLoss` returns; only ``loss`` carries a gradient.
+
+    Attributes:
+        loss: 0-dim.
+        logps: (S,) log-probability of each sequence.
+        rewards: (S,) ``beta * (logps - ref_logps)``.
+        desirable: (S,) bool, as given.
+        ref_logps: (S,).
+        metrics: under TRL's names, which do not depend on the data: 0 for a class that is absent.
+        plan: the plan that was carried out.
+    """
+
+    loss: Tensor
+    logps: Tensor
+    rewards: Tensor
+    desirable: Tensor
+    ref_logps: Tensor | None
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    plan: Plan | None = None
+
+    @property
+    def chosen_logps(self) -> Tensor:
+        """Those of the desirable sequences."""
+        return self.logps[self.desirable]
+
+    @property
+    def rejected_logps(self) -> Tensor:
+        """Those of the other sequences."""
+        return self.logps[~self.desirable]
+
+    @property
+    def chosen_rewards(self) -> Tensor:
+        """Those of the desirable sequences."""
+        return self.rewards[self.desirable]
+
+    @property
+    def rejected_rewards(self) -> Tensor:
+        """Those of the other sequences."""
+        return self.rewards[~self.desirable]
+
+
+class FusedLinearPreferenceLoss(nn.Module):
+    """Base of all preference-loss modules, and the module for a loss of your own.
+
+    Args:
+        fn: a function of :class:`logitless.Pairs` (or :class:`logitless.Sequences` with ``group="sequence"``) that returns one
+            loss per group, or a :class:`logitless.PreferenceLossResult`; plain differentiable torch on small tensors.
+        group: ``"pair"``, ``"sequence"`` or ``"batch"``: which sequences' coefficients depend on each other.
+        margin: see :class:`logitless.PreferenceLoss`.
+        needs_reference, uses_nll: see :class:`logitless.PreferenceLoss`.
+        metrics: also compute metrics (entropy, mean logits, token accuracy ...) in the same pass.
+        ignore_index: the label of positions to leave out.
+
+    Example:
+        >>> import torch.nn.functional as F
+        >>> def hinge(pairs):
+        ...     return F.relu(1 - (pairs.chosen_logps - pairs.rejected_logps))
+        >>> loss = FusedLinearPreferenceLoss(hinge, margin="sum")
+        >>> x, w = torch.randn(4, 6, 16), torch.randn(100, 16)
+        >>> loss(x, w, torch.randint(100, (4, 6))).loss.shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Tensor | PreferenceLossResult],
+        *,
+        group: str = "pair",
+        margin: Margin | None = None,
+        needs_reference: bool = False,
+        uses_nll: bool = False,
+        metrics: bool = False,
+        ignore_index: int = -100,
+    ) -> None:
+        super().__init__()
+        loss = PreferenceLoss(fn, group, margin, needs_reference, uses_nll, optional_reference=True)  # type: ignore[arg-type]
+        self._configure(loss, metrics=metrics, ignore_index=ignore_index)
+
+    def _configure(self, loss: PreferenceLoss, *, metrics: bool, ignore_index: int, mean_logps: bool = False) -> None:
+        check_ignore_index(ignore_index)
+        self.loss, self.metrics = loss, check_bool("metrics", metrics)
+        self.ignore_index, self._mean_logps = ignore_index, mean_logps
+
+    def forward(
+        self,
+        hidden: Tensor,  # (S, T, H), or packed (N, H)
+        weight: Tensor,  # (V, H)
+        labels: Tensor,  # (S, T), or packed (N,)
+        bias: Tensor | None = None,  # (V,)
+        head: HeadSpec | None = None,
+        ref_logps: Tensor | None = None,  # (S,)
+        ref_hidden: Tensor | None = None,  # like hidden, up to its last dimension
+        ref_weight: Tensor | None = None,  # (V, H')
+        ref_bias: Tensor | None = None,  # (V,)
+        cu_seqlens: Tensor | None = None,  # (S + 1,)
+        token_weights: Tensor | None = None,  # like labels
+        nll_labels: Tensor | None = None,  # like labels
+    ) -> PreferenceOutput:
+        """Compute the loss. Sequences are stacked: the chosen ones, then the matching rejected ones.
+
+        Args:
+            hidden: hidden states of the policy, float64, float32, bfloat16 or float16; padded ``[S, T, H]``, or packed
+                ``[N, H]`` with ``cu_seqlens``.
+            weight: the head's weight.
+            labels: int32 or int64, already shifted (:func:`logitless.shift`); ``ignore_index`` where nothing is scored.
+            bias: the head's bias.
+            head: logit scale, soft-cap, temperature; of the reference's head too.
+            ref_logps: the reference's log-probability of each sequence, weighted like the policy's.
+            ref_hidden, ref_weight, ref_bias: or the reference's hidden states and head, scored without gradient in the same
+                tiles. Its hidden size may differ.
+            cu_seqlens: int32 or int64, where each packed sequence starts and ends.
+            token_weights: weight of each token's log-probability in its sequence's sum (step- and token-level DPO).
+            nll_labels: labels of the NLL term where they differ from ``labels`` (ORPO scores prompt and response).
+
+        Returns:
+            PreferenceOutput: ``loss`` and detached log-probabilities, rewards and metrics.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
+        call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index).with_reference(
+            ref_logps, ref_hidden, ref_weight, ref_bias, uses=self.loss.uses_reference, needs=self.loss.needs_reference
+        )
+        if self.loss.group != "sequence" and call.num_sequences % 2:
+            raise ValueError(
+                f"labels must hold an even number of sequences, chosen first and then rejected, got {call.num_sequences}"
+            )
+        check_token_arguments(call, token_weights, nll_labels, uses_nll=self.loss.uses_nll)
+        term = Term(self.loss, tuple(range(call.num_sequences)), ref_logps=call.reference.logps)
+        loss, report = eagerly(run)(self._job(call, [term], token_weights, nll_labels))
+        return self._output(loss, report, term)
+
+    def token_weights(self, tokens: ScoredTokens) -> Tensor | None:
+        """The weight of each scored token in its sequence's log-probability, (N,); ``None``: 1. LD-DPO overrides this."""
+        return tokens.weights
+
+    def _job(self, call: LossCall, terms: list[Term], token_weights: Tensor | None, nll_labels: Tensor | None) -> PreferenceJob:
+        outputs = TOKEN_STATS if self.metrics else frozenset()
+        return PreferenceJob(call, outputs, terms, token_weights, nll_labels, self.token_weights)
+
+    def _output(self, loss: Tensor, report: PreferenceReport, term: Term) -> PreferenceOutput:
+        result = report.results[0]
+        logps = report.logps / report.lengths.clamp(min=1) if self._mean_logps else report.logps
+        acc, empty = logps.dtype, logps.new_zeros(0)
+        half = len(logps) // 2
+        chosen, rejected = (empty, empty) if self.loss.group == "sequence" else (logps[:half], logps[half:])
+        return PreferenceOutput(
+            loss=loss,
+            logps=report.logps,
+            chosen_logps=chosen,
+            rejected_logps=rejected,
+            chosen_rewards=empty if result.chosen_rewards is None else result.chosen_rewards.to(acc),
+            rejected_rewards=empty if result.rejected_rewards is None else result.rejected_rewards.to(acc),
+            ref_logps=report.ref_logps if term.ref_logps is None else term.ref_logps,
+            metrics=pair_metrics(report, term, chosen, rejected) if self.metrics else {},
+            plan=report.plan,
+        )
+
+
+def check_token_arguments(call: LossCall, token_weights: Tensor | None, nll_labels: Tensor | None, *, uses_nll: bool) -> None:
+    """Arguments of preference losses with one value per position. ``uses_nll``: whether a loss has an NLL term."""
+    check_data("token_weights", token_weights)
+    check_data("nll_labels", nll_labels)
+    if token_weights is not None:
+        check_token_weights(token_weights, call.labels)
+        if token_weights.requires_grad:
+            raise ValueError("token_weights must not require a gradient: detach it, or use sequence_logps")
+    if nll_labels is not None:
+        if not uses_nll:
+            raise ValueError("nll_labels is given, but this loss has no NLL term")
+        check_labels(nll_labels, call.hidden, "nll_labels")
+
+
+def kto_output(loss: Tensor, report: PreferenceReport, term: Term, *, metrics: bool) -> KTOOutput:
+    """The output of KTO, whose only term has the flags ``desirable``."""
+    rewards = report.results[0].metrics["rewards"].to(report.logps.dtype)
+    return KTOOutput(
+        loss,
+        report.logps,
+        rewards,
+        term.inputs["desirable"],
+        report.ref_logps if term.ref_logps is None else term.ref_logps,
+        kto_metrics(report, term, rewards) if metrics else {},
+        report.plan,
+    )

@@ -1,0 +1,156 @@
+"""``linear_logps``: per-token log-probabilities from hidden states and the head's weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .core.autograd import once_differentiable
+from .core.checks import check_head, check_ignore_index, check_labels, check_outputs, check_spec, compute_dtype
+from .core.head_spec import HeadSpec
+from .core.settings import current_settings
+from .core.stats import OPTIONAL_OUTPUTS, TokenStats
+from .logps_operators import ALL_ROWS, NO_UNIT, SCORED_ROWS, output_bits
+
+
+class _Options(NamedTuple):
+    """The arguments of a call that are not tensors."""
+
+    ignore_index: int
+    outputs: int
+    unit_dhidden: int
+    backend: str
+    precision: str
+    memory_budget: int
+    grad_filter: float
+
+
+class LinearLogps(torch.autograd.Function):
+    """The autograd function over the two operators; with ``options.unit_dhidden`` backward does not read the head."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, head: Tensor, options: _Options
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        results = torch.ops.logitless.logps_forward(hidden, weight, bias, labels, head, *options)
+        logps, entropy, mean_logits, is_top1, log_sum_sq_probs, *saved, unit = results
+        ctx.options = options
+        ctx.save_for_backward(hidden, weight, bias, labels, head, *saved, entropy, unit)
+        ctx.mark_non_differentiable(mean_logits, is_top1, log_sum_sq_probs)
+        return logps, entropy, mean_logits, is_top1, log_sum_sq_probs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_logps is None and grad_entropy is None:
+            return (None,) * 6
+        hidden, weight, bias, labels, head, *saved = ctx.saved_tensors
+        options = ctx.options
+        needs = list(ctx.needs_input_grad[:3])
+        # without an entropy output its gradient cannot exist; a stray empty tensor's is dropped
+        grad_entropy = grad_entropy if options.outputs & 1 else None
+        dh, dw, db = torch.ops.logitless.logps_backward(
+            hidden,
+            weight,
+            bias,
+            labels,
+            head,
+            options.ignore_index,
+            *saved,
+            grad_logps,
+            grad_entropy,
+            needs,
+            options.backend,
+            options.precision,
+            options.memory_budget,
+            options.grad_filter,
+        )
+        return dh if needs[0] else None, dw if needs[1] else None, db if needs[2] else None, None, None, None
+
+
+def linear_logps(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (...)
+    bias: Tensor | None = None,  # (V,)
+    head: HeadSpec | None = None,
+    outputs: str | Iterable[str] = ("logps",),
+    ignore_index: int = -100,
+) -> TokenStats:
+    """Log-probabilities of ``labels`` under ``softmax(head(hidden @ weight.T + bias))``, without the logits.
+
+    Positions whose label is ``ignore_index`` never enter a GEMM. Costs ``2*N*H*V`` FLOP for N scored tokens without
+    gradient; with a frozen head 4 in all, forward and backward; with a trained one 8. For a loss from this library use its
+    module, which needs 6. In a CUDA graph every position enters, as zeros where it is ignored: replays may ignore others.
+
+    Args:
+        hidden: hidden states, float64, float32, bfloat16 or float16.
+        weight: the head's weight, of the same dtype unless autocast is on.
+        labels: int32 or int64, already shifted (:func:`logitless.shift`).
+        bias: the head's bias.
+        head: logit scale, soft-cap and temperature; default none of them.
+        outputs: which fields of the result to compute, of :data:`logitless.OUTPUTS`.
+        ignore_index: the label of positions to leave out.
+
+    Returns:
+        TokenStats: tensors shaped like ``labels``, float32 (float64 for float64 input); ``logps`` and ``entropy`` carry
+        gradients to hidden, weight and bias.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    Example:
+        >>> x, w = torch.randn(2, 5, 16), torch.randn(100, 16)
+        >>> linear_logps(x, w, torch.randint(100, (2, 5))).logps.shape
+        torch.Size([2, 5])
+    """
+    head, wanted = check_spec(head), check_outputs(outputs)
+    check_head(hidden, weight, bias)
+    check_labels(labels, hidden)
+    check_ignore_index(ignore_index)
+    x = hidden.to(compute_dtype(hidden))
+    return token_stats(x, weight, labels, bias, head, wanted, ignore_index)
+
+
+def token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    head: HeadSpec,
+    outputs: frozenset[str],
+    ignore_index: int,
+    function: type[LinearLogps] | None = None,
+) -> TokenStats:
+    """:func:`linear_logps` without its checks, computing in the dtype of ``hidden`` whatever that of ``weight``.
+
+    An adapter may pass a subclass of :class:`LinearLogps` as ``function``, to do something around its backward pass.
+    """
+    current = current_settings()
+    grad = torch.is_grad_enabled()
+    frozen_head = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    unit = NO_UNIT
+    if grad and hidden.requires_grad and frozen_head:
+        unit = ALL_ROWS if torch.compiler.is_compiling() else SCORED_ROWS
+    options = _Options(
+        ignore_index=ignore_index,
+        outputs=output_bits(outputs),
+        unit_dhidden=unit,
+        backend=current.backend,
+        precision=current.precision,
+        memory_budget=current.memory_budget,
+        grad_filter=current.grad_filter,
+    )
+    flat = (function or LinearLogps).apply(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1).long(), head.pack(), options
+    )
+    values = {
+        name: value.view(labels.shape)
+        for name, value in zip(("logps", *OPTIONAL_OUTPUTS), flat, strict=True)
+        if name in outputs
+    }
+    return TokenStats(**values)
