@@ -54,7 +54,7 @@ def _environment(device: torch.device) -> str:
     import triton
 
     from logitless.bench.environment import driver_version
-    from logitless.kernels.backends.triton.tuning.tune import device_name
+    from logitless.kernels.backends.triton.tuning.problem import device_name
 
     driver = f"driver {driver_version() or 'unknown'}" if device.type == "cuda" else "no driver"
     versions = f"Triton {triton.__version__}, torch {torch.__version__}"
@@ -102,7 +102,8 @@ def _tune(options: argparse.Namespace) -> int:
         print(f"logitless tune cannot run: {'; '.join(reasons)}", file=sys.stderr)
         return 1
     from logitless.kernels.backends.triton.tuning.export import export, tune
-    from logitless.kernels.backends.triton.tuning.tune import Problem, bucket, compilers
+    from logitless.kernels.backends.triton.tuning.problem import Problem, bucket
+    from logitless.kernels.backends.triton.tuning.search import compilers
 
     shapes = list(dict.fromkeys((bucket(s.tokens), s.hidden, s.vocab, bool(s.softcap)) for s in options.shape))
     deadline = None if options.time_limit is None else start + options.time_limit

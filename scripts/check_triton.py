@@ -31,7 +31,7 @@ import triton
 from logitless.bench.compile_report import Usage, as_dict, compile_all, markdown, shared_limit, targets, why_not
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGET = ROOT / "tests" / "compile" / "budget.json"
+BUDGET = ROOT / "tests" / "triton" / "budget.json"
 DOCS = ROOT / "docs" / "triton-resources.md"
 #: Registers are handed out in steps of this many per thread, so a budget between two steps would promise nothing.
 REGISTER_STEP = 8
@@ -58,7 +58,7 @@ def as_budget(found: Sequence[Usage]) -> dict[str, Any]:
 
 def needs(usage: Usage) -> list[str]:
     """Instructions that a GEMM of the logits must contain, whatever the budget says."""
-    if not usage.kernel.startswith(("score_", "gradient_")) or "stages" not in usage.configuration:
+    if not usage.kernel.startswith(("score_", "recompute_")) or "stages" not in usage.configuration:
         return []
     wanted = [{80: "mma", 90: "wgmma", 100: "tcgen05"}[usage.architecture]]
     if "tma" in usage.configuration.split(", "):

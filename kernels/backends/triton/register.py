@@ -34,7 +34,7 @@ def _entry_point(name: str) -> Callable[..., Any]:
 
 def _elementwise(name: str) -> Callable[..., Any]:
     def function(*args: Any, **kwargs: Any) -> Any:
-        return getattr(import_module(".passes", __package__).TRITON_PASSES, name)(*args, **kwargs)
+        return getattr(import_module(".elementwise", __package__).TRITON_PASSES, name)(*args, **kwargs)
 
     return function
 
