@@ -76,8 +76,8 @@ def curve_lines(document: dict[str, Any]) -> list[str]:
         steps = max((len(row["losses"]) for row in rows.values()), default=0)
         found = ", ".join(f"{arm} {row['distance_over_noise']:.2f}" for arm, row in rows.items())
         lines.append(
-            f"Losses of {steps} steps of {case['model']} {case['method']}: mean distance from TRL's losses, divided by the change "
-            f"that another rounding of TRL's own head causes: {found}."
+            f"Losses of {steps} steps of {case['model']} {case['method']}: mean distance from TRL's losses, divided by the "
+            f"change that another rounding of TRL's own head causes: {found}."
         )
     return lines
 
