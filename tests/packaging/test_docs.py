@@ -97,6 +97,18 @@ def test_every_name_of_the_library_in_a_page_resolves(page):
         assert resolve(name) is not None, name
 
 
+def test_every_test_named_beside_a_promise_exists():
+    rows = [row for row in read(ROOT / "tests" / "README.md").splitlines() if re.match(r"\| \d+\. ", row)]
+    assert len(rows) >= 10
+    for row in rows:
+        for group in row.split(" | ")[1].split("; "):
+            files, names = re.findall(r"`(tests/[\w/]+\.py)`", group), re.findall(r"`(test_\w+)`", group)
+            assert files and names, group
+            for file in files:
+                for name in names:
+                    assert f"def {name}(" in read(ROOT / file), f"{file}: {name}"
+
+
 def slugs(page: Path) -> set[str]:
     """The anchors of a page's headings, made as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", read(page), re.MULTILINE)
