@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logitless.kernels.backends.registry import Backend, get_backend
+from logitless.kernels.backends.interface import Backend
+from logitless.kernels.backends.registry import get_backend
+from logitless.kernels.core.autograd import once_differentiable
 from logitless.kernels.core.dtypes import accumulate_dtype, tile_dtype
 from logitless.kernels.core.stats import RowStats
-from logitless.kernels.linear_logps import once_differentiable
-from logitless.kernels.planner.plan import DEFERRED_SCALE, FORWARD_ONLY, RECOMPUTE, Plan, Step, plan
-from logitless.kernels.tile.head_gradient import HeadGradient, scaled_to_dtype
-from logitless.kernels.tile.rows import gather_rows, scatter_rows
+from logitless.kernels.planner.plan import Plan, plan
+from logitless.kernels.planner.steps import DEFERRED_SCALE, FORWARD_ONLY, RECOMPUTE, Step
+from logitless.kernels.tile.head_gradient import HeadGradient
+from logitless.kernels.tile.rows import gather_rows
 
 from .job import Job
 
@@ -48,7 +50,7 @@ class _Runner:
         self.hidden, self.weight, self.bias, self.needs = hidden, weight, bias, needs
         acc = accumulate_dtype(hidden.dtype)
         wide = acc if hidden.device.type == "mps" else torch.float64
-        self.evaluation = job.evaluation(wide, hidden.device)
+        self.evaluation = job.evaluation(wide, hidden.device, backend.elementwise)
         n = len(job.entries.rows)
         self.head_gradient = self._new_head_gradient() if needs[1] or needs[2] else None
         self.dhidden: Tensor | None = None
@@ -268,6 +270,7 @@ class _FusedLoss(torch.autograd.Function):
         evaluation, acc = runner.evaluation, accumulate_dtype(hidden.dtype)
         box.append(evaluation.report(the_plan, runner.tokens, acc))
         head = runner.head_gradient
+        ctx.elementwise = runner.backend.elementwise
         ctx.needs, ctx.distinct = needs, entries.nll is None
         ctx.shape, ctx.dtype, ctx.device = hidden.shape, hidden.dtype, hidden.device
         ctx.head_dtypes = (weight.dtype, None if bias is None else bias.dtype)
@@ -287,12 +290,12 @@ class _FusedLoss(torch.autograd.Function):
         keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
         dh = dw = db = None
         if ctx.needs[0]:
-            dh = scatter_rows(ctx.shape, ctx.dtype, rows, dhidden, factor=grad, distinct=ctx.distinct)
+            dh = ctx.elementwise.scatter_rows(ctx.shape, ctx.dtype, rows, dhidden, factor=grad, distinct=ctx.distinct)
         if ctx.needs[1]:
             if dweight.dtype == ctx.head_dtypes[0] and not grad.is_cuda and float(grad) == 1.0:
                 dw = dweight.clone() if keep_graph else dweight
             else:
-                dw = scaled_to_dtype(dweight, grad, ctx.head_dtypes[0], in_place=not keep_graph)
+                dw = ctx.elementwise.scaled_to_dtype(dweight, grad, ctx.head_dtypes[0], in_place=not keep_graph)
         if ctx.needs[2]:
             db = (dbias * grad).to(ctx.head_dtypes[1])
         return dh, dw, db, None, None, None

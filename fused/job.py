@@ -10,9 +10,11 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from logitless.kernels.backends.interface import ElementWise
 from logitless.kernels.core.head_spec import HeadSpec
 from logitless.kernels.core.stats import RowStats
-from logitless.kernels.planner.plan import Plan, Step
+from logitless.kernels.planner.plan import Plan
+from logitless.kernels.planner.steps import Step
 
 from .preference.loss import Loss, LossResult, Margin
 from .scored_tokens import Entries
@@ -104,7 +106,7 @@ class Job(ABC):
     entropy_gradient: ClassVar[bool] = False  # the loss depends on the tokens' entropy too
 
     @abstractmethod
-    def evaluation(self, wide: torch.dtype, device: torch.device) -> Evaluates:
+    def evaluation(self, wide: torch.dtype, device: torch.device, elementwise: ElementWise) -> Evaluates:
         """What evaluates the loss, in that dtype."""
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from logitless.kernels.core.checks import check_label_range
-from logitless.kernels.sequence_logps import sequence_index
+from logitless.kernels.tile.segments import sequence_index
 
 
 @dataclass

@@ -91,7 +91,8 @@ def _tune(options: argparse.Namespace) -> int:
     import torch
 
     from logitless.bench.console import make_console
-    from logitless.kernels.backends.registry import Call, get_backend
+    from logitless.kernels.backends.interface import Call
+    from logitless.kernels.backends.registry import get_backend
 
     start, console = time.monotonic(), make_console()
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

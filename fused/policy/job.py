@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from logitless.kernels.backends.interface import ElementWise
 from logitless.kernels.core.stats import RowStats
-from logitless.kernels.planner.plan import Plan, Step
+from logitless.kernels.planner.plan import Plan
+from logitless.kernels.planner.steps import Step
 
 from ..job import Coefficients, Job
 from ..preference.job import check_leaves
@@ -70,7 +72,7 @@ class PolicyJob(Job):
     def entropy_gradient(self) -> bool:  # type: ignore[override]
         return self.loss.entropy_gradient or self.entropy_coef != 0
 
-    def evaluation(self, wide: torch.dtype, device: torch.device) -> PolicyEvaluation:
+    def evaluation(self, wide: torch.dtype, device: torch.device, elementwise: ElementWise) -> PolicyEvaluation:
         return PolicyEvaluation(self, wide, device)
 
 

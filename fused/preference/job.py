@@ -9,13 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from logitless.kernels.backends.interface import ElementWise
 from logitless.kernels.core.stats import RowStats
-from logitless.kernels.operators import native
-from logitless.kernels.planner.plan import Plan, Step
-from logitless.kernels.sequence_logps import segment_sum
+from logitless.kernels.planner.plan import Plan
+from logitless.kernels.planner.steps import Step
+from logitless.kernels.tile.segments import segment_sum
 
 from ..job import Coefficients, Job, Report, Term
 from .loss import LossResult, Margin, Pairs, Sequences, Totals
+
+#: The function of the margin that each closed form is.
+_MARGIN_FUNCTIONS = {"sigmoid": "log_sigmoid", "hinge": "hinge", "ipo": "square"}
 
 
 @dataclass
@@ -32,15 +36,15 @@ class PreferenceJob(Job):
     def loss_outputs(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset({"log_sum_sq_probs"} if any(t.loss.uses_confidence for t in self.terms) else ())
 
-    def evaluation(self, wide: torch.dtype, device: torch.device) -> Evaluation:
-        return Evaluation(self, wide, device)
+    def evaluation(self, wide: torch.dtype, device: torch.device, elementwise: ElementWise) -> Evaluation:
+        return Evaluation(self, wide, device, elementwise)
 
 
 class Evaluation:
     """Evaluates the terms on the sequences of one step and keeps the results."""
 
-    def __init__(self, job: PreferenceJob, wide: torch.dtype, device: torch.device) -> None:
-        self.job, self.wide, self.device = job, wide, device
+    def __init__(self, job: PreferenceJob, wide: torch.dtype, device: torch.device, elementwise: ElementWise) -> None:
+        self.job, self.wide, self.device, self.elementwise = job, wide, device, elementwise
         entries, num_sequences = job.entries, len(job.entries.sequence_sizes)
         self.loss = torch.zeros((), dtype=wide, device=device)
         self.logps = torch.zeros(num_sequences, dtype=wide, device=device)
@@ -66,7 +70,7 @@ class Evaluation:
         offsets = torch.tensor([0, *ends], device=self.device)
 
         def sums(values: Tensor) -> Tensor:
-            return segment_sum(values, offsets)  # tokens of a sequence are neighbours
+            return segment_sum(values, offsets, self.elementwise.segment_sum)  # tokens of a sequence are neighbours
 
         def part(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[span]
@@ -110,7 +114,12 @@ class Evaluation:
         form = term.loss.closed_form
         same = form is not None and form.fn is term.loss.fn and form.margin == term.loss.margin
         plain = same and not others and entries.counted is None and entries.nll is None
-        return plain and set(term.inputs) <= {"ref_logps"} and self.wide == torch.float64 and native.serves(self.device)
+        return (
+            plain
+            and set(term.inputs) <= {"ref_logps"}
+            and self.wide == torch.float64
+            and self.elementwise.pair_margins is not None
+        )
 
     def _closed_form(
         self,
@@ -131,7 +140,7 @@ class Evaluation:
         ref = None
         if ref_token_logps is not None:
             wide = None if weights is None else weights.to(self.wide)
-            ref = segment_sum(_weighted(ref_token_logps.to(self.wide), wide), offsets)
+            ref = segment_sum(_weighted(ref_token_logps.to(self.wide), wide), offsets, self.elementwise.segment_sum)
             assert self.ref_logps is not None
             self.ref_logps[index] = ref
         if "ref_logps" in term.inputs:
@@ -142,12 +151,13 @@ class Evaluation:
         losses, values = new[: len(units)], new[len(units) :]
         coefficients = torch.empty_like(logps) if needs_grad else None
         scale = term.weight / term.num_units
-        torch.ops.logitless.pair_loss(
+        assert self.elementwise.pair_margins is not None
+        self.elementwise.pair_margins(
             logps,
             None if weights is None else weights.double(),
             offsets,
             compared,
-            native.PAIR_LOSSES.index(form.kind),
+            _MARGIN_FUNCTIONS[form.kind],
             mean,
             form.beta,
             form.gamma,

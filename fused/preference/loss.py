@@ -129,7 +129,7 @@ class ClosedForm:
 
     Attributes:
         fn, margin: the loss function that this stands for, under that margin.
-        kind: one of ``logitless.kernels.operators.native.PAIR_LOSSES``.
+        kind: ``"sigmoid"``, ``"hinge"`` or ``"ipo"``.
         beta, gamma, label_smoothing: numbers of that loss.
     """
 

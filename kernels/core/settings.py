@@ -10,6 +10,8 @@ from dataclasses import dataclass
 #: Tile budget when the user sets none. 512 MiB keeps more than 1700 rows of a 152k vocabulary in bf16.
 DEFAULT_MEMORY_BUDGET = 512 << 20
 PRECISIONS = ("auto", "match", "float32")
+#: Names that ``settings(backend=...)`` accepts besides ``"auto"``; the registry of backends adds each.
+backend_names: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,8 @@ def settings(
     """
     before = current_settings()
     new = before.updated(memory_budget=memory_budget, backend=backend, precision=precision, grad_filter=grad_filter)
-    if new.backend != "auto":
-        from ..backends.registry import get_backend
-
-        get_backend(new.backend)
+    if new.backend != "auto" and new.backend not in backend_names:
+        raise ValueError(f"backend must be 'auto' or one of {sorted(backend_names)}, got {new.backend!r}")
     _current.value = new
     try:
         yield new

@@ -10,14 +10,14 @@ import torch
 
 import logitless as ll
 from logitless.fused.preference.losses.simple import simpo
-from logitless.kernels.operators import native
+from logitless.kernels.operators import loading
 from logitless.kernels.reference import reference_logps
 
 from ..helpers import relative_error
 from .test_cost import peak_bytes
 
-pytestmark = pytest.mark.skipif(bool(native.why_no_cpu_extension()), reason="; ".join(native.why_no_cpu_extension()))
-needs_gemm = pytest.mark.skipif(not native.has_bf16_gemm(), reason="oneDNN has no bfloat16 small GEMM here")
+pytestmark = pytest.mark.skipif(bool(loading.why_no_cpu_extension()), reason="; ".join(loading.why_no_cpu_extension()))
+needs_gemm = pytest.mark.skipif(not loading.has_bf16_gemm(), reason="oneDNN has no bfloat16 small GEMM here")
 HIDDEN, VOCAB, TOKENS = 1024, 65536, 96
 
 

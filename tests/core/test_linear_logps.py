@@ -157,9 +157,9 @@ def test_a_target_all_but_ruled_out_is_exact(gap, blocks, train, monkeypatch):
 
 def shrink_blocks(monkeypatch, width: int) -> None:
     """Make blocks of the vocabulary that small, so that a small test has many."""
-    from logitless.kernels.planner import plan as plan_module
+    from logitless.kernels.core import blocking
 
-    monkeypatch.setattr(plan_module, "VOCAB_BLOCK", width)
+    monkeypatch.setattr(blocking, "VOCAB_BLOCK", width)
     monkeypatch.setattr(torch_backend, "VOCAB_BLOCK", width)
 
 

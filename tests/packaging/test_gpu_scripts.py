@@ -17,8 +17,8 @@ import torch
 
 from logitless.bench.cli import main as bench
 from logitless.cli import main as logitless
-from logitless.kernels.planner.cost import predict
-from logitless.kernels.planner.gpu_constants import constants, load_constants
+from logitless.kernels.cost_model.costs import predict
+from logitless.kernels.cost_model.gpu_constants import constants, load_constants
 
 ROOT = Path(__file__).resolve().parents[2]
 CONSTANTS = ROOT / "kernels" / "gpu_constants.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 
 import logitless as ll
 from logitless.kernels.backends.torch import blockwise as torch_backend
+from logitless.kernels.backends.torch.entropy import mix_tile_
 from logitless.kernels.core.dtypes import tile_dtype
 from logitless.kernels.core.head_spec import HeadSpec
 from logitless.kernels.core.stats import CoreOptions
-from logitless.kernels.tile.entropy import mix_tile_
+from logitless.kernels.tile import factors, targets
 from logitless.kernels.tile.head_gradient import HeadGradient
 
 from ..helpers import Case, gradients, make_case, relative_error, run_reference
@@ -43,14 +45,12 @@ def by_the_kernel(monkeypatch) -> list[int]:
     """Tiles are mixed by the kernel, as on a GPU, and the labels' entries are in them. Counts its calls."""
     calls: list[int] = []
 
-    def mix(tile: Tensor, mix: Tensor, k: Tensor, head: HeadSpec, options: CoreOptions) -> None:
-        if ll.current_settings().backend != "triton":  # the reference
-            return mix_tile_(tile, mix, k, head, options)
+    def mix(tile: Tensor, *args, **kwargs) -> None:
         calls.append(len(tile))
-        return entropy.mix_tile(tile, mix, k, head)
+        entropy.mix_tile_(tile, *args, **kwargs)
 
-    for module in (torch_backend, triton_backend):
-        monkeypatch.setattr(module, "mix_tile_", mix)
+    monkeypatch.setattr(triton_backend, "TRITON_PASSES", replace(triton_backend.TRITON_PASSES, mix_tile_=mix))
+    for module in (torch_backend, triton_backend, targets, factors):
         monkeypatch.setattr(module, "targets_in_tile", lambda device: True)
     return calls
 
@@ -87,7 +87,7 @@ def expected_tile(tile: Tensor, mix: Tensor, k: Tensor, head: HeadSpec) -> tuple
 def check_mixed(tile: Tensor, mix: Tensor, k: Tensor, head: HeadSpec) -> None:
     before = tile.clone()
     exact, sizes = expected_tile(before, mix, k, head)
-    entropy.mix_tile(tile, mix, k, head)
+    entropy.mix_tile_(tile, mix, k, head, CoreOptions())
     acc = torch.finfo(k.dtype).eps
     bound = 4 * acc * sizes + torch.finfo(tile.dtype).eps * exact.abs()
     assert ((tile.double() - exact).abs() <= bound + torch.finfo(tile.dtype).tiny).all()
@@ -114,16 +114,18 @@ def test_rows_of_any_stride_and_nothing_beside_them(head, pad):
 def test_mix_and_offsets_of_any_stride_and_type():
     tile, mix, k = some_tile(6, 70, torch.float32, CAPPED)
     same = tile.clone()
-    entropy.mix_tile(same, mix, k, CAPPED)
+    entropy.mix_tile_(same, mix, k, CAPPED, CoreOptions())
     wide = torch.stack((mix, mix), dim=2).double()[:, :, 1]
-    entropy.mix_tile(tile, wide, torch.stack((k, k), dim=1)[:, 0], CAPPED)
+    entropy.mix_tile_(tile, wide, torch.stack((k, k), dim=1)[:, 0], CAPPED, CoreOptions())
     assert torch.equal(tile, same)
 
 
 @pytest.mark.parametrize("shape", [(0, 7), (4, 0), (0, 0)])
 def test_an_empty_tile_is_left_alone(shape):
     tile = torch.empty(shape, device=DEVICE)
-    entropy.mix_tile(tile, torch.ones(2, shape[0], device=DEVICE), torch.zeros(shape[0], device=DEVICE), HeadSpec())
+    entropy.mix_tile_(
+        tile, torch.ones(2, shape[0], device=DEVICE), torch.zeros(shape[0], device=DEVICE), HeadSpec(), CoreOptions()
+    )
     assert tile.shape == shape
 
 
@@ -134,7 +136,7 @@ def test_the_smallest_exponentials_and_those_that_underflow(head):
     tile = torch.tensor([values, values[::-1]], device=DEVICE)
     mix = torch.tensor([[0.5, -2.0], [1.5, 3.0]], device=DEVICE)
     before = tile.clone()
-    entropy.mix_tile(tile, mix, torch.zeros(2, device=DEVICE), head)
+    entropy.mix_tile_(tile, mix, torch.zeros(2, device=DEVICE), head, CoreOptions())
     assert torch.isfinite(tile).all()
     assert ((tile == 0) >= (before == 0)).all()
     exact, sizes = expected_tile(before, mix, torch.zeros(2, device=DEVICE), head)
@@ -148,7 +150,7 @@ def test_the_smallest_exponentials_and_those_that_underflow(head):
 def test_the_kernel_and_plain_torch_agree(head, dtype):
     tile, mix, k = some_tile(9, 300, dtype, head)
     same = tile.clone()
-    entropy.mix_tile(tile, mix, k, head)
+    entropy.mix_tile_(tile, mix, k, head, CoreOptions())
     with ll.settings(backend="torch"):
         mix_tile_(same, mix, k, head, CoreOptions(cache_elements=1000))
     assert relative_error(tile, same) <= 8 * torch.finfo(dtype).eps
@@ -158,7 +160,7 @@ def test_an_entry_at_the_soft_cap_has_no_slope():
     """Rounding may put a logit a little beyond the cap: its slope is then 0, and not negative."""
     k = torch.tensor([8.0 / 0.6], device=DEVICE)
     tile = torch.full((1, 5), 1.0 + 2.0**-20, device=DEVICE)
-    entropy.mix_tile(tile, torch.ones(2, 1, device=DEVICE), k, CAPPED)
+    entropy.mix_tile_(tile, torch.ones(2, 1, device=DEVICE), k, CAPPED, CoreOptions())
     assert (tile == 0).all()
 
 

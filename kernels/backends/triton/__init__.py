@@ -1,4 +1,4 @@
-"""The Triton kernels of the ``triton`` backend: GEMMs with epilogues, passes over tiles, and their configurations.
+"""The backend ``triton``: GEMMs whose epilogue takes the exponentials, so that logits never reach memory.
 
-``TRITON_INTERPRET=1``, set before the first import, runs them on a CPU, which is how they are tested without a GPU.
+``TRITON_INTERPRET=1``, set before the first import, runs its kernels on a CPU, for tests without a GPU.
 """

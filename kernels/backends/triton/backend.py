@@ -14,28 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.blocking import VOCAB_BLOCK, block_shape, blocks, weight_block
 from ...core.dtypes import gemm_dtype
 from ...core.head_spec import HeadSpec
 from ...core.stats import CoreOptions, RowStats
-from ...operators.native import new_sums
-from ...planner.plan import VOCAB_BLOCK, block_shape
-from ...tile.entropy import mix_tile_
+from ...operators.schemas import new_sums
+from ...tile.factors import add_bias_gradient, block_dtype, for_gemm, gradient_factors, scale_rows
 from ...tile.gemm import mm_accumulate
 from ...tile.grad_filter import count_blocks
 from ...tile.head_gradient import HeadGradient
+from ...tile.targets import add_targets, target_entry, targets_in_tile
+from ...tile.unit import add_unit
 from ..torch import blockwise as torch_backend
-from ..torch.blockwise import (
-    add_bias_gradient,
-    add_targets,
-    add_unit,
-    block_dtype,
-    for_gemm,
-    gradient_factors,
-    scale_rows,
-    target_entry,
-    targets_in_tile,
-)
-from ..torch.passes import blocks, weight_block
 from .gemm.launch import STATS, PartialRows, filtered_mm, finish_block, gradient_block, score_block
 from .passes import TRITON_PASSES
 from .rows import finish_rows, target_logit_and_slope
@@ -253,7 +243,7 @@ def tile_gradients(
     if stats.block_max is None:
         given: tuple[Any, ...] = (x, weight, labels, tile, stats, coefficients, head, options)
         made: dict[str, Any] = {"dhidden": dhidden, "head_gradient": head_gradient}
-        torch_backend.tile_gradients(*given, **made, entropy_coefficients=entropy_coefficients)
+        torch_backend.tile_gradients(*given, **made, entropy_coefficients=entropy_coefficients, passes=TRITON_PASSES)
         return
     x = _rows(x)
     n, vocab = tile.shape
@@ -266,7 +256,7 @@ def tile_gradients(
     if factors[2] is not None:
         assert mix is not None
         largest = _largest_mixed(largest, factors[2])
-        mix_tile_(tile, mix, stats.k, head, options)
+        TRITON_PASSES.mix_tile_(tile, mix, stats.k, head, options)
         mix = None  # it is in the tile
         if targets_in_tile(x.device):
             tile[torch.arange(n, device=x.device), labels] = at_target.to(tile.dtype)

@@ -8,13 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.head_spec import HeadSpec
-from ..torch import passes as torch_scan
+from ...core.stats import CoreOptions
+from ...tile import sums
 from .aot.compilation import Compilation, aligned
 from .compat import on_device
 from .rows import OPTIONS, converted, exact
 
 #: exp underflows below it.
-FLOOR = tl.constexpr(torch_scan.FLOOR)
+FLOOR = tl.constexpr(sums.FLOOR)
 #: Elements of a row for each program: 16 a thread.
 BLOCK = 2048
 
@@ -47,13 +48,17 @@ def mix_tile_kernel(
     tl.store(at, converted(g, tile.dtype.element_ty), mask=column < columns)
 
 
-def mix_tile(
+def mix_tile_(
     tile: Tensor,  # (N, V)
     mix: Tensor,  # (2, N)
     k: Tensor,  # (N,)
     head: HeadSpec,
+    options: CoreOptions,
+    *,
+    transposed: bool = False,
 ) -> None:
-    """See ``entropy_tile.mix_tile_``. The labels' entries may be negative here: what comes of them is written over."""
+    """See ``backends/torch/entropy.py``. The labels' entries may be negative here: what comes of them is written over."""
+    assert not transposed  # only the cpu backend has such tiles
     n, columns = tile.shape
     if tile.numel() == 0:
         return

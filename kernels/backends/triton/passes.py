@@ -10,6 +10,7 @@ has added up and written to that. This is compiled for such rows alone: it doubl
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,20 +18,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.dtypes import accumulate_dtype
+from ...core.blocking import VOCAB_BLOCK
+from ...core.dtypes import accumulate_dtype, rounding
 from ...core.head_spec import HeadSpec
 from ...core.stats import CoreOptions
-from ...planner.plan import VOCAB_BLOCK
-from ..native.passes import rounding
-from ..torch import passes as torch_scan
-from ..torch.passes import BlockSums, Logits, Passes
+from ...tile import sums
+from ...tile.sums import BlockSums
+from ..torch.passes import TORCH_PASSES, Logits
 from .aot.compilation import Compilation, aligned
 from .compat import on_device
+from .entropy import mix_tile_
+from .gae import gae
 from .math import rounded
-from .rows import OPTIONS, converted, exact, finish_tile, head_numbers, target_logits, transformed
+from .rows import OPTIONS, converted, exact, finish_tile, head_numbers, segment_sum, target_logits, transformed
 
 #: exp underflows below it; keeps -inf * 0 out of sums.
-FLOOR = tl.constexpr(torch_scan.FLOOR)
+FLOOR = tl.constexpr(sums.FLOOR)
 #: Elements of a program of ``gradient_kernel``, and of each of its threads.
 PIECE, PIECE_ELEMENTS = 2048, 16
 #: Rows and columns that a program of ``column_sums_kernel`` adds at a time.
@@ -284,7 +287,7 @@ def scan_block(
             *head_numbers(head),
             v0,
             width,
-            LIMIT=11.0 if destination is not None and destination.dtype == torch.float16 else torch_scan.RAISE_ABOVE,
+            LIMIT=11.0 if destination is not None and destination.dtype == torch.float16 else sums.RAISE_ABOVE,
             SOFTCAP=head.softcap is not None,
             SLOPE=not options.slopes_later,
             MATCH=_matched(logits),
@@ -357,7 +360,16 @@ def gradient_block(
             )
 
 
-TRITON_PASSES = Passes(target_logits, scan_block, gradient_block, finish_tile)
+TRITON_PASSES = replace(
+    TORCH_PASSES,
+    target_logits=target_logits,
+    scan_block=scan_block,
+    gradient_block=gradient_block,
+    finish_tile=finish_tile,
+    mix_tile_=mix_tile_,
+    segment_sum=segment_sum,
+    gae=gae,
+)
 
 
 def compilations() -> list[Compilation]:
@@ -385,7 +397,7 @@ def compilations() -> list[Compilation]:
         for softcap in (False, True):
             suffix = f"{names[source]}_{names[destination]}" + "_softcap" * softcap
             chunk, elements = _chunk(acc, softcap)
-            how = {**plain, "SOFTCAP": softcap, "SLOPE": True, "LIMIT": torch_scan.RAISE_ABOVE}
+            how = {**plain, "SOFTCAP": softcap, "SLOPE": True, "LIMIT": sums.RAISE_ABOVE}
             how |= {"BLOCK": chunk, "WIDE": chunk < VOCAB_BLOCK}
             alone = dict.fromkeys(statistics)
             nowhere = {"destination": None, "destination_stride": 0}

@@ -12,9 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.dtypes import accumulate_dtype
+from ...core.dtypes import accumulate_dtype, rounding
 from ...core.head_spec import HeadSpec
-from ..native.passes import rounding
 from .aot.compilation import Compilation, aligned
 from .compat import on_device
 from .math import rounded, transform

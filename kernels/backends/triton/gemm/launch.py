@@ -9,9 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
+from ....core.dtypes import rounding
 from ....core.head_spec import HeadSpec
 from ....core.stats import CoreOptions
-from ...native.passes import rounding
 from ..compat import descriptor_step, gemm_warps, on_device
 from ..rows import OPTIONS, finish_tile_kernel, head_numbers
 from ..tuning.configs import GemmConfig, multiprocessors

@@ -11,12 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends.torch.passes import FLOOR, blocks
-from ..backends.triton.compat import why_no_triton
-from ..core.dtypes import accumulate_dtype
-from ..core.head_spec import HeadSpec
-from ..core.settings import current_settings
-from ..core.stats import CoreOptions
+from ...core.blocking import blocks
+from ...core.dtypes import accumulate_dtype
+from ...core.head_spec import HeadSpec
+from ...core.stats import CoreOptions
+from ...tile.sums import FLOOR
 
 
 def mix_tile_(
@@ -29,11 +28,6 @@ def mix_tile_(
     transposed: bool = False,
 ) -> None:
     """``e -> e * (mix[0] + mix[1] * log e) * (1 - tanh^2)`` in place; 0 stays 0."""
-    if tile.device.type != "cpu" and current_settings().backend != "torch" and not why_no_triton():
-        from ..backends.triton.entropy import mix_tile
-
-        mix_tile(tile, mix, k, head)
-        return
     acc = accumulate_dtype(tile.dtype)
     numbers = torch.stack((mix[0].to(acc), mix[1].to(acc), k.to(acc)))
     elements = options.workspace // (4 * acc.itemsize) if tile.is_cuda else options.cache_elements // 2

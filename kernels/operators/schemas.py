@@ -24,7 +24,8 @@ All write into tensors that the caller hands in, make none and synchronise nothi
     Sequences lie pair by pair, chosen then rejected: sequence j has tokens ``offsets[j]:offsets[j+1]`` of ``logps`` (N,)
     acc, offsets (2p+1,) int64. ``sequence_logps[j]`` (2p,) float64 = sum of weights * logps (0 where a weight is 0),
     divided by the length if ``mean``. delta = chosen - rejected, minus the same of ``ref_logps`` (2p,) float64. ``losses``
-    (p,) float64 by ``kind``, see PAIR_LOSSES. ``coefficients`` (N,) acc = ``scale`` * dlosses / dlogps.
+    (p,) float64: the function of delta that ``kind`` says, see MARGIN_FUNCTIONS. ``coefficients`` (N,) acc = ``scale`` *
+    dlosses / dlogps.
 
 ``scale_scatter``
     ``out[rows[i]] = values[i] * factor`` for distinct rows, in out's dtype. values (n, H) acc, factor (1,) or (n,) acc, out
@@ -65,27 +66,20 @@ dtype is rounded to bfloat16, block by block in the cache:
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import hashlib
-import os
-import struct
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..core.settings import current_settings
-
 #: Vocabulary entries whose sums ``score_block`` keeps together.
 SPAN = 256
 #: Rows of ``sums``.
 SUMS = ("e", "ez", "ee", "z", "target", "before", "after")
 #: Kinds of ``pair_loss``: smoothed -logsigmoid of beta * delta - gamma; relu(1 - beta * delta); (delta - 1 / (2 beta))^2.
-PAIR_LOSSES = ("sigmoid", "hinge", "ipo")
+MARGIN_FUNCTIONS = ("log_sigmoid", "hinge", "square")
 
 SCHEMAS = {
     "indexed_dot": "(Tensor x, Tensor weight, Tensor? bias, Tensor labels, bool rounded, Tensor(a!) out) -> ()",
@@ -201,136 +195,3 @@ def new_sums(tokens: int, device: torch.device) -> Tensor:
     sums = torch.zeros((len(SUMS), tokens), dtype=torch.float64, device=device)
     sums[SUMS.index("target") :] = -torch.inf
     return sums
-
-
-def _torch_version() -> str:
-    return ".".join(torch.__version__.split(".")[:2])
-
-
-_HOW_TO_BUILD = {
-    "_cpu": "the extension is not built: `make ext`, or install with a C++ compiler and pip's --no-build-isolation",
-    "_cuda": (
-        "the CUDA extension is not built: `LOGITLESS_EXT=cpu,cuda make ext`, or install with nvcc on PATH and pip's "
-        "--no-build-isolation"
-    ),
-}
-
-
-def _path(stem: str) -> Path:
-    return Path(__file__).parents[1] / f"{stem}.so"
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether an ELF file reaches to its table of sections, which comes last: loading a cut-off one kills the process."""
-    with path.open("rb") as file:
-        header = file.read(64)
-    if len(header) < 64:
-        return False
-    (offset,) = struct.unpack_from("<Q", header, 0x28)
-    size, count = struct.unpack_from("<HH", header, 0x3A)
-    return path.stat().st_size >= offset + size * count
-
-
-_SCHEMAS_DIGEST = hashlib.sha256(repr(SCHEMAS).encode()).hexdigest()[:16]
-
-
-def _schemas_of(library: ctypes.CDLL) -> str:
-    """What it was built for; setup.py computes it as above."""
-    function = getattr(library, "logitless_schemas", None)
-    if function is None:
-        return ""
-    function.restype = ctypes.c_char_p
-    name: bytes = function()
-    return name.decode()
-
-
-class _Extension:
-    """One compiled library, loaded when first asked for."""
-
-    def __init__(self, stem: str) -> None:
-        self.library: ctypes.CDLL | None = None
-        self.reasons = self._load(stem)
-
-    def _load(self, stem: str) -> list[str]:
-        path = _path(stem)
-        if not path.exists():
-            part, _, version = stem.partition("_torch")
-            others = sorted(p.name for p in path.parent.glob(f"{part}_torch*.so")) if version else []
-            if others:
-                found = ", ".join(others)
-                return [f"the extension was built for another torch ({found}); this is {torch.__version__}: `make ext`"]
-            return [_HOW_TO_BUILD[part]]
-        if not _is_whole(path):
-            return [f"{path.name} does not load: the file is cut off; build or install it again"]
-        try:
-            self.library = ctypes.CDLL(str(path))
-            if stem != "_cuda" and _schemas_of(self.library) != _SCHEMAS_DIGEST:
-                return [f"{path.name} was built from other sources: `make ext`, or install again"]
-            torch.ops.load_library(str(path))
-        except (OSError, RuntimeError) as error:
-            return [f"{path.name} does not load: {error}"]
-        return []
-
-
-@functools.cache
-def _cpu() -> _Extension:
-    # it uses more than torch's stable interface, so each minor version has a library of its own
-    return _Extension(f"_cpu_torch{_torch_version().replace('.', '_')}")
-
-
-@functools.cache
-def _why_not_wanted() -> list[str]:
-    wanted = os.environ.get("LOGITLESS_CPU_ISA")
-    if not wanted or cpu_instruction_set() == wanted:
-        return []
-    return [f"LOGITLESS_CPU_ISA={wanted!r} is not an instruction set of csrc/cpu that this machine has"]
-
-
-def why_no_cpu_extension() -> list[str]:
-    """Every reason why the C++ operators cannot run here."""
-    return _cpu().reasons or _why_not_wanted()
-
-
-@functools.cache
-def _cuda() -> _Extension:
-    return _Extension("_cuda")
-
-
-@functools.cache
-def _why_no_cuda() -> list[str]:
-    if torch.version.cuda is None:
-        return [f"torch {torch.__version__} is built without CUDA"]
-    return [] if torch.cuda.is_available() else ["there is no CUDA device"]
-
-
-def why_no_cuda_extension() -> list[str]:
-    """Every reason why the CUDA operators cannot run here. Their library is loaded only where they can."""
-    reasons = _why_no_cuda()
-    if reasons:
-        return reasons + ([] if _path("_cuda").exists() else [_HOW_TO_BUILD["_cuda"]])
-    return _cuda().reasons
-
-
-def serves(device: torch.device) -> bool:
-    """Whether the operators of both devices run on this one, and ``settings(backend="torch")`` does not rule them out."""
-    if current_settings().backend == "torch":
-        return False
-    if device.type == "cuda":
-        return not why_no_cuda_extension()
-    return device.type == "cpu" and not why_no_cpu_extension()
-
-
-def cpu_instruction_set() -> str:
-    """The instruction set that the C++ operators use here: ``avx512_bf16``, ``avx512``, ``avx2`` or ``generic``."""
-    library = _cpu().library
-    assert library is not None
-    library.logitless_cpu_isa.restype = ctypes.c_char_p
-    name: bytes = library.logitless_cpu_isa()
-    return name.decode()
-
-
-@functools.cache
-def has_bf16_gemm() -> bool:
-    """Whether oneDNN multiplies small bfloat16 matrices into float32 here."""
-    library = _cpu().library
-    return library is not None and bool(library.logitless_cpu_has_bf16_gemm())
