@@ -57,7 +57,7 @@ class CoreOptions:
 
 @dataclass
 class RowStats:
-    """Results of one pass over the logits of N tokens, relative to the offset ``k`` of each (DESIGN: target-relative).
+    """Results of one pass over the logits of N tokens, relative to the offset ``k`` of each token.
 
     ``sum_others = sum(exp(z_v - k) for v != label)`` and ``log_denom = log(sum_others + exp(z_label - k))``.
     """
