@@ -17,7 +17,7 @@ from .logps_operators import ALL_ROWS, NO_UNIT, SCORED_ROWS, output_bits
 
 
 class _Options(NamedTuple):
-    """Everything of a call that is not a tensor."""
+    """The arguments of a call that are not tensors."""
 
     ignore_index: int
     outputs: int
@@ -29,7 +29,7 @@ class _Options(NamedTuple):
 
 
 class LinearLogps(torch.autograd.Function):
-    """The autograd function over the two operators; ``options.unit_dhidden`` says that backward will not read the head."""
+    """The autograd function over the two operators; with ``options.unit_dhidden`` backward does not read the head."""
 
     @staticmethod
     def forward(

@@ -35,7 +35,7 @@ _library.define(
     "-> (Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
 _library.define("segment_sum(Tensor values, Tensor offsets, str backend) -> Tensor")
-#: Whether the forward operator returns d logps / d hidden, and of which rows. Dynamo wants sizes that do not depend on data.
+#: Whether the forward operator returns d logps / d hidden, and of which rows. Dynamo needs sizes that do not depend on data.
 NO_UNIT, SCORED_ROWS, ALL_ROWS = range(3)
 #: Statistics that the backward pass needs, in the order in which the operators hand them over.
 _SAVED = ("k", "sum_others", "log_denom", "target_offset", "target_slope")

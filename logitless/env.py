@@ -84,7 +84,7 @@ def _backends() -> dict[str, str]:
 
 
 def report() -> dict[str, Any]:
-    """Everything that a bug report needs, by section. A section that fails says so instead of failing the report."""
+    """Everything that a bug report needs, by section. A section that fails is reported as failed; the others are kept."""
     sections: dict[str, Any] = {
         "python": f"{sys.version.split()[0]} on {platform.platform()}",
         "packages": {"logitless": _version(), **{d: _package(d, m) for d, m in PACKAGES.items()}},

@@ -1,4 +1,4 @@
-"""What the library's autograd functions share."""
+"""A decorator that all autograd functions of the library use."""
 
 from __future__ import annotations
 

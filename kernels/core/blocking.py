@@ -38,8 +38,8 @@ def core_options(
     device: torch.device,
     grad_filter: float = 0.0,
 ) -> CoreOptions:
-    """Split the budget: a quarter at most for the cache blocks of the element-wise pass, and for blocks of logits what an L3
-    holds on a CPU, or another quarter on a GPU, whose GEMMs want more rows."""
+    """Split the budget: at most a quarter for the cache blocks of the element-wise pass; for blocks of logits the size of an L3
+    cache on a CPU, or another quarter on a GPU, whose GEMMs need more rows."""
     cache = min(_CACHE_ELEMENTS, max(256, memory_budget // (4 * PASS_BUFFERS * itemsize)))
     most = max(_WORKSPACE, memory_budget // 4) if device.type == "cuda" else _WORKSPACE
     workspace = min(most, max(1, memory_budget - cache * PASS_BUFFERS * itemsize))

@@ -1,4 +1,4 @@
-"""What the cost model knows of a GPU: ``gpu_constants.json``, checked and looked up.
+"""The constants of GPUs for the cost model: ``gpu_constants.json``, checked and looked up.
 
 A measurement replaces an entry: the numbers, ``device``, ``source`` (how they were measured, with the shapes), ``measured``
 true, the ``date`` and the ``torch_version``.
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 _FILE = "gpu_constants.json"
-#: What an SM does in a clock, on all architectures so far.
+#: Per SM and clock, on all architectures so far.
 _EXPONENTIALS = 16
 
 
@@ -30,8 +30,8 @@ class Gpu:
     measured: bool
     date: str | None
     torch_version: str | None
-    bandwidth: float  # of a copy, bytes read and written a second
-    bf16_flops: float  # that cuBLAS reaches in a large GEMM, a second; float16 alike
+    bandwidth: float  # of a copy, bytes read and written per second
+    bf16_flops: float  # per second, of a large GEMM by cuBLAS; float16 alike
     fp32_flops: float  # without TF32, as torch has it by default
     fp64_flops: float
     triton_gemm: float  # speed of our Triton kernels' GEMM without its epilogue, relative to cuBLAS
@@ -41,12 +41,12 @@ class Gpu:
     launch_seconds: float  # of a short kernel in a full queue
 
     def flops(self, dtype: torch.dtype) -> float:
-        """FLOP a second of cuBLAS."""
+        """FLOP per second of cuBLAS."""
         return {torch.float32: self.fp32_flops, torch.float64: self.fp64_flops}.get(dtype, self.bf16_flops)
 
     @property
     def exponentials(self) -> float:
-        """A second."""
+        """Per second."""
         return _EXPONENTIALS * self.sm_count * self.clock_hz
 
 
@@ -74,13 +74,13 @@ def _checked(name: str, entry: Any) -> Gpu:
             problem = "missing" if key in kinds else "unknown"
             raise ValueError(f"{_FILE}: {name}.{key} is {problem}; the fields are {', '.join(kinds)}")
     for key, kind in kinds.items():  # ``measured`` comes before those that depend on it
-        if (wanted := _what_it_should_be(entry[key], kind, entry["measured"])) is not None:
+        if (wanted := _expected(entry[key], kind, entry["measured"])) is not None:
             raise ValueError(f"{_FILE}: {name}.{key} must be {wanted}, got {entry[key]!r}")
     return Gpu(architecture=name, **entry)
 
 
-def _what_it_should_be(value: Any, kind: str, measured: bool) -> str | None:
-    """``None``: it is."""
+def _expected(value: Any, kind: str, measured: bool) -> str | None:
+    """What the value should be; ``None`` if it is."""
     if kind == "bool":
         return None if isinstance(value, bool) else "true or false"
     if kind in ("int", "float"):

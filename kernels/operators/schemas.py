@@ -1,6 +1,6 @@
 """Operators of the compiled extension: one schema each, served by a C++ and a CUDA implementation from ``csrc/``.
 
-All write into tensors that the caller hands in, make none and synchronise nothing. n tokens, w vocabulary entries
+All write into tensors of the caller, allocate none and never synchronise. n tokens, w vocabulary entries
 ``first..first+w``, acc = float32 (float64 for float64 inputs).
 
 ``indexed_dot``
@@ -109,7 +109,7 @@ SCHEMAS = {
     ),
 }
 
-#: What a tracing compiler can check of a call: shapes, a letter for each dimension, the same size wherever it stands.
+#: The shapes that a tracing compiler can check: a letter for each dimension; equal letters are equal sizes.
 _SHAPES = {
     "indexed_dot": "x:nh weight:vh bias:v labels:n out:n",
     "tile_pass": "source:nw destination:nw labels:n k:n sums:7n mix:2n at_target:n",
@@ -127,7 +127,7 @@ _SHAPES = {
 
 
 def _fake(name: str, arguments: list[str]) -> Callable[..., None]:
-    """What runs on tensors without data. There is nothing to return; devices and shapes are checked as far as they say."""
+    """The implementation for tensors without data, which checks devices and shapes."""
     shapes = dict(shape.split(":") for shape in _SHAPES[name].split())
 
     def check(*values: Any) -> None:

@@ -51,7 +51,7 @@ def for_gemm(
         normal = (-stats.log_denom).exp() * FP16_SCALE
         if mix is None:
             mix = torch.stack((normal, torch.zeros_like(normal)))
-        else:  # coefficients, too, are in the tile: an entry is at most a few times their size
+        else:  # the coefficients are in the tile too: an entry is at most a few times their size
             assert stats.entropy is not None
             size = mix[0].abs() + mix[1].abs() * (1 + stats.entropy + stats.log_denom.abs())
             normal = normal / (4 * size).clamp(min=1e-30)
@@ -65,9 +65,9 @@ def block_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def rounding_of(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """``exact / exact.to(dtype)``: a row scaled by it has its target entry exact, as large as all others together. (N,).
+    """``exact / exact.to(dtype)``: it makes the target entry of a row exact, which is as large as all others together. (N,).
 
-    The error moves to the other entries, which have roundings of their own that average out.
+    The error moves to the other entries, whose own roundings average out.
     """
     ratio = exact / exact.to(dtype).to(exact.dtype)
     return torch.where(ratio.isfinite(), ratio, 1)

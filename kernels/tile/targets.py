@@ -15,7 +15,7 @@ def target_logit_and_slope(
     raw: Tensor,  # (N,) raw logits of the labels
     head: HeadSpec,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The label's logits, what to subtract from logits (finite), and ``1 - tanh^2`` with a soft-cap. Each (N,)."""
+    """The logits of the labels, the offset to subtract from logits (finite), and with a soft-cap ``1 - tanh^2``. Each (N,)."""
     squared = head.transform_(raw)
     return raw, raw.clamp(min=-1e30), None if squared is None else 1 - squared
 
@@ -23,9 +23,9 @@ def target_logit_and_slope(
 def targets_in_tile(device: torch.device) -> bool:
     """Whether a gradient tile holds its labels' entries when it meets a GEMM.
 
-    Such an entry is as large as all others of its row together. A CPU's bf16 GEMM rounds what it returns, so there they
-    are added beside it, in float32. A GPU's keeps float32, and adding to rows of dW would need atomics in an order that
-    changes.
+    Such an entry is as large as all others of its row together. A CPU's bf16 GEMM rounds its result, so there the entries
+    are added beside it, in float32. On a GPU the GEMM keeps float32, and adding to rows of dW would need atomics, whose order
+    changes from run to run.
     """
     return device.type != "cpu"
 

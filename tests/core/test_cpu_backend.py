@@ -152,8 +152,8 @@ def test_a_wrapped_loss_function_is_called_and_not_its_closed_form():
     loss = simpo(beta=2.0, gamma=0.5, label_smoothing=0.0, alpha=0.0)
     hundred = functools.wraps(loss.fn)(lambda pairs: 100 * loss.fn(pairs).losses)
     x, w, y = torch.randn(4, 5, 8, requires_grad=True), torch.randn(40, 8), torch.randint(40, (4, 5))
-    once = ll.FusedLinearLoss(loss.fn, margin="mean")(x, w, y).loss
-    assert torch.allclose(ll.FusedLinearLoss(hundred, margin="mean")(x, w, y).loss, 100 * once)
+    once = ll.FusedLinearPreferenceLoss(loss.fn, margin="mean")(x, w, y).loss
+    assert torch.allclose(ll.FusedLinearPreferenceLoss(hundred, margin="mean")(x, w, y).loss, 100 * once)
     assert torch.allclose(ll.FusedLinearSimPOLoss(2.0, 0.5)(x, w, y).loss, once)
 
 

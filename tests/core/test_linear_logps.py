@@ -347,7 +347,7 @@ def test_more_logits_than_31_bits_can_count():
     labels = torch.randint(vocab, (n,), generator=g)
     x.requires_grad_()
     w.requires_grad_()
-    nll = ll.FusedLinearLoss(lambda batch: -batch.logps, group="sequence")
+    nll = ll.FusedLinearPreferenceLoss(lambda batch: -batch.logps, group="sequence")
     with ll.settings(memory_budget=6 << 30):
         out = nll(x, w, labels, cu_seqlens=torch.tensor([0, n]))
     assert len(out.plan.steps) == 1

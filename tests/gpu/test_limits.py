@@ -123,7 +123,7 @@ def large(request: pytest.FixtureRequest) -> Large:
 
 
 def test_a_loss_module_beyond_31_bits(large):
-    nll = ll.FusedLinearLoss(lambda batch: -batch.logps, group="sequence")
+    nll = ll.FusedLinearPreferenceLoss(lambda batch: -batch.logps, group="sequence")
     w = large.w.requires_grad_()
     try:
         with ll.settings(memory_budget=10 << 30):

@@ -11,6 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import logitless as ll
+from logitless.kernels.backends.native import cpu
 
 pytest.importorskip("grimp")
 
@@ -22,7 +26,7 @@ LAYERS = [
     ("logitless.fused",),
     ("logitless.kernels",),
 ]
-#: The folders and files of ``kernels/``; those of one line do not import each other.
+#: The folders and files of ``kernels/``. Those of one line do not import each other.
 KERNELS = [
     ("sequence_logps",),
     ("linear_logps",),
@@ -33,7 +37,6 @@ KERNELS = [
 ]
 #: What ``fused/`` may import of ``kernels/backends``; device code is not in it.
 NO_DEVICE_CODE = {"logitless.kernels.backends.interface", "logitless.kernels.backends.registry", "logitless.kernels.backends"}
-MOST_LINES = 400
 
 _GRAPH = """
 import json, grimp
@@ -46,7 +49,8 @@ print(json.dumps({m: sorted(graph.find_modules_directly_imported_by(m)) for m in
 def imports(tmp_path_factory) -> dict[str, list[str]]:
     """What each module imports, inside functions and for type checkers too."""
     built = tmp_path_factory.mktemp("layers")
-    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(built / "work"), "--build-lib", str(built / "lib")]
+    folders = "--build-base", str(built / "work"), "--build-lib", str(built / "lib")
+    command = [sys.executable, "setup.py", "-q", "build", *folders]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "LOGITLESS_EXT": "none"}, check=True, capture_output=True)
     env = {**os.environ, "PYTHONPATH": str(built / "lib")}
     run = subprocess.run([sys.executable, "-c", _GRAPH], cwd=built, env=env, check=True, capture_output=True, text=True)
@@ -126,11 +130,54 @@ def test_backends_are_separate_folders(imports):
     assert not [w for w in wrong if not w.startswith(allowed)]
 
 
+def limit(path: Path) -> int:
+    """Lines that a file may have."""
+    return 600 if path.name.startswith("test_") or "tests" in path.relative_to(ROOT).parts else 400
+
+
 def test_files_fit_in_a_head():
-    long = {
-        str(path.relative_to(ROOT)): lines
-        for top in ("kernels", "fused", "logitless", "bench", "tests")
-        for path in (ROOT / top).rglob("*.py")
-        if (lines := len(path.read_text().splitlines())) > (600 if top == "tests" or path.name.startswith("test_") else MOST_LINES)
-    }
-    assert not long
+    files = [path for top in ("kernels", "fused", "logitless", "bench", "tests") for path in (ROOT / top).rglob("*.py")]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    assert not {name: length for name, length in lengths.items() if length > limit(ROOT / name)}
+
+
+class Reached(Exception):
+    pass
+
+
+class Operators:
+    """The compiled operators, up to the first call of ``score_block``."""
+
+    def __getattr__(self, name: str):
+        if name == "score_block":
+            raise Reached
+        return lambda *args: None
+
+
+def test_labels_take_a_short_way_to_the_kernel(monkeypatch):
+    """From ``FusedLinearDPOLoss()(...)`` to ``score_block``, with the C++ binding, its dispatch and the kernel."""
+    monkeypatch.setattr(cpu, "_ops", Operators())
+    monkeypatch.setattr(cpu, "why_no_small_gemm", lambda x, weight: None)
+    monkeypatch.setattr(cpu, "target_logits", lambda x, *_: torch.zeros(len(x)))
+    ours = tuple(str(ROOT / top) for top in ("logitless", "fused", "kernels"))
+    files = set()
+
+    def watch(frame, event, _):
+        name = frame.f_code.co_filename
+        if event == "call" and name.startswith(ours) and "labels" in {*frame.f_locals, *frame.f_code.co_varnames}:
+            files.add(name)
+
+    x, weight = torch.randn(4, 5, 16).bfloat16(), torch.randn(20, 16).bfloat16().requires_grad_()
+    loss = ll.FusedLinearDPOLoss(reference_free=True)
+    labels = torch.randint(20, (4, 5))
+    sys.setprofile(watch)
+    try:
+        with ll.settings(backend="cpu"), pytest.raises(Reached) as caught:
+            loss(x, weight, labels)
+    finally:
+        sys.setprofile(None)
+    frames = [entry.path for entry in caught.traceback if str(entry.path).startswith(ours)]
+    assert [Path(f).name for f in frames][-1] == "cpu.py"
+    in_cpp = 3  # bindings.cpp, dispatch.cpp and score_block.h: see tests/native
+    assert len(frames) + in_cpp <= 9, frames
+    assert len(files) + in_cpp <= 14, sorted(files)

@@ -439,7 +439,7 @@ def test_labels_are_never_left_out(use_tile, seen):
     case = filter_case(bias=False)
     with ll.settings(grad_filter=1e9):
         if use_tile:
-            nll = ll.FusedLinearLoss(lambda batch: -batch.logps / 70, group="sequence")
+            nll = ll.FusedLinearPreferenceLoss(lambda batch: -batch.logps / 70, group="sequence")
             loss = nll(case.hidden, case.weight, case.labels).loss
         else:
             loss = -run_op(case).logps.sum() / 70

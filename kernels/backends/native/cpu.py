@@ -1,7 +1,7 @@
 """The log-prob core in C++ on CPUs.
 
 bfloat16 goes through oneDNN's small GEMM: logits live in the cache, in float32, and only the gradient tile reaches memory,
-vocabulary-major, as the dW GEMM reads it. Whatever that GEMM does not take (other dtypes, an odd hidden size, a CPU without it)
+vocabulary-major, as the dW GEMM reads it. What that GEMM cannot take (other dtypes, an odd hidden size, a CPU without it)
 is done by the blockwise algorithm of ``blockwise``, its element-wise passes in C++.
 """
 

@@ -1,6 +1,6 @@
 """Turns a finished tile of exponentials into the gradient of a loss that depends on the entropy too.
 
-``d entropy / d z_v = -p_v (log p_v + entropy)`` needs the logit of each entry, not its exponential alone. The tile still knows
+``d entropy / d z_v = -p_v (log p_v + entropy)`` needs the logit of each entry, not only its exponential. The tile still has
 it: ``z_v - k = log e_v``. An exponential rounded to bfloat16 has a logarithm right to 0.004, as far as the rounded entry itself
 is off relatively. So the entropy's gradient costs one more pass over the tile, and no GEMM. (Where the distribution is all but
 uniform, the entropy's own gradient all but vanishes, and bfloat16 keeps a digit of it.)

@@ -21,7 +21,7 @@ def scatter_rows(
 ) -> Tensor:
     """A tensor of that shape (P, H) with ``values * factor + base`` at ``rows`` and 0 elsewhere, made a few rows at a time.
 
-    rows (N,); unless they are ``distinct``, the values of one that comes up twice add up. values, base (N, H); factor 0-dim
+    rows (N,); unless they are ``distinct``, values of equal rows add up. values, base (N, H); factor 0-dim
     or (N,).
     """
     n, width = values.shape

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ...core.head_spec import HeadSpec
 from ...core.stats import CoreOptions
-from ...tile import sums
+from ...tile.sums import FLOOR as _FLOOR
 from .aot.compilation import Compilation, aligned
 from .compat import on_device
 from .rows import OPTIONS, converted, exact
 
 #: exp underflows below it.
-FLOOR = tl.constexpr(sums.FLOOR)
+FLOOR = tl.constexpr(_FLOOR)
 #: Elements of a row for each program: 16 a thread.
 BLOCK = 2048
 

@@ -22,8 +22,8 @@ from ...core.blocking import VOCAB_BLOCK
 from ...core.dtypes import accumulate_dtype, rounding
 from ...core.head_spec import HeadSpec
 from ...core.stats import CoreOptions
-from ...tile import sums
-from ...tile.sums import BlockSums
+from ...tile.sums import FLOOR as _FLOOR
+from ...tile.sums import RAISE_ABOVE, BlockSums
 from ..torch.passes import TORCH_PASSES, Logits
 from .aot.compilation import Compilation, aligned
 from .compat import on_device
@@ -33,7 +33,7 @@ from .math import rounded
 from .rows import OPTIONS, converted, exact, finish_tile, head_numbers, segment_sum, target_logits, transformed
 
 #: exp underflows below it; keeps -inf * 0 out of sums.
-FLOOR = tl.constexpr(sums.FLOOR)
+FLOOR = tl.constexpr(_FLOOR)
 #: Elements of a program of ``gradient_kernel``, and of each of its threads.
 PIECE, PIECE_ELEMENTS = 2048, 16
 #: Rows and columns that a program of ``column_sums_kernel`` adds at a time.
@@ -287,7 +287,7 @@ def scan_block(
             *head_numbers(head),
             v0,
             width,
-            LIMIT=11.0 if destination is not None and destination.dtype == torch.float16 else sums.RAISE_ABOVE,
+            LIMIT=11.0 if destination is not None and destination.dtype == torch.float16 else RAISE_ABOVE,
             SOFTCAP=head.softcap is not None,
             SLOPE=not options.slopes_later,
             MATCH=_matched(logits),
@@ -397,7 +397,7 @@ def compilations() -> list[Compilation]:
         for softcap in (False, True):
             suffix = f"{names[source]}_{names[destination]}" + "_softcap" * softcap
             chunk, elements = _chunk(acc, softcap)
-            how = {**plain, "SOFTCAP": softcap, "SLOPE": True, "LIMIT": sums.RAISE_ABOVE}
+            how = {**plain, "SOFTCAP": softcap, "SLOPE": True, "LIMIT": RAISE_ABOVE}
             how |= {"BLOCK": chunk, "WIDE": chunk < VOCAB_BLOCK}
             alone = dict.fromkeys(statistics)
             nowhere = {"destination": None, "destination_stride": 0}
