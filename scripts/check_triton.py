@@ -111,10 +111,11 @@ def write_docs(found: Sequence[Usage]) -> None:
     DOCS.write_text(
         "# Resources of the Triton kernels\n\n"
         f"One program of each kernel, compiled ahead of time with Triton {triton.__version__} by\n"
-        "`python scripts/check_triton.py --docs`. `logitless bench --suite compile` prints it for the installed version.\n"
-        "Names say kernel, variant, operands and block sizes (tokens x vocabulary entries x hidden dimensions of a block).\n"
-        "`unaligned`: operands whose rows do not start at multiples of 16 bytes. Spill bytes are what a thread's instructions\n"
-        "store. `tma`, `wgmma` and `tcgen05` are units of Hopper and Blackwell, read from the PTX.\n\n" + markdown(found)
+        "`python scripts/check_triton.py --docs`. `logitless bench --suite compile` prints the same table for the installed\n"
+        "version. A name consists of kernel, variant, operand dtypes and block size (tokens x vocabulary entries x hidden\n"
+        "dimensions). `unaligned` operands have rows that do not start at multiples of 16 bytes. Spill bytes are the\n"
+        "bytes of a thread's spill stores, as `ptxas -v` counts them. `tma`, `wgmma` and `tcgen05` are units of Hopper and\n"
+        "Blackwell; the column is read from the PTX.\n\n" + markdown(found)
     )
 
 

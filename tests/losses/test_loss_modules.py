@@ -1,4 +1,4 @@
-"""The promises of DESIGN section 8, kept by the loss modules in every schedule."""
+"""The promises of the loss modules, in every schedule (``tests/README.md`` lists them)."""
 
 from __future__ import annotations
 

@@ -440,7 +440,7 @@ ISAS = ("avx512_bf16", "avx512", "avx2", "generic")
 @pytest.mark.parametrize("isa", [i for i in ISAS if i != loading.cpu_instruction_set()])
 def test_other_instruction_sets(isa):
     env = os.environ | {"LOGITLESS_CPU_ISA": isa}
-    code = "from logitless.kernels import native; print(loading.why_no_cpu_extension() or loading.cpu_instruction_set())"
+    code = "from logitless.kernels.operators.loading import *; print(why_no_cpu_extension() or cpu_instruction_set())"
     name = subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True).stdout.strip()
     if name != isa:
         pytest.skip(f"this machine has no {isa}")

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-namespace logitless {
+namespace logitless::bindings {
 
 struct MemoryRows {
   uintptr_t start;
@@ -42,4 +42,4 @@ inline Overlap overlap_of(const MemoryRows& source, const MemoryRows& destinatio
   return Overlap::kOther;
 }
 
-}  // namespace logitless
+}  // namespace logitless::bindings
