@@ -97,6 +97,15 @@ def test_every_name_of_the_library_in_a_page_resolves(page):
         assert resolve(name) is not None, name
 
 
+def test_every_kernel_named_in_a_page_exists():
+    sources = [
+        file for folder in ("csrc", "kernels") for file in (ROOT / folder).rglob("*") if file.suffix in {".py", ".cu", ".cuh"}
+    ]
+    known = set(re.findall(r"\b(\w+_kernel)\b", "".join(map(read, sources))))
+    named = {name for page in PAGES for code in inline_code(read(page)) for name in re.findall(r"\b([a-z_]+_kernel)\b", code)}
+    assert named and not named - known
+
+
 def test_every_test_named_beside_a_promise_exists():
     rows = [row for row in read(ROOT / "tests" / "README.md").splitlines() if re.match(r"\| \d+\. ", row)]
     assert len(rows) >= 10
