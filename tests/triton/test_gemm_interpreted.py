@@ -113,6 +113,14 @@ def some_rows(n=37, hidden=24, vocab=150, dtype=torch.float32, bias=True, seed=0
     return Rows(*(moved(t.to(dtype)) for t in (x, w * scale)), moved(b.to(dtype)) if bias else None, moved(labels))
 
 
+def exact_rows(n=37, hidden=24, vocab=150, seed=0) -> Rows:
+    """Multiples of 1/8 so small that float32 holds every partial sum of a logit: any order of summation gives the same bits."""
+    g = torch.Generator().manual_seed(seed)
+    x, w, b = (torch.randint(-8, 9, shape, generator=g) / 8 for shape in ((n, hidden), (vocab, hidden), (vocab,)))
+    labels = torch.randint(vocab, (n,), generator=g)
+    return Rows(*map(moved, (x, w, b, labels)))
+
+
 def with_rivals(rows: Rows, rivals: dict[int, int], gap: float) -> Rows:
     """Row ``i``, and no other, has a logit ``gap`` above its label's, at ``rivals[i]``: each such row has a dimension more."""
     x, w = (torch.nn.functional.pad(t, (0, len(rivals))) for t in (rows.x, rows.weight))
@@ -317,12 +325,13 @@ def test_no_partition_of_the_vocabulary_changes_a_log_probability(head):
 
 
 def test_ties_of_the_largest_logit_go_to_the_first_index():
-    g = torch.Generator().manual_seed(0)
-    x, w = torch.randn(20, 16, generator=g) + 2, torch.randn(150, 16, generator=g) * 0.3
+    """Equal columns of the weight tie exactly, whatever the order of summation: the inputs are multiples of 1/8."""
+    rows = exact_rows(20, hidden=16)
+    x, w = rows.x.abs() + 1, rows.weight / 2
     same = [3, 5, 63, 64, 149]  # of one part, of another, of other blocks
     w[same] = 2.0
     for label, head in zip(same, (PLAIN, SOFTCAP, PLAIN, SOFTCAP, SCALED), strict=True):
-        rows = Rows(moved(x), moved(w), None, torch.full((20,), label, device=DEVICE))
+        rows = Rows(x, w, None, torch.full((20,), label, device=DEVICE))
         assert (score(rows, head, ["is_top1"])["is_top1"] == (label == 3)).all()
     assert not score(rows, ll.HeadSpec(-1.0), ["is_top1"])["is_top1"].any()
     rows.labels[:10] = 0
@@ -593,8 +602,11 @@ def test_filtered_products_of_other_strides_and_types():
 
 
 def test_row_statistics_are_one_call_wide():
-    """``RowStats.cat`` of chunks is what one chunk gives: a token does not depend on how many are done together."""
-    rows = with_rivals(some_rows(100), {5: 130, 70: 2}, 60.0)
+    """``RowStats.cat`` of chunks is what one chunk gives: a token does not depend on how many are done together.
+
+    The logits are exact: a matrix product may sum in another order where a row has another place.
+    """
+    rows = with_rivals(exact_rows(100), {5: 130, 70: 2}, 60.0)
     options = CoreOptions(ALL)
     x, weight, bias, labels = rows
     whole = triton_backend.score(x, weight, bias, labels, PLAIN, options)
