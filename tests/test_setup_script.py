@@ -137,10 +137,9 @@ def test_the_index_of_cpu_builds_is_asked_next(machine):
     assert machine.installed("torch") == CPU
 
 
-@pytest.mark.parametrize("pytorch", ["empty", "unreachable"])
-def test_the_default_build_comes_last_after_a_sentence_on_its_size(machine, pytorch):
+def test_the_default_build_comes_last_after_a_sentence_on_its_size(machine):
     configured = index(machine.home / "configured", torch=[DEFAULT, NEWER], **OTHERS)
-    pytorch = index(machine.home / "pytorch") if pytorch == "empty" else "http://127.0.0.1:9/simple"
+    pytorch = "http://127.0.0.1:9/simple"  # cannot be reached
     done = machine.set_up(configured, pytorch)
     assert stages(done)[2] == f"installing torch=={CPU} from {pytorch} ..."
     assert machine.installed("torch") == DEFAULT
