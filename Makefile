@@ -78,7 +78,7 @@ bench-gpu-train bench-gpu-grid bench-gpu-limits bench-gpu-curves:
 		--suite $(TRAINING_$@) --device cuda --time-limit 420 --out $(RESULTS)/gpu-$$name $(FLAGS)
 
 # Configurations of the Triton kernels for this GPU, at the shapes of `make bench-gpu`. The file can replace
-# kernels/triton_kernels/configs.json; scripts/gpu_constants.py reads the times.
+# kernels/backends/triton/tuning/configs.json; scripts/gpu_constants.py reads the times.
 tune-gpu:
 	bash scripts/gpu_run.sh $(PYTHON) -m logitless.cli tune --dtype bf16 --time-limit 420 \
 		--export $(RESULTS)/triton-configs.json --timings $(RESULTS)/triton-timings.json \

@@ -27,17 +27,13 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 version = re.search(r'^__version__ = "(.+)"$', (ROOT / "logitless/__init__.py").read_text(), re.M)[1]
 
+#: The top-level package of each top-level folder.
+PACKAGES = {"logitless": "logitless", "kernels": "logitless.kernels", "fused": "logitless.fused", "bench": "logitless.bench"}
 #: The folder of each package.
 FOLDERS = {
-    "logitless": "logitless",
-    "logitless.integrations": "logitless/integrations",
-    "logitless.kernels": "kernels",
-    "logitless.kernels.triton_kernels": "kernels/triton_kernels",
-    "logitless.fused": "fused",
-    "logitless.fused.losses": "fused/losses",
-    "logitless.fused.policy": "fused/policy",
-    "logitless.bench": "bench",
-    "logitless.bench.training": "bench/training",
+    ".".join((PACKAGES[top], *path.parent.relative_to(ROOT / top).parts)): path.parent.relative_to(ROOT).as_posix()
+    for top in PACKAGES
+    for path in sorted((ROOT / top).rglob("__init__.py"))
 }
 PARTS = ("cpu", "cuda")
 NO_CUDA = "the installed torch is built without CUDA"
@@ -123,7 +119,7 @@ def extension(part: str) -> Extension:
         extra_compile_args=flags,
         extra_link_args=link,
         language="c++",
-        depends=["kernels/native.py", *(str(p) for p in (ROOT / "csrc").rglob("*") if p.is_file())],
+        depends=["kernels/operators/native.py", *(str(p) for p in (ROOT / "csrc").rglob("*") if p.is_file())],
     )
 
 
@@ -139,7 +135,7 @@ def toolkit_folders(flag: str) -> list[str]:
 
 def schemas_digest() -> str:
     """Of the operators' schemas: a library built for others must not be loaded."""
-    tree = ast.parse((ROOT / "kernels/native.py").read_text())
+    tree = ast.parse((ROOT / "kernels/operators/native.py").read_text())
     (value,) = (n.value for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "SCHEMAS")
     return hashlib.sha256(repr(ast.literal_eval(value)).encode()).hexdigest()[:16]
 
@@ -248,8 +244,8 @@ setup(
     package_dir=FOLDERS,
     package_data={
         "logitless": ["py.typed"],
-        "logitless.kernels": ["gpu_constants.json"],
-        "logitless.kernels.triton_kernels": ["configs.json"],
+        "logitless.kernels.planner": ["gpu_constants.json"],
+        "logitless.kernels.backends.triton.tuning": ["configs.json"],
     },
     ext_modules=extensions() if BUILDS & set(sys.argv) else [],
     cmdclass={"build_ext": Build},

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logitless.kernels.spec import HeadSpec
+from logitless.kernels.core.head_spec import HeadSpec
 
 from .policy_losses import POLICY_LOSSES
 

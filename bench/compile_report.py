@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from .console import Console
 
 if TYPE_CHECKING:  # Triton may be missing
-    from logitless.kernels.triton_kernels.compilation import Compilation
+    from logitless.kernels.backends.triton.aot.compilation import Compilation
 
 SUITE = "compile"
 HELP = "registers, spills and shared memory of each Triton kernel on sm_80, sm_90 and sm_100; needs no GPU"
@@ -87,7 +87,7 @@ def why_not() -> str | None:
         import triton
     except ImportError as error:
         return f"Triton does not import: {error}"
-    from logitless.kernels.triton_kernels.compat import interpreted
+    from logitless.kernels.backends.triton.compat import interpreted
 
     if interpreted():
         return "TRITON_INTERPRET is set, with which Triton compiles nothing: unset it"
@@ -97,7 +97,7 @@ def why_not() -> str | None:
 
 def targets(quick: bool) -> dict[tuple[str, int], Compilation]:
     """What is compiled, by name and architecture. ``quick``: a few of every kernel."""
-    from logitless.kernels.triton_kernels.shipped import all_compilations, is_representative
+    from logitless.kernels.backends.triton.aot.shipped import all_compilations, is_representative
 
     chosen = (c for c in all_compilations() if not quick or is_representative(c))
     return {(c.name, architecture): c for c in chosen for architecture in c.architectures}
@@ -105,7 +105,7 @@ def targets(quick: bool) -> dict[tuple[str, int], Compilation]:
 
 def _configuration(compilation: Compilation) -> tuple[str, int]:
     """In words, and the programs that a launch counts on to run together."""
-    from logitless.kernels.triton_kernels.shipped import GemmCompilation
+    from logitless.kernels.backends.triton.aot.shipped import GemmCompilation
 
     words, programs = [f"{compilation.num_warps} warps"], 1
     if isinstance(compilation, GemmCompilation) and compilation.config is not None:
@@ -117,7 +117,7 @@ def _configuration(compilation: Compilation) -> tuple[str, int]:
 
 def compile_one(target: tuple[str, int]) -> Usage:
     """Compile what :func:`targets` calls by that name."""
-    from logitless.kernels.triton_kernels.ahead import compile_ahead
+    from logitless.kernels.backends.triton.aot.ahead import compile_ahead
 
     compilation, architecture = targets(quick=False)[target], target[1]
     configuration, programs = _configuration(compilation)

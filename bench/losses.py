@@ -1,6 +1,7 @@
 """The losses in plain torch, as functions of per-token log-probs: what peers without a fused loss run, and the reference.
 
-Written apart from ``logitless.fused.losses`` on purpose: the check of a benchmarked result must not share its formulas.
+Written apart from ``logitless.fused.preference.losses`` on purpose: the check of a benchmarked result must not share its
+formulas.
 """
 
 from __future__ import annotations

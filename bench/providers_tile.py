@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 import logitless as ll
-from logitless.kernels.backends import Call, get_backend
-from logitless.kernels.native_scan import NATIVE_PASSES
-from logitless.kernels.plan import core_options
-from logitless.kernels.torch_scan import TORCH_PASSES, Logits, Passes, combine, target_logit_and_slope
+from logitless.kernels.backends.native.passes import NATIVE_PASSES
+from logitless.kernels.backends.registry import Call, get_backend
+from logitless.kernels.backends.torch.passes import TORCH_PASSES, Logits, Passes, combine, target_logit_and_slope
+from logitless.kernels.planner.plan import core_options
 
 from .cases import Case, Inputs
 from .registry import Result, Work, provider

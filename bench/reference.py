@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from logitless.kernels.core.head_spec import HeadSpec
 from logitless.kernels.reference import reference_logps
-from logitless.kernels.spec import HeadSpec
 
 from .cases import Case, Inputs
 from .losses import loss_of

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logitless.kernels.plan import Plan
+from logitless.kernels.planner.plan import Plan
 
 from .cases import Case, Inputs
 

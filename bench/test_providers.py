@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from logitless.bench import register_all
-from logitless.bench.cases import make_inputs
-from logitless.bench.reference import check, compute_reference
-from logitless.bench.registry import PROVIDERS
-from logitless.bench.suites import SUITES
+from . import register_all
+from .cases import make_inputs
+from .reference import check, compute_reference
+from .registry import PROVIDERS
+from .suites import SUITES
 
 register_all()
 _TINY = {"pairs": 1, "tokens": 8, "hidden": 16, "vocab": 97}

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logitless.kernels.backends import Backend, get_backend
-from logitless.kernels.dtypes import accumulate_dtype, tile_dtype
-from logitless.kernels.head_grad import HeadGradient, scaled_to_dtype
-from logitless.kernels.op import once_differentiable
-from logitless.kernels.plan import DEFERRED_SCALE, FORWARD_ONLY, RECOMPUTE, Plan, Step, plan
-from logitless.kernels.scored_rows import gather_rows, scatter_rows
-from logitless.kernels.stats import RowStats
+from logitless.kernels.backends.registry import Backend, get_backend
+from logitless.kernels.core.dtypes import accumulate_dtype, tile_dtype
+from logitless.kernels.core.stats import RowStats
+from logitless.kernels.linear_logps import once_differentiable
+from logitless.kernels.planner.plan import DEFERRED_SCALE, FORWARD_ONLY, RECOMPUTE, Plan, Step, plan
+from logitless.kernels.tile.head_gradient import HeadGradient, scaled_to_dtype
+from logitless.kernels.tile.rows import gather_rows, scatter_rows
 
 from .job import Job
 

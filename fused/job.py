@@ -10,12 +10,12 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from logitless.kernels.plan import Plan, Step
-from logitless.kernels.spec import HeadSpec
-from logitless.kernels.stats import RowStats
+from logitless.kernels.core.head_spec import HeadSpec
+from logitless.kernels.core.stats import RowStats
+from logitless.kernels.planner.plan import Plan, Step
 
-from .batch import Loss, LossResult, Margin
-from .entries import Entries
+from .preference.loss import Loss, LossResult, Margin
+from .scored_tokens import Entries
 
 
 @dataclass(frozen=True)

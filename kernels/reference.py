@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .spec import HeadSpec
-from .stats import TokenStats
+from .core.head_spec import HeadSpec
+from .core.stats import TokenStats
 
 
 def reference_logps(

@@ -1,31 +1,18 @@
 """logitless: log-probabilities and preference losses straight from hidden states and the lm-head weight, without logits."""
 
-from logitless import integrations
-from logitless.fused.at_head import AtHead, at_head, model_loss
-from logitless.fused.batch import Loss, LossResult, Pairs, Sequences
-from logitless.fused.losses.dpo import DPO_LOSSES
-from logitless.fused.losses.kto import KTO_LOSSES
-from logitless.fused.losses.simple import CPO_LOSSES
-from logitless.fused.model_logps import model_logps, why_not_padding_free
-from logitless.fused.modules import FusedLinearLoss, KTOOutput, PreferenceOutput
-from logitless.fused.multi_objective import FusedLinearMultiObjectiveLoss, MultiObjectiveOutput, Objective
-from logitless.fused.packing import PackedSequences, pack, unpack
-from logitless.fused.policy.advantages import (
-    group_advantages,
-    kl_shaped_rewards,
-    leave_one_out_advantages,
-    reinforce_plus_plus_advantages,
-)
-from logitless.fused.policy.batch import PolicyLoss, PolicyLossResult, Tokens
-from logitless.fused.policy.grpo import GRPO_LOSSES
+from logitless.fused.models.at_head import AtHead, at_head, model_loss
+from logitless.fused.models.model_logps import model_logps, why_not_padding_free
+from logitless.fused.models.packing import PackedSequences, pack, unpack
 from logitless.fused.policy.importance import importance_sampling_ratio
-from logitless.fused.policy.kl import KL_ESTIMATORS, kl_estimate
-from logitless.fused.policy.masked import masked_mean, masked_var, masked_whiten
+from logitless.fused.policy.loss import PolicyLoss, PolicyLossResult, Tokens
+from logitless.fused.policy.losses.grpo import GRPO_LOSSES
 from logitless.fused.policy.modules import FusedLinearGRPOLoss, FusedLinearPolicyLoss, FusedLinearPPOLoss, PolicyOutput
-from logitless.fused.policy.reward_model import BradleyTerryLoss, RewardModelOutput, last_token_pool
-from logitless.fused.policy.tracker import ValueTracker
-from logitless.fused.policy.values import ValueLoss, value_loss
-from logitless.fused.preference import (
+from logitless.fused.preference.base import FusedLinearLoss, KTOOutput, PreferenceOutput
+from logitless.fused.preference.loss import Loss, LossResult, Pairs, Sequences
+from logitless.fused.preference.losses.dpo import DPO_LOSSES
+from logitless.fused.preference.losses.kto import KTO_LOSSES
+from logitless.fused.preference.losses.simple import CPO_LOSSES
+from logitless.fused.preference.modules import (
     FusedLinearCPOLoss,
     FusedLinearDPOLoss,
     FusedLinearIPOLoss,
@@ -33,16 +20,30 @@ from logitless.fused.preference import (
     FusedLinearORPOLoss,
     FusedLinearSimPOLoss,
 )
-from logitless.kernels.backends import available_backends, register_backend
-from logitless.kernels.gae import GAE, gae
-from logitless.kernels.grad_filter import skipped_share
-from logitless.kernels.op import linear_logps
-from logitless.kernels.plan import Plan, plan
+from logitless.fused.preference.objectives import FusedLinearMultiObjectiveLoss, MultiObjectiveOutput, Objective
+from logitless.fused.rl.advantages import (
+    group_advantages,
+    kl_shaped_rewards,
+    leave_one_out_advantages,
+    reinforce_plus_plus_advantages,
+)
+from logitless.fused.rl.gae import GAE, gae
+from logitless.fused.rl.kl import KL_ESTIMATORS, kl_estimate
+from logitless.fused.rl.masked import masked_mean, masked_var, masked_whiten
+from logitless.fused.rl.reward_model import BradleyTerryLoss, RewardModelOutput, last_token_pool
+from logitless.fused.rl.value_tracker import ValueTracker
+from logitless.fused.rl.values import ValueLoss, value_loss
+from logitless.kernels.backends.registry import available_backends, register_backend
+from logitless.kernels.core.head_spec import HeadSpec
+from logitless.kernels.core.settings import Settings, current_settings, settings
+from logitless.kernels.core.stats import OUTPUTS, TokenStats
+from logitless.kernels.linear_logps import linear_logps
+from logitless.kernels.planner.plan import Plan, plan
 from logitless.kernels.reference import reference_logps
-from logitless.kernels.sequence import sequence_logps, shift
-from logitless.kernels.settings import Settings, current_settings, settings
-from logitless.kernels.spec import HeadSpec
-from logitless.kernels.stats import OUTPUTS, TokenStats
+from logitless.kernels.sequence_logps import sequence_logps, shift
+from logitless.kernels.tile.grad_filter import skipped_share
+
+from . import integrations
 
 __version__ = "0.1.0"
 

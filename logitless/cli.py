@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from logitless.bench.console import Console
-    from logitless.kernels.triton_kernels.export import Result
+    from logitless.kernels.backends.triton.tuning.export import Result
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -54,7 +54,7 @@ def _environment(device: torch.device) -> str:
     import triton
 
     from logitless.bench.environment import driver_version
-    from logitless.kernels.triton_kernels.tune import device_name
+    from logitless.kernels.backends.triton.tuning.tune import device_name
 
     driver = f"driver {driver_version() or 'unknown'}" if device.type == "cuda" else "no driver"
     versions = f"Triton {triton.__version__}, torch {torch.__version__}"
@@ -91,7 +91,7 @@ def _tune(options: argparse.Namespace) -> int:
     import torch
 
     from logitless.bench.console import make_console
-    from logitless.kernels.backends import Call, get_backend
+    from logitless.kernels.backends.registry import Call, get_backend
 
     start, console = time.monotonic(), make_console()
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -100,8 +100,8 @@ def _tune(options: argparse.Namespace) -> int:
     if reasons := backend.why_unavailable() or backend.why_not(Call(device, dtype, dtype)):
         print(f"logitless tune cannot run: {'; '.join(reasons)}", file=sys.stderr)
         return 1
-    from logitless.kernels.triton_kernels.export import export, tune
-    from logitless.kernels.triton_kernels.tune import Problem, bucket, compilers
+    from logitless.kernels.backends.triton.tuning.export import export, tune
+    from logitless.kernels.backends.triton.tuning.tune import Problem, bucket, compilers
 
     shapes = list(dict.fromkeys((bucket(s.tokens), s.hidden, s.vocab, bool(s.softcap)) for s in options.shape))
     deadline = None if options.time_limit is None else start + options.time_limit
@@ -130,7 +130,7 @@ def _tune(options: argparse.Namespace) -> int:
         console.print(f"wrote {options.timings}", highlight=False)
     if options.export is not None:
         _write(options.export, export(results, environment))
-        print(f"wrote {options.export}, which can replace kernels/triton_kernels/configs.json")
+        print(f"wrote {options.export}, which can replace kernels/backends/triton/tuning/configs.json")
     return 0
 
 

@@ -67,8 +67,8 @@ def _devices() -> dict[str, Any]:
 
 def _backends() -> dict[str, str]:
     from logitless import available_backends
-    from logitless.kernels import native
-    from logitless.kernels.triton_kernels.configs import autotuning, cache_folder
+    from logitless.kernels.backends.triton.tuning.configs import autotuning, cache_folder
+    from logitless.kernels.operators import native
 
     states = {
         name: "available" if not reasons else "unavailable: " + "; ".join(reasons)

@@ -4,7 +4,7 @@
     python scripts/check_triton.py [--quick] [--update] [--docs] [--jobs 2] [--part I/N] [--json FILE]
 
 Registers and shared memory decide how many programs a multiprocessor holds, and a spilled register is a trip to memory. The
-budget, ``tests/compile/budget.json``, has an entry for each kernel and architecture: registers, shared memory, and the
+budget, ``tests/triton/budget.json``, has an entry for each kernel and architecture: registers, shared memory, and the
 instructions that it must contain. It fails (exit 1), naming the kernel, when one exceeds its entry, lacks an instruction,
 spills, or has no entry, and when an entry has no kernel.
 

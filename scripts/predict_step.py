@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from blocks import write_block
 
-from logitless.kernels.backends import Call
-from logitless.kernels.cost import predict
-from logitless.kernels.gpu_constants import constants
+from logitless.kernels.backends.registry import Call
+from logitless.kernels.planner.cost import predict
+from logitless.kernels.planner.gpu_constants import constants
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
 TOKENS, HIDDEN, VOCAB = 8192, 4096, 151_936

@@ -56,7 +56,7 @@ done
 for module in linear_logps losses_float64 policy_float64 loss_modules policy_modules "compile head_spec"; do
   for backend in "${backends[@]}"; do
     files=()
-    for name in $module; do files+=("tests/test_$name.py"); done
+    for name in $module; do files+=(tests/*/"test_$name.py"); done
     run "$backend-${module%% *}" env LOGITLESS_TEST_DEVICE=cuda LOGITLESS_TEST_BACKEND="$backend" "${pytest[@]}" "${files[@]}"
   done
 done

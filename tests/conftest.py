@@ -86,7 +86,7 @@ if DEVICE:
 
 def backends() -> list[str]:
     """Every backend that runs on the tests' device: ``LOGITLESS_TEST_BACKEND`` alone, if set."""
-    from logitless.kernels.backends import available_backends
+    from logitless.kernels.backends.registry import available_backends
 
     if one := os.environ.get("LOGITLESS_TEST_BACKEND"):
         return [one]

@@ -1,4 +1,4 @@
-// The operators of kernels/native.py on CPUs: checks, pointers, and a call.
+// The operators of kernels/operators/native.py on CPUs: checks, pointers, and a call.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -358,7 +358,7 @@ STABLE_TORCH_LIBRARY_IMPL(logitless, CPU, m) {
   m.impl("finish_tile", TORCH_BOX(&logitless::finish_tile));
 }
 
-// For the loader (kernels/native.py), which asks before any operator runs.
+// For the loader (kernels/operators/native.py), which asks before any operator runs.
 extern "C" {
 __attribute__((visibility("default"))) const char* logitless_schemas() { return LOGITLESS_SCHEMAS; }
 __attribute__((visibility("default"))) const char* logitless_cpu_isa() { return logitless::kernels().name; }

@@ -1,4 +1,4 @@
-// Sequence log-probs, the pair loss and the coefficient of every token. See kernels/native.py, pair_loss.
+// Sequence log-probs, the pair loss and the coefficient of every token. See kernels/operators/native.py, pair_loss.
 #include "logitless/pair_loss.h"
 
 #include "pairs.h"

@@ -1,4 +1,4 @@
-// The operators of kernels/native.py for CUDA tensors, on the stable ABI of LibTorch: one build serves torch 2.10 and later.
+// The operators of kernels/operators/native.py for CUDA tensors, on the stable ABI of LibTorch: one build serves torch 2.10 and later.
 //
 // Here arguments are checked and pointers taken out of tensors; kernels and their launches know nothing of torch.
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from logitless.kernels.gae import Segments, check_float, check_like
-from logitless.kernels.sequence import segment_sum
+from logitless.kernels.sequence_logps import segment_sum
 
-from ..modules import check_choice, check_number
+from ..preference.base import check_choice, check_number
+from ..rl.gae import Segments, check_float, check_like
 
 #: What ``mode`` may be, as TRL names them.
 IMPORTANCE_SAMPLING_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from logitless.kernels.plan import Plan, Step
-from logitless.kernels.stats import RowStats
+from logitless.kernels.core.stats import RowStats
+from logitless.kernels.planner.plan import Plan, Step
 
-from ..evaluate import check_leaves
 from ..job import Coefficients, Job
-from .batch import PolicyLoss, PolicyLossResult, Tokens
+from ..preference.job import check_leaves
+from .loss import PolicyLoss, PolicyLossResult, Tokens
 
 
 @dataclass

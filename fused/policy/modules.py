@@ -9,27 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from logitless.kernels.checks import (
-    check_head,
-    check_ignore_index,
-    check_labels,
-    check_spec,
-    check_tensor,
-    compute_dtype,
-)
-from logitless.kernels.dtypes import accumulate_dtype
-from logitless.kernels.plan import Plan
-from logitless.kernels.spec import HeadSpec
+from logitless.kernels.core.checks import check_head, check_ignore_index, check_labels, check_spec, check_tensor, compute_dtype
+from logitless.kernels.core.dtypes import accumulate_dtype
+from logitless.kernels.core.head_spec import HeadSpec
+from logitless.kernels.planner.plan import Plan
 
 from ..engine import run
-from ..entries import Entries, make_entries
 from ..job import Reference
-from ..modules import check_bool, check_choice, check_layout, check_number, check_reference_states, eagerly
-from . import grpo as grpo_family
-from .batch import AGGREGATIONS, OPTIONAL_INPUTS, PolicyLoss, PolicyLossResult, Tokens, token_weights
+from ..preference.base import check_bool, check_choice, check_layout, check_number, check_reference_states, eagerly
+from ..scored_tokens import Entries, make_entries
 from .importance import check_clip, importance_sampling_ratio
 from .job import PolicyJob, PolicyReport
-from .ppo import KL_PENALTIES, ppo
+from .loss import AGGREGATIONS, OPTIONAL_INPUTS, PolicyLoss, PolicyLossResult, Tokens, token_weights
+from .losses import grpo as grpo_family
+from .losses.ppo import KL_PENALTIES, ppo
 
 
 @dataclass

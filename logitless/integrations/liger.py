@@ -14,10 +14,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from logitless.fused.batch import Loss, LossResult, Pairs
-from logitless.fused.losses import dpo as dpo_family
-from logitless.fused.modules import FusedLinearLoss, PreferenceOutput, check_number
-from logitless.fused.preference import (
+from logitless.fused.preference.base import FusedLinearLoss, PreferenceOutput, check_number
+from logitless.fused.preference.loss import Loss, LossResult, Pairs
+from logitless.fused.preference.losses import dpo as dpo_family
+from logitless.fused.preference.modules import (
     FusedLinearCPOLoss,
     FusedLinearDPOLoss,
     FusedLinearKTOLoss,

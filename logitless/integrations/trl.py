@@ -30,11 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logitless.fused.model_logps import causal_lm, model_logps
-from logitless.kernels.checks import compute_dtype
-from logitless.kernels.op import LinearLogps, token_stats
-from logitless.kernels.spec import HeadSpec
-from logitless.kernels.stats import OPTIONAL_OUTPUTS
+from logitless.fused.models.model_logps import causal_lm, model_logps
+from logitless.kernels.core.checks import compute_dtype
+from logitless.kernels.core.head_spec import HeadSpec
+from logitless.kernels.core.stats import OPTIONAL_OUTPUTS
+from logitless.kernels.linear_logps import LinearLogps, token_stats
 
 _UTILS = "trl.trainer.utils"
 _FUNCTION = "_ChunkedLogProbFunction"

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 import logitless as ll
-from logitless.kernels.backends import get_backend
-from logitless.kernels.dtypes import tile_dtype
-from logitless.kernels.head_grad import HeadGradient
-from logitless.kernels.plan import core_options
-from logitless.kernels.stats import CoreOptions, RowStats
+from logitless.kernels.backends.registry import get_backend
+from logitless.kernels.core.dtypes import tile_dtype
+from logitless.kernels.core.stats import CoreOptions, RowStats
+from logitless.kernels.planner.plan import core_options
+from logitless.kernels.tile.head_gradient import HeadGradient
 
 from ..helpers import Case, gradients, make_case, relative_error, run_op, run_reference
 
@@ -469,7 +469,7 @@ def compiled_kernels() -> int:
     """How many specialisations of this library's Triton kernels the process has."""
     from triton.runtime.jit import JITFunction
 
-    modules = [module for name, module in sys.modules.items() if name.startswith("logitless.kernels.triton_kernels.")]
+    modules = [module for name, module in sys.modules.items() if name.startswith("logitless.kernels.backends.triton.")]
     kernels = {id(f): f for module in modules for f in vars(module).values() if isinstance(f, JITFunction)}
     return sum(len(cache[0]) for kernel in kernels.values() for cache in kernel.device_caches.values())
 

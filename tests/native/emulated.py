@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from logitless.kernels.native import SCHEMAS
+from logitless.kernels.operators.native import SCHEMAS
 
 from .operators import Tile, accumulate, new_sums
 

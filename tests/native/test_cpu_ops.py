@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logitless.kernels import native
-from logitless.kernels.spec import HeadSpec
+from logitless.kernels.core.head_spec import HeadSpec
+from logitless.kernels.operators import native
 
 from .operators import finished_tile, some_factors
 

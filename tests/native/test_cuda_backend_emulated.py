@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import logitless as ll
-from logitless.kernels import backends, native, native_scan
+from logitless.kernels.backends import registry as backends
+from logitless.kernels.backends.native import passes as native_scan
+from logitless.kernels.operators import native
 
 from ..helpers import gradients, make_case, relative_error, run_op, run_reference
 from .emulated import BF16, F16, F32, F64, TYPES

@@ -6,14 +6,16 @@ import pytest
 import torch
 
 import logitless as ll
-from logitless.kernels import cpu_backend, native, torch_backend
-from logitless.kernels.dtypes import accumulate_dtype, tile_dtype
-from logitless.kernels.head_grad import HeadGradient
-from logitless.kernels.native_scan import NATIVE_PASSES
-from logitless.kernels.stats import OPTIONAL_OUTPUTS, CoreOptions
-from logitless.kernels.torch_scan import TORCH_PASSES
+from logitless.kernels.backends.native import cpu as cpu_backend
+from logitless.kernels.backends.native.passes import NATIVE_PASSES
+from logitless.kernels.backends.torch import blockwise as torch_backend
+from logitless.kernels.backends.torch.passes import TORCH_PASSES
+from logitless.kernels.core.dtypes import accumulate_dtype, tile_dtype
+from logitless.kernels.core.stats import OPTIONAL_OUTPUTS, CoreOptions
+from logitless.kernels.operators import native
+from logitless.kernels.tile.head_gradient import HeadGradient
 
-from .. import test_linear_logps as promises
+from ..core import test_linear_logps as promises
 from ..helpers import gradients, make_case, relative_error
 
 pytestmark = pytest.mark.skipif(bool(native.why_no_cpu_extension()), reason="; ".join(native.why_no_cpu_extension()))

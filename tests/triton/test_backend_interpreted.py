@@ -11,19 +11,19 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import logitless as ll
-from logitless.kernels import torch_backend
-from logitless.kernels.dtypes import tile_dtype
-from logitless.kernels.head_grad import HeadGradient
-from logitless.kernels.spec import HeadSpec
-from logitless.kernels.stats import CoreOptions
+from logitless.kernels.backends.torch import blockwise as torch_backend
+from logitless.kernels.core.dtypes import tile_dtype
+from logitless.kernels.core.head_spec import HeadSpec
+from logitless.kernels.core.stats import CoreOptions
+from logitless.kernels.tile.head_gradient import HeadGradient
 
 from ..helpers import Case, gradients, make_case, relative_error, run_op, run_reference
 from .conftest import DEVICE
 from .test_gemm_interpreted import languages_patched_once  # noqa: F401
 
 pytest.importorskip("triton")
-from logitless.kernels import triton_backend
-from logitless.kernels.triton_kernels.configs import table
+from logitless.kernels.backends.triton import backend as triton_backend
+from logitless.kernels.backends.triton.tuning.configs import table
 
 #: NumPy's, in the interpreter.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning")
@@ -416,7 +416,7 @@ def test_losses_err_by_less_than_the_filter_in_each_logit(budget):
 
 
 def test_peaked_logits_skip_most_blocks_and_the_share_is_counted(seen):
-    from logitless.kernels.grad_filter import count_blocks
+    from logitless.kernels.tile.grad_filter import count_blocks
 
     g = torch.Generator().manual_seed(0)
     w = torch.randn(1280, 64, generator=g)

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("triton")
 import triton
 
-from logitless.kernels.triton_kernels import compat
+from logitless.kernels.backends.triton import compat
 
 
 @pytest.mark.parametrize("version", ["3.3.1", "2.3.0"])

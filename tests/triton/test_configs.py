@@ -23,9 +23,9 @@ from .conftest import DEVICE
 pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
-from logitless.kernels import triton_backend
-from logitless.kernels.triton_kernels import configs, export, tune
-from logitless.kernels.triton_kernels.configs import GemmConfig, gemm_config, parse, pick
+from logitless.kernels.backends.triton import backend as triton_backend
+from logitless.kernels.backends.triton.tuning import configs, export, tune
+from logitless.kernels.backends.triton.tuning.configs import GemmConfig, gemm_config, parse, pick
 
 #: NumPy's, in the interpreter.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
@@ -168,7 +168,7 @@ def test_without_autotuning_nothing_is_timed_or_written(measured, monkeypatch):
 
 READ = """
 import sys, torch
-from logitless.kernels.triton_kernels import configs, tune
+from logitless.kernels.backends.triton.tuning import configs, tune
 tune.Workload = None
 device = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu").device
 print(configs.gemm_config(device, torch.float32, *map(int, sys.argv[1:]), False))
@@ -248,7 +248,7 @@ def test_a_file_that_is_not_the_caches_is_an_error_that_names_it(measured, how):
 WRITE = """
 import sys, torch
 from dataclasses import replace
-from logitless.kernels.triton_kernels import tune
+from logitless.kernels.backends.triton.tuning import tune
 device = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu").device
 for i in range(60):
     problem = tune.Problem(device, torch.float32, 16, 16, 100 + i, False)

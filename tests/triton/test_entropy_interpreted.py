@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 import logitless as ll
-from logitless.kernels import torch_backend
-from logitless.kernels.dtypes import tile_dtype
-from logitless.kernels.entropy_tile import mix_tile_
-from logitless.kernels.head_grad import HeadGradient
-from logitless.kernels.spec import HeadSpec
-from logitless.kernels.stats import CoreOptions
+from logitless.kernels.backends.torch import blockwise as torch_backend
+from logitless.kernels.core.dtypes import tile_dtype
+from logitless.kernels.core.head_spec import HeadSpec
+from logitless.kernels.core.stats import CoreOptions
+from logitless.kernels.tile.entropy import mix_tile_
+from logitless.kernels.tile.head_gradient import HeadGradient
 
 from ..helpers import Case, gradients, make_case, relative_error, run_reference
 from ..native.emulated import beside_is_untouched, matrix
@@ -23,8 +23,8 @@ from .test_backend_interpreted import LARGE, LIMITS, TINY, Filtered, filter_case
 from .test_gemm_interpreted import languages_patched_once  # noqa: F401
 
 pytest.importorskip("triton")
-from logitless.kernels import triton_backend
-from logitless.kernels.triton_kernels import entropy
+from logitless.kernels.backends.triton import backend as triton_backend
+from logitless.kernels.backends.triton import entropy
 
 #: NumPy's, in the interpreter.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning")

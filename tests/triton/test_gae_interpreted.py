@@ -9,11 +9,11 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ..test_advantages import F32, F64, gae_limit, naive_gae
+from ..policy.test_advantages import F32, F64, gae_limit, naive_gae
 from .conftest import DEVICE
 
 pytest.importorskip("triton")
-from logitless.kernels.triton_kernels import gae as kernels
+from logitless.kernels.backends.triton import gae as kernels
 
 BF16 = torch.bfloat16
 #: The interpreter scans token by token.

@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import logitless as ll
-from logitless.kernels.stats import OPTIONAL_OUTPUTS, CoreOptions, RowStats
+from logitless.kernels.core.stats import OPTIONAL_OUTPUTS, CoreOptions, RowStats
 
 from ..helpers import Case, gradients, make_case, plain_logps, relative_error, run_op, run_reference
 from .conftest import DEVICE, moved
 
 pytest.importorskip("triton")
-from logitless.kernels import triton_backend
-from logitless.kernels.triton_kernels import launch
-from logitless.kernels.triton_kernels.configs import GemmConfig, table
-from logitless.kernels.triton_kernels.rows import target_logit_and_slope
+from logitless.kernels.backends.triton import backend as triton_backend
+from logitless.kernels.backends.triton.gemm import launch
+from logitless.kernels.backends.triton.rows import target_logit_and_slope
+from logitless.kernels.backends.triton.tuning.configs import GemmConfig, table
 
 #: NumPy's, in the interpreter.
 pytestmark = [

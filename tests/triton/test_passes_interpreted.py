@@ -12,21 +12,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import logitless as ll
-from logitless.kernels import torch_backend
-from logitless.kernels.dtypes import accumulate_dtype, tile_dtype
-from logitless.kernels.head_grad import HeadGradient
-from logitless.kernels.stats import OPTIONAL_OUTPUTS, CoreOptions
-from logitless.kernels.torch_scan import TORCH_PASSES
+from logitless.kernels.backends.torch import blockwise as torch_backend
+from logitless.kernels.backends.torch.passes import TORCH_PASSES
+from logitless.kernels.core.dtypes import accumulate_dtype, tile_dtype
+from logitless.kernels.core.stats import OPTIONAL_OUTPUTS, CoreOptions
+from logitless.kernels.tile.head_gradient import HeadGradient
 
-from .. import test_linear_logps as promises
+from ..core import test_linear_logps as promises
 from ..helpers import relative_error
 from ..native.emulated import BF16, F16, F32, F64, TYPES, beside_is_untouched, make_tile
 from ..native.operators import EVERYTHING, OUTPUT_BITS, ROUNDING, Tile, check_tile, expected_tile, new_sums
 from .conftest import DEVICE, moved
 
 pytest.importorskip("triton")
-from logitless.kernels.triton_kernels import passes
-from logitless.kernels.triton_kernels.passes import TRITON_PASSES
+from logitless.kernels.backends.triton import passes
+from logitless.kernels.backends.triton.passes import TRITON_PASSES
 
 #: NumPy's, in the interpreter.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")

@@ -11,14 +11,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import logitless as ll
-from logitless.kernels.sequence import segment_sum
+from logitless.kernels.sequence_logps import segment_sum
 
 from ..native.emulated import BF16, F16, F32, F64, TYPES, beside_is_untouched, matrix
 from ..native.operators import EPSILON, accumulate, expected_dot, finished_tile, some_factors
 from .conftest import DEVICE, moved
 
 pytest.importorskip("triton")
-from logitless.kernels.triton_kernels import rows
+from logitless.kernels.backends.triton import rows
 
 #: NumPy's, in the interpreter.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")

@@ -1,4 +1,4 @@
-// Losses of one number a pair, with their derivative: what `pair_loss` evaluates on every device. See kernels/native.py.
+// Losses of one number a pair, with their derivative: what `pair_loss` evaluates on every device. See kernels/operators/native.py.
 #pragma once
 
 #include <cmath>

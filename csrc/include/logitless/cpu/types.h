@@ -43,7 +43,7 @@ using SmallGemm = void (*)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t
 // Runs before the kernels leave a thread: the GEMM may hold on to a hardware context.
 using ReleaseGemm = void (*)();
 
-// Element-wise pass over raw logits whose rows are tokens. See kernels/native.py, tile_pass.
+// Element-wise pass over raw logits whose rows are tokens. See kernels/operators/native.py, tile_pass.
 struct TilePass {
   const void* source;
   int64_t source_stride;  // elements

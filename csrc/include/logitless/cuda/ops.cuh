@@ -1,4 +1,4 @@
-// The six operators as plain structs and launch functions: what bindings fill in and call. Meaning: kernels/native.py.
+// The six operators as plain structs and launch functions: what bindings fill in and call. Meaning: kernels/operators/native.py.
 //
 // Pointers are device memory. Strides count elements. Nothing here allocates, synchronises or looks at data.
 #pragma once
@@ -32,7 +32,7 @@ struct IndexedDot {
 
 // Bits of TilePass::outputs. kWithoutSlope leaves a soft-cap's slope out of the destination: exp(z - k) alone.
 enum TileOutputs : int { kEntropy = 1, kLogitSum = 2, kTopOne = 4, kSquares = 8, kWithoutSlope = 16 };
-// Rows of TilePass::sums, as SUMS in kernels/native.py.
+// Rows of TilePass::sums, as SUMS in kernels/operators/native.py.
 enum TileSums : int { kSumE, kSumEz, kSumEe, kSumZ, kTarget, kBefore, kAfter, kTileSums };
 
 struct TilePass {

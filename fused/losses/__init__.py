@@ -1,4 +1,0 @@
-"""The losses as pure functions of :class:`~logitless.fused.batch.Pairs` or ``Sequences``: one file a family.
-
-Nobody writes a derivative: the engine asks autograd for the coefficient of each token.
-"""

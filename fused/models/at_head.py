@@ -1,0 +1,166 @@
+"""Runs a Hugging Face model on packed sequences, and a function of your own where the model would have called its head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+
+from logitless.kernels.core.head_spec import HeadSpec
+
+from ..policy.modules import FusedLinearPolicyLoss, PolicyOutput
+from ..preference.base import FusedLinearLoss, KTOOutput, PreferenceOutput
+from ..preference.modules import FusedLinearKTOLoss
+from ..preference.objectives import FusedLinearMultiObjectiveLoss, MultiObjectiveOutput
+from .model_logps import HeadCall, run_packed
+from .packing import PackedSequences
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class AtHead:
+    """What there is where a model calls its head.
+
+    Attributes:
+        hidden: (N, H) hidden states, one row a packed token, differentiable.
+        weight: (V, H) of the head.
+        bias: (V,), or ``None``.
+        head: what the model does to its logits, and the temperature.
+        labels: (N,) shifted labels of the packed sequences.
+        cu_seqlens: (S + 1,) where each of them starts and ends.
+        ignore_index: the label of positions that are not scored.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    head: HeadSpec
+    labels: Tensor
+    cu_seqlens: Tensor
+    ignore_index: int
+
+
+@torch.compiler.disable
+def at_head(
+    model: nn.Module,
+    packed: PackedSequences,
+    fn: Callable[[AtHead], Result],
+    *,
+    head: HeadSpec | None = None,
+    temperature: float | None = None,
+    padding_free: bool | None = None,
+    **model_kwargs: Any,
+) -> Result:
+    """Run a model on packed sequences, and ``fn`` in place of its head; returns what ``fn`` returns.
+
+    ``fn`` runs within the model's forward pass, so autocast, gradient checkpointing, wrappers and adapters are in force: the
+    place for losses, value heads and whatever else wants hidden states of packed tokens.
+
+    Args:
+        model, head, temperature, padding_free, model_kwargs: as for :func:`logitless.model_logps`.
+        packed: see :func:`logitless.pack`.
+        fn: takes :class:`AtHead`.
+
+    Raises:
+        TypeError, ValueError: as :func:`logitless.model_logps`.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=16, n_layer=1, n_head=2))
+        >>> at_head(model, pack([[5, 6, 7, 8], [9, 10]]), lambda at: at.hidden.shape)
+        torch.Size([6, 16])
+    """
+    if not isinstance(packed, PackedSequences):
+        raise TypeError(f"packed must be PackedSequences, see logitless.pack, got {type(packed).__name__}")
+    if not callable(fn):
+        raise TypeError(f"fn must be callable, got {fn!r}")
+
+    def call(at: HeadCall) -> Result:
+        rows, device = at.hidden.reshape(-1, at.hidden.shape[-1]), at.weight.device
+        rows = rows if len(at.where) == len(rows) else rows.index_select(0, at.where.to(rows.device))
+        labels = at.labels.reshape(-1)[at.where.to(at.labels.device)]
+        return fn(
+            AtHead(rows.to(device), at.weight, at.bias, at.head, labels.to(device), packed.cu_seqlens, packed.ignore_index)
+        )
+
+    options: dict[str, Any] = {
+        "head": head,
+        "temperature": temperature,
+        "padding_free": padding_free,
+        "model_kwargs": model_kwargs,
+    }
+    result: Result = run_packed(model, packed, call, **options)
+    return result
+
+
+@overload
+def model_loss(model: nn.Module, loss: FusedLinearPolicyLoss, packed: PackedSequences, **options: Any) -> PolicyOutput: ...
+
+
+@overload
+def model_loss(model: nn.Module, loss: FusedLinearKTOLoss, packed: PackedSequences, **options: Any) -> KTOOutput: ...
+
+
+@overload
+def model_loss(
+    model: nn.Module, loss: FusedLinearMultiObjectiveLoss, packed: PackedSequences, **options: Any
+) -> MultiObjectiveOutput: ...
+
+
+@overload
+def model_loss(model: nn.Module, loss: FusedLinearLoss, packed: PackedSequences, **options: Any) -> PreferenceOutput: ...
+
+
+def model_loss(
+    model: nn.Module,
+    loss: FusedLinearLoss | FusedLinearPolicyLoss,
+    packed: PackedSequences,
+    *,
+    head: HeadSpec | None = None,
+    temperature: float | None = None,
+    padding_free: bool | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    **inputs: Any,
+) -> PreferenceOutput | KTOOutput | MultiObjectiveOutput | PolicyOutput:
+    """A loss module on a model's packed sequences; see :func:`at_head`.
+
+    Args:
+        model, head, temperature, padding_free: as for :func:`logitless.model_logps`.
+        loss: any loss module of this library.
+        packed: see :func:`logitless.pack`; for losses of pairs the chosen sequences first, then the rejected ones.
+        model_kwargs: further arguments of the model's forward.
+        inputs: further arguments of the loss: ``ref_logps``, ``desirable``, ``advantages``, ``old_logps`` ...; those of tokens
+            aligned with ``packed.labels``.
+
+    Raises:
+        TypeError, ValueError: as :func:`logitless.model_logps` and the loss.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=16, n_layer=1, n_head=2))
+        >>> packed = pack([[5, 6, 7, 8], [5, 9]], prompt_lengths=[1, 1])
+        >>> model_loss(model, FusedLinearGRPOLoss(), packed, advantages=torch.tensor([1.0, -1.0])).logps.shape
+        torch.Size([6])
+        >>> model_loss(model, FusedLinearDPOLoss(), packed, ref_logps=torch.tensor([-9.0, -5.0])).chosen_logps.shape
+        torch.Size([1])
+    """
+    if not isinstance(loss, (FusedLinearLoss, FusedLinearPolicyLoss)):
+        raise TypeError(
+            f"loss must be a loss module such as FusedLinearDPOLoss or FusedLinearGRPOLoss, got {type(loss).__name__}"
+        )
+    if isinstance(packed, PackedSequences) and packed.ignore_index != loss.ignore_index:
+        raise ValueError(f"loss has ignore_index={loss.ignore_index}, but packed has {packed.ignore_index}: give both the same")
+
+    def fn(at: AtHead) -> Any:
+        arguments = {"bias": at.bias, "head": at.head, "cu_seqlens": at.cu_seqlens}
+        return loss(at.hidden, at.weight, at.labels, **arguments, **inputs)
+
+    kwargs = dict(model_kwargs or {})
+    out: PreferenceOutput | KTOOutput | MultiObjectiveOutput | PolicyOutput = at_head(
+        model, packed, fn, head=head, temperature=temperature, padding_free=padding_free, **kwargs
+    )
+    return out

@@ -1,0 +1,389 @@
+"""Sequences of different lengths laid end to end, with no padding between them, and back."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from logitless.kernels.core.checks import check_cu_seqlens, check_ignore_index, check_tensor
+
+#: What holds token ids: padded (S, T), packed (N,), or a list of 1-D tensors or of lists of ints.
+TokenSequences: TypeAlias = Tensor | Sequence[Tensor] | Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedSequences:
+    """S sequences of N tokens in all, laid end to end. Made by :func:`pack`.
+
+    Attributes:
+        input_ids: (N,) int64.
+        position_ids: (N,) int64, 0, 1, 2 ... in each sequence.
+        cu_seqlens: (S + 1,) int32, where each sequence starts and ends.
+        max_seqlen: tokens of the longest sequence.
+        labels: (N,) int64, already shifted as every operation of this library takes them: ``labels[i]`` is the token that
+            position i predicts, ``ignore_index`` at the last token of each sequence and where nothing is scored. ``None``:
+            every token that has another before it is scored.
+        ignore_index: the label of positions that are not scored.
+
+    Raises:
+        TypeError, ValueError: naming the field, when the shapes or dtypes do not fit together.
+
+    Example:
+        >>> packed = pack([[5, 6, 7], [8, 9]], prompt_lengths=[2, 0])
+        >>> packed.position_ids.tolist(), packed.cu_seqlens.tolist(), packed.labels.tolist()
+        ([0, 1, 2, 0, 1], [0, 3, 5], [-100, 7, -100, 9, -100])
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    labels: Tensor | None = None
+    ignore_index: int = -100
+
+    def __post_init__(self) -> None:
+        for name in ("input_ids", "position_ids", "labels"):
+            value = getattr(self, name)
+            if name == "labels" and value is None:
+                continue
+            check_tensor(name, value)
+            if value.dtype != torch.int64:
+                raise TypeError(f"{name} must be int64, got {value.dtype}")
+            if value.dim() != 1 or len(value) != len(self.input_ids):
+                raise ValueError(f"{name} must have shape [N], one value a token, got {tuple(value.shape)}")
+        check_tensor("cu_seqlens", self.cu_seqlens)
+        if self.cu_seqlens.dtype != torch.int32 or self.cu_seqlens.dim() != 1 or len(self.cu_seqlens) < 1:
+            raise ValueError(
+                f"cu_seqlens must be int32 of shape [num_sequences + 1], got {self.cu_seqlens.dtype} "
+                f"{tuple(self.cu_seqlens.shape)}"
+            )
+        check_ignore_index(self.ignore_index)
+
+    @property
+    def num_sequences(self) -> int:
+        """S, sequences without tokens included."""
+        return len(self.cu_seqlens) - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each sequence, (S,) int32."""
+        return self.cu_seqlens.diff()
+
+    @property
+    def mask(self) -> Tensor:
+        """Which positions are scored, (N,) bool: what advantages, rewards and values of tokens are taken over."""
+        if self.labels is not None:
+            return self.labels != self.ignore_index
+        last = torch.ones_like(self.input_ids, dtype=torch.bool)  # a token that has another after it predicts it
+        last[:-1] = self.position_ids[1:] == 0
+        return ~last
+
+    def to(self, device: torch.device | str) -> PackedSequences:
+        """The same on a device."""
+        moved: dict[str, Any] = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **moved)
+
+    def model_inputs(self, *, flash_attention: bool = False) -> dict[str, Any]:
+        """Keyword arguments with which a Hugging Face model reads the pack as one row.
+
+        There is no attention mask among them: with none given and without a cache, transformers tells the sequences apart
+        by their position ids. Not every model does (see :func:`logitless.why_not_padding_free`).
+
+        Args:
+            flash_attention: also pass ``cu_seq_lens_q``, ``cu_seq_lens_k`` (int32), ``max_length_q`` and ``max_length_k``,
+                from which FlashAttention takes the sequences, in place of finding them by position ids in every layer.
+                Sequences without tokens are left out.
+
+        Example:
+            >>> inputs = pack([[5, 6, 7], [8, 9]]).model_inputs()
+            >>> {name: tuple(value.shape) for name, value in inputs.items()}
+            {'input_ids': (1, 5), 'position_ids': (1, 5)}
+        """
+        inputs: dict[str, Any] = {"input_ids": self.input_ids[None], "position_ids": self.position_ids[None]}
+        if flash_attention:
+            bounds = self.cu_seqlens.unique_consecutive()
+            inputs.update(cu_seq_lens_q=bounds, cu_seq_lens_k=bounds)
+            inputs.update(max_length_q=self.max_seqlen, max_length_k=self.max_seqlen)
+        return inputs
+
+    def unpack(
+        self,
+        values: Tensor,  # (N, ...)
+        *,
+        padded: bool = False,
+        padding_value: float = 0,
+        padding_side: str = "right",
+        max_seqlen: int | None = None,
+    ) -> list[Tensor] | Tensor:
+        """:func:`unpack` with this pack's ``cu_seqlens``."""
+        return unpack(
+            values,
+            self.cu_seqlens,
+            padded=padded,
+            padding_value=padding_value,
+            padding_side=padding_side,
+            max_seqlen=max_seqlen,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How a caller's sequences were laid out, so that what belongs to their tokens can be flattened the same way."""
+
+    kind: str  # "padded", "packed" or "list"
+    shape: tuple[int, ...]  # of the caller's tensor; (N,) for a list
+    bounds: list[int]  # S + 1 values
+    device: torch.device
+    real: Tensor | None = None  # padded only: (N,) index of each token in the flattened (S, T)
+
+    def flatten(self, name: str, value: Any) -> Tensor:
+        """Values of the tokens, (N,) int64, from one laid out as the sequences were."""
+        if self.kind == "list":
+            flat, lengths = _concatenated(name, value)
+            wanted = [b - a for a, b in itertools.pairwise(self.bounds)]
+            if lengths != wanted:
+                raise ValueError(f"{name} must have the lengths of the sequences, {_shown(wanted)}, got {_shown(lengths)}")
+            return flat.to(self.device)
+        check_tensor(name, value)
+        _check_integers(name, value)
+        if tuple(value.shape) != self.shape:
+            raise ValueError(f"{name} must have shape {self.shape} like the sequences, got {tuple(value.shape)}")
+        flat = value.reshape(-1).long().to(self.device)
+        return flat if self.real is None else flat[self.real]
+
+    def unflatten(self, values: Tensor) -> Tensor:
+        """Values of the tokens (N,) in the caller's shape, 0 at padding."""
+        if self.real is None:
+            return values
+        size = self.shape[0] * self.shape[1]
+        return values.new_zeros(size).index_copy(0, self.real.to(values.device), values).view(self.shape)
+
+
+def _shown(values: list[int]) -> str:
+    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:7]))}, ...]"
+
+
+def _check_integers(name: str, value: Tensor) -> None:
+    if value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {value.dtype}")
+
+
+def _concatenated(name: str, sequences: Any) -> tuple[Tensor, list[int]]:
+    """A list of 1-D tensors, or of lists of ints, end to end: (N,) int64, and the length of each."""
+    if isinstance(sequences, (str, bytes)) or not isinstance(sequences, Sequence):
+        raise TypeError(
+            f"{name} must be a tensor, a list of 1-D tensors or a list of lists of ints, got {type(sequences).__name__}"
+        )
+    if any(isinstance(s, Tensor) for s in sequences):
+        for i, s in enumerate(sequences):
+            check_tensor(f"{name}[{i}]", s)
+            _check_integers(f"{name}[{i}]", s)
+            if s.dim() != 1:
+                raise ValueError(f"{name}[{i}] must be 1-D, got shape {tuple(s.shape)}")
+            if s.device != sequences[0].device:
+                raise ValueError(f"{name}[{i}] is on {s.device} but {name}[0] is on {sequences[0].device}: move one of them")
+        return torch.cat([s.long() for s in sequences]), [len(s) for s in sequences]
+    for i, s in enumerate(sequences):
+        if isinstance(s, (str, bytes)) or not isinstance(s, Sequence):
+            raise TypeError(f"{name}[{i}] must be a 1-D tensor or a list of ints, got {type(s).__name__}")
+    values = list(itertools.chain.from_iterable(sequences))
+    if others := set(map(type, values)) - {int}:
+        raise TypeError(f"{name} must hold ints, got {', '.join(sorted(other.__name__ for other in others))}")
+    return torch.tensor(values, dtype=torch.int64, device="cpu"), [len(s) for s in sequences]
+
+
+def _of_padded(ids: Tensor, attention_mask: Tensor | None) -> Layout:
+    """Where the tokens of padded ids (S, T) lie."""
+    if attention_mask is None:
+        real = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
+    else:
+        check_tensor("attention_mask", attention_mask)
+        if attention_mask.is_floating_point() or attention_mask.is_complex():
+            raise TypeError(f"attention_mask must be bool or integer, got {attention_mask.dtype}")
+        if attention_mask.shape != ids.shape:
+            raise ValueError(f"attention_mask must have shape {tuple(ids.shape)}, got {tuple(attention_mask.shape)}")
+        mask = attention_mask.to(ids.device)
+        real = mask.bool()
+        starts = real & ~torch.nn.functional.pad(real, (1, 0))[:, :-1]
+        # one answer from the device for both questions
+        holes, other = torch.stack(((starts.sum(1) > 1).any(), (mask != real.to(mask.dtype)).any())).tolist()
+        if other:
+            raise ValueError("attention_mask must be 1 at tokens and 0 at padding, got other values")
+        if holes:
+            row = int((starts.sum(1) > 1).nonzero()[0])
+            raise ValueError(
+                f"attention_mask must be 1 over one stretch of each row (padding to its left or right), but row {row} has "
+                "padding between tokens"
+            )
+    bounds = [0, *real.sum(1).cumsum(0).tolist()]
+    return Layout("padded", tuple(ids.shape), bounds, ids.device, real.reshape(-1).nonzero()[:, 0])
+
+
+def lay_out(
+    sequences: TokenSequences,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    device: torch.device | str | None = None,
+    name: str = "sequences",
+) -> tuple[Tensor, Layout]:
+    """The token ids end to end, (N,) int64, and how they were laid out; what :func:`pack` says of its arguments holds."""
+    if attention_mask is not None and not (isinstance(sequences, Tensor) and sequences.dim() == 2):
+        raise ValueError("attention_mask is for padded ids of shape [S, T]; packed ids and lists have no padding to mask")
+    if cu_seqlens is not None and not (isinstance(sequences, Tensor) and sequences.dim() == 1):
+        raise ValueError("cu_seqlens is for packed ids of shape [N]; padded ids take attention_mask, and lists need neither")
+    if not isinstance(sequences, Tensor):
+        flat, lengths = _concatenated(name, sequences)
+        flat = flat if device is None else flat.to(device)
+        return flat, Layout("list", tuple(flat.shape), [0, *itertools.accumulate(lengths)], flat.device)
+    _check_integers(name, sequences)
+    ids = sequences if device is None else sequences.to(device)
+    if ids.dim() == 2:
+        layout = _of_padded(ids, attention_mask)
+        return layout.flatten(name, ids), layout
+    if ids.dim() != 1 or cu_seqlens is None:
+        raise ValueError(
+            f"{name} must be padded [S, T], packed [N] with cu_seqlens, or a list, got a tensor of shape {tuple(ids.shape)}"
+            f"{'' if ids.dim() != 1 else ' without cu_seqlens'}"
+        )
+    return ids.long(), Layout("packed", tuple(ids.shape), check_cu_seqlens(cu_seqlens, len(ids), ids.device), ids.device)
+
+
+def make_pack(
+    ids: Tensor,  # (N,)
+    layout: Layout,
+    labels: Any = None,
+    prompt_lengths: Any = None,
+    ignore_index: int = -100,
+) -> PackedSequences:
+    """:func:`pack` of what :func:`lay_out` returned."""
+    check_ignore_index(ignore_index)
+    if labels is not None and prompt_lengths is not None:
+        raise ValueError("labels and prompt_lengths both say which tokens are scored: pass one of them")
+    bounds, device = layout.bounds, layout.device
+    sizes = [b - a for a, b in itertools.pairwise(bounds)]
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int64, device=device)
+    lengths = cu_seqlens.diff()
+    starts = torch.repeat_interleave(cu_seqlens[:-1], lengths, output_size=len(ids))
+    positions = torch.arange(len(ids), device=device) - starts
+    targets = ids if labels is None else layout.flatten("labels", labels)
+    scored = positions > 0  # nothing comes before the first token of a sequence
+    if prompt_lengths is not None:
+        prompts = _checked_prompts(prompt_lengths, sizes)
+        scored &= positions >= torch.repeat_interleave(prompts.to(device), lengths, output_size=len(ids))
+    targets = torch.where(scored, targets, ignore_index)
+    # Position i predicts token i + 1, which is not scored where i is the last of its sequence: it starts the next one.
+    shifted = torch.cat((targets[1:], targets.new_full((min(1, len(ids)),), ignore_index)))
+    return PackedSequences(ids, positions, cu_seqlens.int(), max(sizes, default=0), shifted, ignore_index)
+
+
+def _checked_prompts(prompt_lengths: Any, sizes: list[int]) -> Tensor:
+    prompts = prompt_lengths if isinstance(prompt_lengths, Tensor) else torch.tensor(list(prompt_lengths), device="cpu")
+    if prompts.numel() == 0 and not isinstance(prompt_lengths, Tensor):
+        prompts = prompts.long()
+    _check_integers("prompt_lengths", prompts)
+    if tuple(prompts.shape) != (len(sizes),):
+        raise ValueError(f"prompt_lengths must have one value a sequence, shape [{len(sizes)}], got {tuple(prompts.shape)}")
+    bad = ((prompts < 0) | (prompts > torch.tensor(sizes, dtype=torch.int64, device=prompts.device))).nonzero()
+    if len(bad):
+        i = int(bad[0])
+        raise ValueError(f"prompt_lengths[{i}] must be between 0 and its sequence's {sizes[i]} tokens, got {int(prompts[i])}")
+    return prompts.long()
+
+
+def pack(
+    sequences: TokenSequences,
+    *,
+    attention_mask: Tensor | None = None,  # (S, T)
+    cu_seqlens: Tensor | None = None,  # (S + 1,)
+    labels: TokenSequences | None = None,
+    prompt_lengths: Tensor | Sequence[int] | None = None,  # (S,)
+    ignore_index: int = -100,
+    device: torch.device | str | None = None,
+) -> PackedSequences:
+    """Lay sequences end to end, without padding.
+
+    Args:
+        sequences: token ids, int32 or int64: a list of 1-D tensors or of lists of ints; padded ``[S, T]`` with
+            ``attention_mask``; or packed already, ``[N]`` with ``cu_seqlens``. Sequences of no or one token are fine.
+        attention_mask: (S, T) bool or integer, 1 over one stretch of each row. ``None``: no padding.
+        cu_seqlens: (S + 1,) int32 or int64, rising from 0 to N.
+        labels: as Hugging Face has them, not shifted, and laid out as the sequences are: the token itself where it is
+            scored, ``ignore_index`` where it is not. ``None``: every token is.
+        prompt_lengths: (S,) tokens at the start of each sequence that are not scored, in place of ``labels``.
+        ignore_index: marks what is not scored, in ``labels`` and in the result.
+        device: where the result goes; ``None``: where the sequences are.
+
+    Returns:
+        PackedSequences: with labels shifted by one inside each sequence. The first token of a sequence is never scored.
+
+    Raises:
+        TypeError, ValueError: naming the argument: ids that are not integers, lengths that differ, a mask with holes, a
+            prompt longer than its sequence.
+
+    Example:
+        >>> mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
+        >>> pack(torch.tensor([[5, 6, 7], [0, 8, 9]]), attention_mask=mask).labels
+        tensor([   6,    7, -100,    9, -100])
+    """
+    ids, layout = lay_out(sequences, attention_mask, cu_seqlens, device)
+    return make_pack(ids, layout, labels, prompt_lengths, ignore_index)
+
+
+def unpack(
+    values: Tensor,  # (N, ...)
+    cu_seqlens: Tensor,  # (S + 1,)
+    *,
+    padded: bool = False,
+    padding_value: float = 0,
+    padding_side: str = "right",
+    max_seqlen: int | None = None,
+) -> list[Tensor] | Tensor:
+    """Take packed values apart again. Differentiable, and exact.
+
+    Args:
+        values: (N, ...) of any dtype.
+        cu_seqlens: (S + 1,) int32 or int64, rising from 0 to N.
+        padded: return one tensor ``[S, T, ...]``; else a list of S views.
+        padding_value: stands where a sequence has no token.
+        padding_side: ``"right"`` or ``"left"``: where the padding goes.
+        max_seqlen: T; default the length of the longest sequence. It may be longer, not shorter.
+
+    Raises:
+        TypeError, ValueError: naming the argument; also for an argument about padding without ``padded=True``.
+
+    Example:
+        >>> unpack(torch.arange(5), torch.tensor([0, 3, 5]), padded=True, padding_value=-1, padding_side="left")
+        tensor([[ 0,  1,  2],
+                [-1,  3,  4]])
+    """
+    check_tensor("values", values)
+    if values.dim() < 1:
+        raise ValueError("values must have shape [N, ...], got a 0-dim tensor")
+    if padding_side not in ("right", "left"):
+        raise ValueError(f"padding_side must be 'right' or 'left', got {padding_side!r}")
+    bounds = check_cu_seqlens(cu_seqlens, len(values), values.device)
+    sizes = [b - a for a, b in itertools.pairwise(bounds)]
+    if not padded:
+        if padding_value != 0 or padding_side != "right" or max_seqlen is not None:
+            raise ValueError("padding_value, padding_side and max_seqlen are about padding: pass padded=True with them")
+        return list(values.split(sizes)) if sizes else []
+    longest = max(sizes, default=0)
+    if max_seqlen is not None and (isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int) or max_seqlen < longest):
+        raise ValueError(f"max_seqlen must be an int of at least the longest sequence's {longest} tokens, got {max_seqlen!r}")
+    width = longest if max_seqlen is None else max_seqlen
+    lengths = torch.tensor(sizes, dtype=torch.int64, device=values.device)
+    offsets = torch.arange(len(sizes), device=values.device) * width - torch.tensor(
+        bounds[:-1], dtype=torch.int64, device=values.device
+    )
+    if padding_side == "left":
+        offsets = offsets + width - lengths
+    where = torch.arange(len(values), device=values.device)
+    where += torch.repeat_interleave(offsets, lengths, output_size=len(values))
+    rest = values.shape[1:]
+    out = values.new_full((len(sizes) * width, *rest), padding_value)
+    return out.index_copy(0, where, values).view(len(sizes), width, *rest)

@@ -1,0 +1,79 @@
+"""PPO's clipped policy loss as a pure function of token log-probabilities. https://huggingface.co/papers/1707.06347"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ...rl.kl import KL_ESTIMATORS, kl_estimate
+from ..loss import PolicyLoss, PolicyLossResult, Tokens
+
+#: Estimators whose value comes with the gradient of k2, which is that of the KL divergence on average; verl's names.
+STRAIGHT_THROUGH = {name + "+": name for name in KL_ESTIMATORS if name != "k2"}
+#: A ratio is computed as if its logarithm were no more than this: e^80 is finite in float32. Beyond it (an engine's -inf) the
+#: ratio has no gradient, where an infinite one would make it NaN.
+LARGEST_LOGRATIO = 80.0
+#: What ``kl_estimator`` may be.
+KL_PENALTIES = (*KL_ESTIMATORS, *STRAIGHT_THROUGH)
+
+
+def kl_penalty(logps: Tensor, ref_logps: Tensor, estimator: str) -> Tensor:
+    """``kl_estimate``, and with a ``+`` its value with the gradient of ``"k2"``. logps, ref_logps (n,) -> (n,)."""
+    if estimator not in STRAIGHT_THROUGH:
+        return kl_estimate(logps, ref_logps, estimator)
+    value = kl_estimate(logps, ref_logps, STRAIGHT_THROUGH[estimator])
+    carrier = kl_estimate(logps, ref_logps, "k2")
+    return value.detach() + (carrier - carrier.detach())
+
+
+def divergence_metrics(tokens: Tokens, logratios: Tensor) -> dict[str, Tensor]:
+    """How far the policy has moved from the one that sampled: both estimates of ``KL(old || new)``, which clipping limits."""
+    moved = logratios.detach().clamp(max=LARGEST_LOGRATIO)
+    return {
+        "ratio": moved.exp(),
+        "approx_kl": -moved,
+        "approx_kl_k3": kl_estimate(tokens.old_logps, tokens.logps.detach(), "k3"),
+    }
+
+
+def ppo(
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    kl_coef: float,
+    kl_estimator: str,
+) -> PolicyLoss:
+    """See :class:`logitless.FusedLinearPPOLoss`."""
+    fn = functools.partial(_losses, clip_low, clip_high, dual_clip, kl_coef, kl_estimator)
+    reference = kl_coef != 0
+    return PolicyLoss(fn, "token", reference, reference, reads=("importance_sampling_ratio",))
+
+
+def _losses(
+    clip_low: float, clip_high: float, dual_clip: float | None, kl_coef: float, kl_estimator: str, tokens: Tokens
+) -> PolicyLossResult:
+    a = tokens.advantages
+    logratios = tokens.logps - tokens.old_logps
+    ratios = logratios.clamp(max=LARGEST_LOGRATIO).exp()
+    unclipped, clipped = -a * ratios, -a * ratios.clamp(1 - clip_low, 1 + clip_high)
+    losses = torch.maximum(unclipped, clipped)
+    beyond = (unclipped < clipped).detach()
+    metrics = divergence_metrics(tokens, logratios)
+    metrics["clip_fraction/low"] = (beyond & (a < 0)).to(a.dtype)
+    metrics["clip_fraction/high"] = (beyond & (a > 0)).to(a.dtype)
+    metrics["clip_fraction"] = beyond.to(a.dtype)
+    if dual_clip is not None:
+        bound = -a * dual_clip
+        cut = (a < 0) & (losses > bound)
+        metrics["clip_fraction/dual"] = cut.detach().to(a.dtype)
+        losses = torch.where(cut, bound, losses)
+    if "importance_sampling_ratio" in tokens.inputs:
+        losses = losses * tokens.inputs["importance_sampling_ratio"]
+    if tokens.ref_logps is not None:
+        kl = kl_penalty(tokens.logps, tokens.ref_logps, kl_estimator)
+        metrics["kl"] = kl.detach()
+        losses = losses + kl_coef * kl
+    return PolicyLossResult(losses, metrics)

@@ -1,0 +1,182 @@
+"""What a loss function sees: log-probabilities of some sequences or pairs, and the totals of the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Group = Literal["sequence", "pair", "batch"]
+Margin = Literal["sum", "mean"]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Of the whole batch, whatever part of it a loss function is looking at.
+
+    Attributes:
+        num_groups: pairs (sequences for a sequence loss); the engine averages over them.
+        num_nll_tokens: tokens that count for the NLL term: all scored tokens of the chosen sequences (of all sequences for
+            a sequence loss), or those of ``nll_labels``.
+    """
+
+    num_groups: int
+    num_nll_tokens: int
+
+
+@dataclass
+class Sequences:
+    """Some sequences of the batch. All tensors are (s,) and float64 on CPUs and GPUs; ``logps`` carries the gradient.
+
+    Attributes:
+        logps: weighted sum of the log-probabilities of the scored tokens.
+        lengths: number of scored tokens.
+        nll_sums: sum of ``-logp`` over the tokens of the NLL term, unweighted.
+        ref_logps: the reference's ``logps``, or ``None``.
+        confidence: mean over scored tokens of ``logp - log(sum_v p_v^2)``, detached; ``None`` unless the loss declares it.
+        inputs: what the caller passed for each sequence (``desirable`` ...) or for all of them (``kl``), by name.
+        totals: of the whole batch.
+    """
+
+    logps: Tensor
+    lengths: Tensor
+    nll_sums: Tensor
+    ref_logps: Tensor | None
+    confidence: Tensor | None
+    inputs: Mapping[str, Tensor]
+    totals: Totals
+
+    @property
+    def mean_logps(self) -> Tensor:
+        """``logps`` per scored token; 0 for a sequence without any."""
+        return self.logps / self.lengths.clamp(min=1)
+
+    @property
+    def reference(self) -> Tensor:
+        """``ref_logps``, or 0 where the loss runs without a reference."""
+        return torch.zeros_like(self.logps) if self.ref_logps is None else self.ref_logps
+
+    def token_mean_nll(self) -> Tensor:
+        """Each group's share of the batch's token-mean NLL, scaled so that the mean over groups is that NLL. (s,)."""
+        return self.nll_sums * (self.totals.num_groups / max(1, self.totals.num_nll_tokens))
+
+
+class Pairs(Sequences):
+    """Some pairs: sequences ``0..p-1`` are chosen, ``p..2p-1`` the matching rejected ones. Attributes are (2p,)."""
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.logps) // 2
+
+    def split(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Chosen and rejected half, (p,) each, of something with one value a sequence."""
+        return values[: self.num_pairs], values[self.num_pairs :]
+
+    @property
+    def chosen_logps(self) -> Tensor:
+        return self.split(self.logps)[0]
+
+    @property
+    def rejected_logps(self) -> Tensor:
+        return self.split(self.logps)[1]
+
+    @property
+    def chosen_lengths(self) -> Tensor:
+        return self.split(self.lengths)[0]
+
+    @property
+    def rejected_lengths(self) -> Tensor:
+        return self.split(self.lengths)[1]
+
+    @property
+    def ref_chosen_logps(self) -> Tensor:
+        return self.split(self.reference)[0]
+
+    @property
+    def ref_rejected_logps(self) -> Tensor:
+        return self.split(self.reference)[1]
+
+    def chosen_nll(self) -> Tensor:
+        """Each pair's share of the token-mean NLL of the chosen sequences; its mean over pairs is that NLL. (p,)."""
+        return self.split(self.token_mean_nll())[0]
+
+
+@dataclass
+class LossResult:
+    """What a loss function returns when it has more to say than its losses.
+
+    Attributes:
+        losses: one value a group, (p,) or (s,); the engine averages over the groups of the batch.
+        chosen_rewards, rejected_rewards: (p,), or for a sequence loss ``rewards`` in ``metrics``; detached by the engine.
+        metrics: further values, one a group, averaged like the losses.
+    """
+
+    losses: Tensor
+    chosen_rewards: Tensor | None = None
+    rejected_rewards: Tensor | None = None
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """A loss of a pair's margin that the compiled operators know: losses and coefficients in one launch, without autograd.
+
+    The margin is the difference of chosen and rejected, per token for ``margin="mean"``; rewards are ``beta`` times each of
+    them, minus its reference.
+
+    Attributes:
+        fn, margin: the loss function that this stands for, under that margin.
+        kind: one of ``logitless.kernels.operators.native.PAIR_LOSSES``.
+        beta, gamma, label_smoothing: numbers of that loss.
+    """
+
+    fn: Callable[..., Tensor | LossResult]
+    margin: Margin
+    kind: str
+    beta: float
+    gamma: float = 0.0
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss function and what the engine must know about it.
+
+    Args:
+        fn: takes :class:`Pairs` (``group="pair"`` and ``"batch"``) or :class:`Sequences` (``group="sequence"``), returns
+            one loss a group or a :class:`LossResult`. Plain differentiable torch; the engine asks autograd for the rest.
+        group: which sequences' coefficients depend on each other: ``"pair"``, ``"sequence"``, or ``"batch"`` for all.
+        margin: set when a pair's loss depends on its log-probabilities only through the difference of chosen and rejected
+            ``"sum"`` or ``"mean"``; a pair that exceeds the memory budget then still needs no second pass.
+        needs_reference: whether the loss is undefined without reference log-probabilities.
+        uses_nll: whether ``fn`` reads ``nll_sums`` (``nll_labels`` is an error otherwise).
+        uses_confidence: whether ``fn`` reads ``confidence``.
+        optional_reference: whether ``fn`` can do with a reference and without.
+        closed_form: the same loss for the compiled operators; not used with another ``fn`` or ``margin`` than its own.
+    """
+
+    fn: Callable[..., Tensor | LossResult]
+    group: Group = "pair"
+    margin: Margin | None = None
+    needs_reference: bool = False
+    uses_nll: bool = False
+    uses_confidence: bool = False
+    optional_reference: bool = False
+    closed_form: ClosedForm | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.fn):
+            raise TypeError(f"fn must be callable, got {self.fn!r}")
+        if self.group not in ("sequence", "pair", "batch"):
+            raise ValueError(f"group must be 'sequence', 'pair' or 'batch', got {self.group!r}")
+        if self.margin not in (None, "sum", "mean"):
+            raise ValueError(f"margin must be None, 'sum' or 'mean', got {self.margin!r}")
+        if self.margin is not None and self.group != "pair":
+            raise ValueError(f"margin={self.margin!r} needs group='pair', got group={self.group!r}")
+
+    def __call__(self, batch: Sequences) -> LossResult:
+        result = self.fn(batch)
+        return result if isinstance(result, LossResult) else LossResult(result)

@@ -1,0 +1,99 @@
+"""The loss of a value function."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from logitless.kernels.sequence_logps import segment_sum
+
+from ..preference.base import check_choice, check_number
+from .gae import Segments, check_float, check_like
+from .masked import masked_mean
+
+AGGREGATIONS = ("token-mean", "sequence-mean")
+
+
+class ValueLoss(NamedTuple):
+    """What :func:`value_loss` returns.
+
+    Attributes:
+        loss: 0-dim, differentiable in the values.
+        clip_fraction: 0-dim, the share of tokens whose clipped error is the larger one; 0 without clipping.
+    """
+
+    loss: Tensor
+    clip_fraction: Tensor
+
+
+def value_loss(
+    values: Tensor,  # (N,), or (S, T)
+    returns: Tensor,  # like values
+    *,
+    old_values: Tensor | None = None,  # like values
+    clip_range: float | None = None,
+    mask: Tensor | None = None,  # like values, bool
+    cu_seqlens: Tensor | None = None,  # (S + 1,)
+    aggregation: str = "token-mean",
+) -> ValueLoss:
+    """Half the squared error of the values, clipped as in PPO (https://huggingface.co/papers/2005.12729, "value clipping"):
+    ``0.5 * max((v - R)**2, (clamp(v, v_old - clip_range, v_old + clip_range) - R)**2)``, as verl's ``compute_value_loss``.
+
+    Args:
+        values: the value function's estimates, floating point; padded ``[S, T]``, or packed ``[N]``.
+        returns: their targets, see :func:`logitless.gae`. No gradient reaches them.
+        old_values: estimates at the time of sampling; no gradient reaches them. They come with ``clip_range``.
+        clip_range: how far a value may move from the old one, above 0. None: no clipping.
+        mask: the tokens that count. Whatever stands at the others, changes neither the loss nor a gradient.
+        cu_seqlens: int32 or int64, where each packed sequence starts and ends; needed for ``"sequence-mean"`` of packed ones.
+        aggregation: ``"token-mean"`` over all tokens that count, or ``"sequence-mean"``: the mean over sequences of the mean
+            over tokens of each. A sequence without tokens contributes 0, and is counted.
+
+    Returns:
+        ValueLoss: loss and clip fraction in the values' dtype, at least float32; 0 of no tokens.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    Example:
+        >>> values = torch.tensor([1.0, 2.0])
+        >>> value_loss(values, torch.tensor([0.0, 2.0]), old_values=torch.tensor([2.0, 2.0]), clip_range=0.5)
+        ValueLoss(loss=tensor(0.5625), clip_fraction=tensor(0.5000))
+    """
+    check_float("values", values)
+    check_like("returns", returns, values, "values")
+    check_choice("aggregation", aggregation, AGGREGATIONS)
+    if (old_values is None) != (clip_range is None):
+        given, other = ("clip_range", "old_values") if old_values is None else ("old_values", "clip_range")
+        raise ValueError(f"{given} is given without {other}: clipping needs both")
+    segments = None
+    if cu_seqlens is not None or values.dim() == 2 or aggregation == "sequence-mean":
+        segments = Segments.of("values", values, cu_seqlens, mask)
+    elif values.dim() != 1:
+        raise ValueError(f"values must have shape [N] or [S, T], got {tuple(values.shape)}")
+    if mask is not None:
+        check_like("mask", mask, values, "values", boolean=True)
+    dtype = torch.promote_types(torch.promote_types(values.dtype, returns.dtype), torch.float32)
+    v, target = _only(values, mask, dtype), _only(returns.detach(), mask, dtype)
+    losses = (v - target).square()
+    clip_fraction = torch.zeros((), dtype=dtype, device=values.device)
+    if old_values is not None:
+        check_like("old_values", old_values, values, "values")
+        reach = check_number("clip_range", clip_range, 0, open_low=True)
+        old = _only(old_values.detach(), mask, dtype)
+        clipped = (torch.clamp(v, old - reach, old + reach) - target).square()
+        clip_fraction = masked_mean((clipped > losses).to(dtype).detach(), mask)
+        losses = torch.maximum(losses, clipped)
+    if aggregation == "token-mean":
+        return ValueLoss(0.5 * masked_mean(losses, mask), clip_fraction)
+    assert segments is not None
+    sums = segment_sum(losses.reshape(-1), segments.bounds)
+    means = sums / segments.offsets.diff().clamp(min=1)
+    return ValueLoss(0.5 * means.sum() / max(1, segments.count), clip_fraction)
+
+
+def _only(tokens: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """0 at masked positions, whatever stands there."""
+    return tokens.to(dtype) if mask is None else torch.where(mask, tokens.to(dtype), 0)

@@ -1,0 +1,398 @@
+"""The log-prob core in plain torch operators, on any device: GEMMs by the vendor's library, the rest in cache-sized blocks.
+
+Three entry points, which every backend has:
+
+- ``score``: one pass over the logits: statistics; with ``tile`` the gradient tile ``G`` too; with ``unit_dhidden``
+  d logps / d hidden instead, for which no tile is kept.
+- ``tile_gradients``: ``dX`` and ``dW`` from a finished tile, once the loss's coefficients are known.
+- ``recompute_gradients``: the same from the inputs, making each block of logits again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...core.dtypes import accumulate_dtype, gemm_dtype, logits_gemm_dtype
+from ...core.head_spec import HeadSpec
+from ...core.stats import CoreOptions, RowStats
+from ...planner.plan import VOCAB_BLOCK, block_shape
+from ...tile.entropy import mix_tile_
+from ...tile.gemm import mm_accumulate
+from ...tile.head_gradient import HeadGradient
+from .passes import (
+    FLOOR,
+    ROW_ELEMENTS,
+    TORCH_PASSES,
+    BlockSums,
+    Logits,
+    Passes,
+    blocks,
+    combine,
+    target_logit_and_slope,
+    weight_block,
+)
+
+#: Elements of a tile that a GPU widens at a time.
+_GPU_ELEMENTS = 1 << 24
+#: Scale of a fp16 gradient tile, so that probabilities down to 2e-9 keep their precision.
+FP16_SCALE = 2.0**15
+
+
+def targets_in_tile(device: torch.device) -> bool:
+    """Whether a gradient tile holds its labels' entries when it meets a GEMM.
+
+    Such an entry is as large as all others of its row together. A CPU's bf16 GEMM rounds what it returns, so there they
+    are added beside it, in float32. A GPU's keeps float32, and adding to rows of dW would need atomics in an order that
+    changes.
+    """
+    return device.type != "cpu"
+
+
+def scale_rows(x: Tensor, a: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """``x * a[:, None]`` in ``dtype`` and the factor (0-dim) still missing: fp16 cannot hold small a. x (N, H), a (N,)."""
+    factor = None
+    if dtype == torch.float16:
+        factor = a.abs().amax().clamp(min=1e-30) if len(a) else None
+        a = a if factor is None else a / factor
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    step = len(x) if x.is_cuda else max(1, ROW_ELEMENTS // max(1, x.shape[1]))
+    for r0, r1 in blocks(len(x), max(1, step)):  # no full-size temporary in a's dtype
+        out[r0:r1].copy_(x[r0:r1] * a[r0:r1, None])
+    return out, factor
+
+
+def score(
+    x: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor,  # (N,) int64, in range
+    head: HeadSpec,
+    options: CoreOptions,
+    *,
+    tile: Tensor | None = None,  # (N, V) gets G, relative to the returned k
+    unit_dhidden: bool = False,
+    passes: Passes = TORCH_PASSES,
+) -> RowStats:
+    """One pass over the logits: ``2 * N * H * V`` FLOP, twice that with ``unit_dhidden``."""
+    # One partition for all modes: a GEMM's rounding may depend on its shape, and a token's logps must not depend on whether
+    # its gradient is wanted (identical policy and reference give exactly ln 2).
+    size = 4 if x.is_cuda else logits_gemm_dtype(x.dtype, x.device, options.precision).itemsize
+    rows, width = block_shape(len(x), len(weight), 2 * size, options.workspace)
+    dhidden = None
+    if unit_dhidden:
+        dhidden = torch.zeros(x.shape, dtype=accumulate_dtype(x.dtype), device=x.device)
+    chunks = []
+    for r0, r1 in blocks(max(1, len(x)), rows):
+        rows_of_tile = None if tile is None else tile[r0:r1]
+        rows_of_dhidden = None if dhidden is None else dhidden[r0:r1]
+        here = x[r0:r1], weight, bias, labels[r0:r1], head, options, width, rows_of_tile, rows_of_dhidden
+        chunks.append(_score_rows(*here, passes))
+    stats = RowStats.cat(chunks)
+    stats.unit_dhidden = dhidden
+    return stats
+
+
+def _score_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    head: HeadSpec,
+    options: CoreOptions,
+    width: int,
+    tile: Tensor | None,  # (N, V), written
+    dhidden: Tensor | None,  # (N, H) zeros, gets d logps / d hidden
+    passes: Passes,
+) -> RowStats:
+    n, vocab = len(x), len(weight)
+    logits = Logits(x, weight, bias, options.precision)
+    zy, k, ty = target_logit_and_slope(passes.target_logits(x, weight, bias, labels, options.precision), head)
+    grad_dtype = gemm_dtype(x.dtype, x.device)
+    in_tile = tile is not None and tile.dtype == logits.dtype
+    scratch = None if in_tile else torch.empty((n, width), dtype=logits.dtype, device=x.device)
+    g_block = None
+    if dhidden is not None and (logits.dtype != grad_dtype or grad_dtype == torch.float16):
+        g_block = torch.empty((n, width), dtype=block_dtype(grad_dtype), device=x.device)
+    running = k
+    parts: list[BlockSums] = []
+    for v0, v1 in blocks(vocab, width):
+        w = v1 - v0
+        destination: Tensor | None
+        if tile is not None:
+            destination = tile[:, v0:v1]
+            source = destination if scratch is None else scratch[:, :w]
+        else:
+            assert scratch is not None
+            source = scratch[:, :w]
+            destination = None if dhidden is None else source if g_block is None else g_block[:, :w]
+        logits.block(v0, v1, source)
+        part = passes.scan_block(logits, head, options, source, destination, zy, k, labels, v0, v1)
+        parts.append(part)
+        if dhidden is not None:
+            assert destination is not None
+            if part.k is not None or running is not k:
+                here = k if part.k is None else part.k
+                new = torch.maximum(running, here)
+                for rows, offset in ((dhidden, running), (destination, here)):
+                    passes.finish_tile(rows, [(offset - new).exp()], labels, None, rows.shape[1])
+                running = new
+            add_unit(dhidden, destination, weight_block(weight, v0, v1, grad_dtype))
+    stats, factors = combine(parts, zy, k, ty, vocab)
+    if dhidden is not None:
+        finish_unit(x, weight, labels, stats, head, dhidden)
+    if tile is not None:
+        passes.finish_tile(tile, factors, labels, -target_entry(stats) if targets_in_tile(tile.device) else None, width)
+    return stats
+
+
+def add_unit(dhidden: Tensor, g: Tensor, w_block: Tensor) -> None:
+    """``dhidden += g @ w_block`` with g relative to its rows' offsets. dhidden (N, H), g (N, W), w_block (W, H)."""
+    if w_block.dtype == torch.float16:  # exp(z - k) reaches e^30: bring each row into fp16's range for its GEMM
+        peak = g.amax(dim=1).clamp_(min=1e-30) / FP16_SCALE
+        product = torch.zeros_like(dhidden)
+        mm_accumulate(product, (g / peak[:, None]).to(w_block.dtype), w_block)
+        dhidden.addcmul_(product, peak[:, None])
+    else:
+        mm_accumulate(dhidden, g.to(w_block.dtype), w_block)
+
+
+def finish_unit(
+    x: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (N,)
+    stats: RowStats,
+    head: HeadSpec,
+    dhidden: Tensor,  # (N, H) sums of ``add_unit``, gets d logps / d hidden
+) -> None:
+    """Adds the labels' share and scales the rows."""
+    entry, scale = target_entry(stats), -head.slope * (-stats.log_denom).exp()
+    for r0, r1 in blocks(len(x), max(1, ROW_ELEMENTS // max(1, x.shape[1]))):
+        w_y = weight.index_select(0, labels[r0:r1]).to(x.dtype)
+        dhidden[r0:r1].sub_(w_y * entry[r0:r1, None]).mul_(scale[r0:r1, None])
+
+
+def block_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def target_entry(stats: RowStats) -> Tensor:
+    """``R * (1 - tanh^2)``, the gradient tile's entry at the target up to its sign. (N,)."""
+    return stats.sum_others if stats.target_slope is None else stats.sum_others * stats.target_slope
+
+
+def rounding_of(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """``exact / exact.to(dtype)``: a row scaled by it has its target entry exact, as large as all others together. (N,).
+
+    The error moves to the other entries, which have roundings of their own that average out.
+    """
+    ratio = exact / exact.to(dtype).to(exact.dtype)
+    return torch.where(ratio.isfinite(), ratio, 1)
+
+
+def add_targets(
+    x: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (N,)
+    values: Tensor,  # (N,) dLoss / d raw logit of the target
+    dhidden: Tensor | None,
+    head_gradient: HeadGradient | None,
+) -> None:
+    """The target's share of all gradients, in float32, beside the GEMMs: see ``targets_in_tile``."""
+    if dhidden is not None:
+        for r0, r1 in blocks(len(x), max(1, ROW_ELEMENTS // x.shape[1])):
+            w = weight.index_select(0, labels[r0:r1]).to(x.dtype).to(dhidden.dtype)
+            dhidden[r0:r1].addcmul_(w, values[r0:r1, None])
+    if head_gradient is not None:
+        head_gradient.add_rows(labels, values, x)
+
+
+def add_bias_gradient(
+    bias: Tensor,  # (V,), added to
+    tile: Tensor,  # (N, V)
+    scale: Tensor,  # (N,)
+) -> None:
+    """``bias += tile.T @ scale`` in the bias' dtype."""
+    step = max(1, (_GPU_ELEMENTS if tile.is_cuda else ROW_ELEMENTS) // tile.shape[1])
+    for r0, r1 in blocks(len(tile), step):
+        bias.addmv_(tile[r0:r1].to(bias.dtype).t(), scale[r0:r1].to(bias.dtype))
+
+
+def tile_gradients(
+    x: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (N,)
+    tile: Tensor,  # (N, V) G
+    stats: RowStats,
+    coefficients: Tensor,  # (N,) dLoss / dlogps
+    head: HeadSpec,
+    options: CoreOptions,
+    *,
+    dhidden: Tensor | None,  # (N, H) float32 (float64), written
+    head_gradient: HeadGradient | None,
+    entropy_coefficients: Tensor | None = None,  # (N,) dLoss / dentropy, with stats.entropy and options.slopes_later
+) -> None:
+    """``dX = a (.) (G W)``, ``dW = G^T (a (.) X)`` and ``db = G^T a`` with ``a = -c * slope / D``."""
+    grad_dtype = gemm_dtype(x.dtype, x.device)
+    vocab = tile.shape[1]
+    row_factor = None
+    if entropy_coefficients is not None:
+        factors = gradient_factors(stats, coefficients, entropy_coefficients, head)
+        target_values = factors[0] * factors[1]
+        scale, at_target, mix = for_gemm(*factors, stats, grad_dtype)
+        assert mix is not None
+        mix_tile_(tile, mix, stats.k, head, options)
+        if targets_in_tile(tile.device):
+            tile[torch.arange(len(tile), device=tile.device), labels] = at_target.to(tile.dtype)
+    elif grad_dtype == torch.float16:  # the float32 tile is normalised block by block, into fp16's range
+        normalise, scale = (-stats.log_denom).exp(), -coefficients * head.slope
+        target_values = -target_entry(stats) * normalise * scale
+        row_factor, scale = normalise * FP16_SCALE, scale / FP16_SCALE
+    else:
+        scale = -coefficients * head.slope * (-stats.log_denom).exp()
+        target_values = -target_entry(stats) * scale
+        if targets_in_tile(tile.device):
+            scale = scale * rounding_of(target_entry(stats), tile.dtype)
+
+    def operand(v0: int, v1: int) -> Tensor:
+        block = tile[:, v0:v1]
+        if row_factor is not None:
+            return (block * row_factor[:, None]).to(grad_dtype)
+        return block if block.dtype == grad_dtype else block.to(grad_dtype)
+
+    whole = row_factor is None and tile.dtype == grad_dtype and weight.dtype == grad_dtype
+    spans = [(0, vocab)] if whole else list(blocks(vocab, VOCAB_BLOCK))
+    if dhidden is not None:
+        if whole and not x.is_cuda:
+            dhidden.copy_(torch.mm(tile, weight)) if tile.dtype != dhidden.dtype else torch.mm(tile, weight, out=dhidden)
+        else:
+            dhidden.zero_()
+            for v0, v1 in spans:
+                mm_accumulate(dhidden, operand(v0, v1), weight_block(weight, v0, v1, grad_dtype))
+        dhidden.mul_(scale[:, None])
+    if head_gradient is not None and head_gradient.weight is not None:
+        ax, factor = scale_rows(x, scale, grad_dtype)
+        # accumulating in blocks keeps the GEMM's result small before it is added in float32
+        for v0, v1 in [(0, vocab)] if whole and not head_gradient.accumulate else blocks(vocab, VOCAB_BLOCK):
+            head_gradient.add_weight(v0, v1, operand(v0, v1), ax, factor)
+    if head_gradient is not None and head_gradient.bias is not None:
+        add_bias_gradient(head_gradient.bias, tile, scale if row_factor is None else scale * row_factor)
+    if not targets_in_tile(x.device):
+        add_targets(x, weight, labels, target_values, dhidden, head_gradient)
+
+
+def gradient_factors(
+    stats: RowStats,
+    coefficients: Tensor | None,  # (N,) dLoss / dlogps
+    entropy_coefficients: Tensor | None,  # (N,) dLoss / dentropy, with stats.entropy
+    head: HeadSpec,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A row of dLoss / d raw logits is ``scale * exp(z_v - k) * slope_v * (mix[0] + mix[1] * (z_v - k))`` and, at the target,
+    ``scale * at_target``. Returns scale (N,), at_target (N,) and mix (2, N), ``None`` for 1 and 0.
+    """
+    inverse = (-stats.log_denom).exp()
+    c = torch.zeros_like(stats.k) if coefficients is None else coefficients
+    if entropy_coefficients is None:
+        scale, at_target, mix = -c * head.slope * inverse, -stats.sum_others, None
+    else:
+        assert stats.entropy is not None
+        scale = -head.slope * inverse
+        log_p = (stats.target_offset - stats.log_denom).clamp(min=FLOOR)
+        at_target = entropy_coefficients * (log_p + stats.entropy) * stats.target_offset.exp() - c * stats.sum_others
+        mix = torch.stack((c + entropy_coefficients * (stats.entropy - stats.log_denom), entropy_coefficients))
+    return scale, at_target if stats.target_slope is None else at_target * stats.target_slope, mix
+
+
+def for_gemm(
+    scale: Tensor,  # (N,)
+    at_target: Tensor,  # (N,)
+    mix: Tensor | None,  # (2, N)
+    stats: RowStats,
+    grad_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``gradient_factors`` such that a block of the gradient is in fp16's range, or its labels' entries are exact in bf16."""
+    if grad_dtype == torch.float16:
+        normal = (-stats.log_denom).exp() * FP16_SCALE
+        if mix is None:
+            mix = torch.stack((normal, torch.zeros_like(normal)))
+        else:  # coefficients, too, are in the tile: an entry is at most a few times their size
+            assert stats.entropy is not None
+            size = mix[0].abs() + mix[1].abs() * (1 + stats.entropy + stats.log_denom.abs())
+            normal = normal / (4 * size).clamp(min=1e-30)
+            mix = mix * normal
+        return scale / normal, at_target * normal, mix
+    return scale * rounding_of(at_target, grad_dtype) if targets_in_tile(scale.device) else scale, at_target, mix
+
+
+def recompute_gradients(
+    x: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor,  # (N,)
+    stats: RowStats,
+    coefficients: Tensor | None,  # (N,) dLoss / dlogps
+    entropy_coefficients: Tensor | None,  # (N,) dLoss / dentropy, with stats.entropy
+    head: HeadSpec,
+    options: CoreOptions,
+    *,
+    dhidden: Tensor | None,  # (N, H) float32 (float64), written
+    head_gradient: HeadGradient | None,
+    passes: Passes = TORCH_PASSES,
+) -> None:
+    """Gradients from recomputed logits. The outer loop is over the vocabulary, so each block of dW is finished at once."""
+    grad_dtype = gemm_dtype(x.dtype, x.device)
+    g_dtype = block_dtype(grad_dtype)
+    n, vocab = len(x), len(weight)
+    logits_size = 4 if x.is_cuda else logits_gemm_dtype(x.dtype, x.device, options.precision).itemsize
+    rows, width = block_shape(n, vocab, logits_size + g_dtype.itemsize, options.workspace)
+    factors = gradient_factors(stats, coefficients, entropy_coefficients, head)
+    target_values = factors[0] * factors[1]
+    scale, at_target, mix = for_gemm(*factors, stats, grad_dtype)
+    if dhidden is not None:
+        dhidden.zero_()
+    token_chunks = list(blocks(max(1, n), rows))
+    several = len(token_chunks) > 1
+    makers = [Logits(x[r0:r1], weight, bias, options.precision) for r0, r1 in token_chunks]
+    scratch = torch.empty((min(rows, n), width), dtype=makers[0].dtype, device=x.device)
+    tile = torch.empty((min(rows, n), width), dtype=g_dtype, device=x.device)
+    for v0, v1 in blocks(vocab, width):
+        span = v1 - v0
+        dweight: Tensor | None = None  # float32 block, where several chunks of tokens add to rows that are written once
+        if head_gradient is not None and head_gradient.weight is not None and several and not head_gradient.accumulate:
+            dweight = torch.zeros((span, x.shape[1]), dtype=head_gradient.acc, device=x.device)
+        for (r0, r1), logits in zip(token_chunks, makers, strict=True):
+            r1 = min(r1, n)
+            source, g = scratch[: r1 - r0, :span], tile[: r1 - r0, :span]
+            logits.block(v0, v1, source)
+            here = slice(r0, r1)
+            passes.gradient_block(
+                logits,
+                head,
+                options,
+                source,
+                g,
+                stats.k[here],
+                labels[here],
+                v0,
+                v1,
+                None if mix is None else mix[:, here],
+                at_target[here] if targets_in_tile(x.device) else None,
+                None if head_gradient is None or head_gradient.bias is None else head_gradient.bias[v0:v1],
+                scale[here],
+            )
+            g = g.to(grad_dtype)
+            if dhidden is not None:
+                mm_accumulate(dhidden[r0:r1], g, weight_block(weight, v0, v1, grad_dtype))
+            if head_gradient is not None and head_gradient.weight is not None:
+                ax, factor = scale_rows(x[r0:r1], scale[r0:r1], grad_dtype)
+                if dweight is None:
+                    head_gradient.add_weight(v0, v1, g, ax, factor)
+                else:
+                    mm_accumulate(dweight, g.t(), ax, factor)
+        if dweight is not None:
+            assert head_gradient is not None and head_gradient.weight is not None
+            head_gradient.weight[v0:v1].copy_(dweight)
+    if dhidden is not None:
+        dhidden.mul_(scale[:, None])
+    if not targets_in_tile(x.device):
+        add_targets(x, weight, labels, target_values, dhidden, head_gradient)

@@ -1,0 +1,140 @@
+"""Ahead-of-time compilation of ``Compilation`` entries for NVIDIA GPUs, and what the assembler made of them.
+
+Needs no GPU: Triton's wheel brings the assembler and ``cuobjdump``. One path serves Triton 3.4 to 3.9. The registers and
+the spills are read from the machine code itself, which is the only report that no version's choice of assembler, of its
+options, or of a compilation cache can make stale.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import compat
+from .compilation import Compilation
+
+#: What to look for in the PTX. ``cp.async`` is Ampere's 16-byte copy, ``tma`` a copy of a descriptor's box.
+_INSTRUCTIONS = {
+    "mma": "mma.sync.aligned",
+    "wgmma": "wgmma.mma_async",
+    "tcgen05": "tcgen05.mma",
+    "cp.async": "cp.async.cg.shared",
+    "tma": "cp.async.bulk.tensor",
+    "setmaxnreg": "setmaxnreg",  # the kernel is specialised by warps
+}
+
+_TMEM_COLUMN_BYTES = 128 * 4  # tensor memory is allocated by columns, of 128 lanes of 32 bits
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one block of a compiled kernel takes."""
+
+    name: str
+    architecture: int
+    #: Of a thread, at the kernel's entry.
+    registers: int
+    #: Bytes that a thread's instructions store to local memory, each instruction counted once: ptxas' "spill stores".
+    spill_bytes: int
+    #: Dynamic shared memory: what a launch asks for, without the KiB that the driver keeps from sm_90 on.
+    shared_bytes: int
+    #: Of 256 KiB, from sm_100 on.
+    tmem_bytes: int
+    #: The keys of ``_INSTRUCTIONS`` that occur, and "wgmma-serialized" where ptxas gave up on overlapping them.
+    instructions: frozenset[str]
+
+
+def compile_ahead(compilation: Compilation, architecture: int) -> Resources:
+    """Compile for ``architecture`` (80, 90, 100, ...), or raise what Triton raises.
+
+    Does not work where Triton's functions are interpreted: the language's own functions are decorated at its import.
+    """
+    if compat.interpreted():
+        raise RuntimeError("nothing can be compiled in a process with TRITON_INTERPRET=1")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constexprs = _arguments(compilation)
+    source = ASTSource(compilation.kernel, signature=signature, constexprs=constexprs, attrs=dict(compilation.attrs))
+    options = {
+        "num_warps": compilation.num_warps,
+        "num_stages": compilation.num_stages,
+        # Fused multiply-adds are the default, but 3.9 warns where it is left to the default and 3.10 changes it.
+        "enable_fp_fusion": True,
+    }
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    ptx: str = compiled.asm["ptx"]
+    usage, sass = _disassembly(compiled.asm["cubin"])
+    instructions = {name for name, mnemonic in _INSTRUCTIONS.items() if mnemonic in ptx}
+    if _serialized(ptx, sass):
+        instructions.add("wgmma-serialized")
+    return Resources(
+        name=compilation.name,
+        architecture=architecture,
+        registers=max(int(count) for count in re.findall(r"\bREG:(\d+)", usage)),
+        spill_bytes=spill_bytes(sass),
+        shared_bytes=int(compiled.metadata.shared),
+        tmem_bytes=int(compiled.metadata.tmem_size) * _TMEM_COLUMN_BYTES,
+        instructions=frozenset(instructions),
+    )
+
+
+def spill_bytes(sass: str) -> int:
+    """Bytes of the stores to local memory in machine code: ``STL`` is 4 bytes, ``STL.64`` 8, ``STL.U8`` 1 ...
+
+    It equals the "bytes spill stores" of ``ptxas -v``, since no Triton kernel has arrays in local memory. The STACK field
+    of ``cuobjdump -res-usage`` is something else, a frame: slots that several values share, rounded up. Its LOCAL field
+    stays 0 for spills.
+    """
+    return sum(_width(modifiers) for modifiers in re.findall(r"\bSTL((?:\.\w+)*)\s", sass))
+
+
+def _width(modifiers: str) -> int:
+    bits = re.search(r"\.[US]?(8|16|64|128)\b", modifiers)
+    return int(bits[1]) // 8 if bits else 4
+
+
+def _serialized(ptx: str, sass: str) -> bool:
+    """Whether ptxas put a wait around every wgmma (its C7510 to C7516 remarks), which costs most of their speed.
+
+    Then each has an ``ARRIVE`` of its own, though the PTX has one for a whole step of the reduction.
+    """
+    arrivals = sass.count("WARPGROUP.ARRIVE")
+    return arrivals > ptx.count("wgmma.fence.sync") and arrivals >= sass.count("HGMMA")
+
+
+def _arguments(compilation: Compilation) -> tuple[dict[str, str], dict[str, Any]]:
+    """The signature in the kernel's order with every constant in it, and all constants, defaults of the kernel included.
+
+    An optional pointer that is absent is a constant None: ``JITFunction`` does the same with a None at a launch.
+    """
+    names = compilation.kernel.arg_names
+    unknown = {*compilation.signature, *compilation.constexprs}.difference(names)
+    signature = {name: compilation.signature.get(name, "constexpr") for name in names}
+    defaults = {parameter.name: parameter.default for parameter in compilation.kernel.params if parameter.has_default}
+    constexprs = {name: value for name, value in {**defaults, **compilation.constexprs}.items() if name in names}
+    constexprs = {name: value for name, value in constexprs.items() if signature[name] == "constexpr"}
+    missing = [name for name in names if signature[name] == "constexpr" and name not in constexprs]
+    if unknown or missing:
+        # 3.4 fails obscurely where a constant has no value, the later ones take it for None.
+        raise ValueError(f"{compilation.name}: no such arguments {sorted(unknown)}, no values for {missing}")
+    return signature, constexprs
+
+
+def _disassembly(cubin: bytes) -> tuple[str, str]:
+    """What ``cuobjdump`` says of the resources, and the machine code."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        usage, sass = (
+            subprocess.run([knobs.nvidia.cuobjdump.path, flag, path], check=True, capture_output=True, text=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    return usage, sass

@@ -1,0 +1,136 @@
+"""Per-sequence log-probabilities, and the shift between hidden states and labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends.triton.compat import why_no_triton
+from .core.checks import check_tensor, check_token_weights, checked_offsets
+from .core.head_spec import HeadSpec
+from .core.settings import current_settings
+from .linear_logps import linear_logps
+
+
+def shift(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Align hidden states with the labels that they predict: ``hidden[:, :-1]``, ``labels[:, 1:]``.
+
+    Args:
+        hidden: (..., T, H).
+        labels: (..., T).
+
+    Raises:
+        ValueError: when the shapes do not match.
+
+    Example:
+        >>> x, y = shift(torch.zeros(2, 5, 16), torch.zeros(2, 5, dtype=torch.long))
+        >>> x.shape, y.shape
+        (torch.Size([2, 4, 16]), torch.Size([2, 4]))
+    """
+    check_tensor("hidden", hidden)
+    check_tensor("labels", labels)
+    if labels.dim() < 1 or hidden.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"labels must have shape {tuple(hidden.shape[:-1])} like hidden without its last dimension, got "
+            f"{tuple(labels.shape)}"
+        )
+    return hidden[..., :-1, :], labels[..., 1:]
+
+
+def sequence_logps(
+    hidden: Tensor,  # (S, T, H), or packed (N, H) with cu_seqlens
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (S, T), or packed (N,)
+    bias: Tensor | None = None,
+    head: HeadSpec | None = None,
+    *,
+    reduction: str = "sum",
+    cu_seqlens: Tensor | None = None,  # (S + 1,)
+    token_weights: Tensor | None = None,  # like labels
+    ignore_index: int = -100,
+) -> Tensor:
+    """Log-probability of each sequence: the (weighted) sum over its scored tokens, or that divided by their number.
+
+    Args:
+        hidden, weight, labels, bias, head, ignore_index: as in :func:`linear_logps`; padded ``[S, T]``, or packed with
+            ``cu_seqlens``.
+        reduction: ``"sum"`` or ``"mean"``. The mean of a sequence without scored tokens is 0.
+        cu_seqlens: for packed input, where each sequence starts and ends.
+        token_weights: weight of each token in the sum; the divisor of the mean counts tokens, whatever their weight.
+
+    Returns:
+        Tensor: (S,) float32 (float64 for float64 input), differentiable.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    Example:
+        >>> x, w = torch.randn(7, 16), torch.randn(100, 16)
+        >>> sequence_logps(x, w, torch.randint(100, (7,)), cu_seqlens=torch.tensor([0, 3, 7])).shape
+        torch.Size([2])
+    """
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
+    check_tensor("labels", labels)
+    if token_weights is not None:
+        check_token_weights(token_weights, labels)
+    if cu_seqlens is None and labels.dim() != 2:
+        raise ValueError(f"labels must have shape [S, T], or be packed with cu_seqlens, got {tuple(labels.shape)}")
+    if cu_seqlens is not None and labels.dim() != 1:
+        raise ValueError(f"labels must have shape [N] with cu_seqlens, got {tuple(labels.shape)}")
+    logps = linear_logps(hidden, weight, labels, bias, head, ignore_index=ignore_index).logps
+    assert logps is not None
+    scored = labels != ignore_index
+    counts = scored.to(logps.dtype)
+    if token_weights is not None:
+        logps = logps * torch.where(scored, token_weights, 0).to(logps.dtype)
+    if cu_seqlens is None:
+        sums, lengths = logps.sum(dim=-1), counts.sum(dim=-1)
+    else:
+        offsets = checked_offsets(cu_seqlens, len(labels), labels.device)
+        sums, lengths = segment_sum(logps, offsets), segment_sum(counts, offsets)
+    return sums if reduction == "sum" else sums / lengths.clamp(min=1)
+
+
+class _SegmentSum(torch.autograd.Function):
+    @staticmethod
+    def forward(values: Tensor, offsets: Tensor) -> Tensor:
+        if values.device.type != "cpu" and current_settings().backend != "torch" and not why_no_triton():
+            from .backends.triton import rows
+
+            return rows.segment_sum(values, offsets)
+        # its checks would synchronise
+        sums = torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0, unsafe=True)
+        return sums.to(values.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        values, offsets = inputs
+        ctx.save_for_backward(offsets)
+        ctx.tokens = len(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (offsets,) = ctx.saved_tensors
+        return torch.repeat_interleave(grad, offsets.diff(), output_size=ctx.tokens), None
+
+
+def segment_sum(
+    values: Tensor,  # (N,)
+    offsets: Tensor,  # (S + 1,) int64, rising from 0 to N
+) -> Tensor:
+    """Sums (S,) of ``values[offsets[j]:offsets[j + 1]]`` in the values' dtype, differentiable.
+
+    Added in float64 and in a fixed order, on every device: the same bits in every run, which ``index_add`` does not give
+    on a GPU.
+    """
+    sums: Tensor = _SegmentSum.apply(values, offsets)
+    return sums
+
+
+def sequence_index(bounds: list[int], device: torch.device) -> Tensor:
+    """The sequence of each packed token. bounds: S + 1 values -> (N,)."""
+    lengths = torch.tensor([b - a for a, b in zip(bounds, bounds[1:], strict=False)], dtype=torch.long, device="cpu")
+    return torch.repeat_interleave(lengths).to(device)

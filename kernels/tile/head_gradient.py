@@ -1,0 +1,106 @@
+"""The gradient of the head's weight and bias, while it is being made."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..operators import native
+from .gemm import mm_accumulate
+
+_ELEMENTS = 1 << 19  # of [tokens, hidden] that are widened at a time
+_ROWS = 2048  # weight rows converted at a time, so that conversion needs no second full-size buffer
+
+
+class HeadGradient:
+    """Collects ``dW`` (V, H) and ``db`` (V,).
+
+    With ``accumulate`` the sums are kept in float32 (float64 for float64 weights) until :meth:`finish` scales and rounds
+    them once; error then does not depend on the number of tiles, and a loss scale cannot underflow. Without it each block
+    of rows is written exactly once, in the weight's dtype, and no float32 buffer of the weight's size exists.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, need_weight: bool, need_bias: bool, accumulate: bool) -> None:
+        self.acc = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.accumulate = accumulate
+        self.weight_dtype = weight.dtype
+        self.bias_dtype = bias.dtype if bias is not None else None
+        self.weight: Tensor | None = None
+        if need_weight:
+            new = torch.zeros if accumulate else torch.empty
+            self.weight = new(weight.shape, dtype=self.acc if accumulate else weight.dtype, device=weight.device)
+        self.bias = torch.zeros(weight.shape[0], dtype=self.acc, device=weight.device) if need_bias else None
+
+    def add_weight(self, v0: int, v1: int, g: Tensor, x: Tensor, factor: Tensor | None = None) -> None:
+        """Rows v0..v1 of dW get ``factor * g.T @ x``. g (N, v1 - v0), x (N, H), of one dtype; factor 0-dim."""
+        assert self.weight is not None
+        rows = self.weight[v0:v1]
+        if self.accumulate:
+            mm_accumulate(rows, g.t(), x, factor)
+        elif g.dtype == rows.dtype and factor is None:
+            torch.mm(g.t(), x, out=rows)
+        else:
+            block = torch.zeros(rows.shape, dtype=self.acc, device=rows.device)
+            mm_accumulate(block, g.t(), x, factor)
+            rows.copy_(block)
+
+    def add_rows(self, labels: Tensor, values: Tensor, x: Tensor) -> None:
+        """Row ``labels[t]`` of dW gets ``values[t] * x[t]``, and of db ``values[t]``. labels, values (N,), x (N, H)."""
+        if self.bias is not None:
+            self.bias.index_add_(0, labels, values.to(self.acc))
+        if self.weight is None:
+            return
+        step = max(1, _ELEMENTS // x.shape[1])
+        if self.accumulate:
+            for r in range(0, len(x), step):
+                part = slice(r, r + step)
+                self.weight.index_add_(0, labels[part], (x[part] * values[part, None]).to(self.acc))
+            return
+        # A rounded row must be added to once, with the sum of all its tokens: group them by label.
+        order = torch.argsort(labels, stable=True)
+        rows, counts = torch.unique_consecutive(labels[order], return_counts=True)
+        ends = counts.cumsum(0).tolist()
+        first = 0
+        while first < len(rows):
+            start = ends[first - 1] if first else 0
+            last = first + 1
+            while last < len(rows) and ends[last] - start <= step:
+                last += 1
+            tokens, chosen = order[start : ends[last - 1]], rows[first:last]
+            block = self.weight[chosen].to(self.acc)
+            place = torch.repeat_interleave(torch.arange(last - first, device=x.device), counts[first:last])
+            block.index_add_(0, place, (x[tokens] * values[tokens, None]).to(self.acc))
+            self.weight[chosen] = block.to(self.weight.dtype)
+            first = last
+
+    def scale_(self, factor: Tensor) -> None:
+        """Multiply what has been collected by a 0-dim tensor."""
+        if self.weight is not None:
+            self.weight.mul_(factor)
+        if self.bias is not None:
+            self.bias.mul_(factor)
+
+    def add_scaled_(self, other: HeadGradient, factor: Tensor) -> None:
+        """Add ``factor`` times another collection of the same kind."""
+        for name in ("weight", "bias"):
+            mine, its = getattr(self, name), getattr(other, name)
+            if mine is not None:
+                mine.addcmul_(its, factor)
+
+    def zero_(self) -> None:
+        for t in (self.weight, self.bias):
+            if t is not None:
+                t.zero_()
+
+
+def scaled_to_dtype(source: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
+    """``(source * factor).to(dtype)`` without a full-size temporary; ``in_place`` may overwrite ``source``."""
+    if source.dtype == dtype:
+        return source.mul_(factor) if in_place else source * factor
+    out = torch.empty(source.shape, dtype=dtype, device=source.device)
+    if native.serves(source.device) and source.is_contiguous():
+        torch.ops.logitless.scaled_convert(source, factor.to(source.dtype).reshape(1), out)
+        return out
+    for r in range(0, source.shape[0], _ROWS):
+        out[r : r + _ROWS].copy_(source[r : r + _ROWS] * factor)
+    return out

@@ -1,0 +1,672 @@
+"""The GRPO family agrees with TRL 1.16's own ``GRPOTrainer._compute_loss``: value, gradients and the metrics of one name.
+
+The trainer is a real one. For most tests it gets log-probabilities and entropies from a float64 log-softmax over the same
+hidden states, so that what is compared is the loss, to 1e-12; one test runs TRL's own head on a model's own hidden states.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import logitless as ll
+
+from ..helpers import relative_error
+from ..integrations.tiny import VOCAB, make_model, make_tokenizer
+
+EVERY_BACKEND = True
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+pytest.importorskip("accelerate")
+datasets = pytest.importorskip("datasets")
+trl = pytest.importorskip("trl")
+
+TOKENS, HIDDEN, VOCABULARY = 9, 8, 37
+#: Tokens of each completion; one has none.
+LENGTHS = (9, 1, 6, 0, 4, 8)
+SEQUENCES = len(LENGTHS)
+CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+#: What TRL reads from its arguments, and not from itself.
+OF_ARGS = {
+    "delta",
+    "use_bias_correction_kl",
+    "sapo_temperature_pos",
+    "sapo_temperature_neg",
+    "vespo_k_pos",
+    "vespo_lambda_pos",
+    "vespo_k_neg",
+    "vespo_lambda_neg",
+    "steps_per_generation",
+}
+#: Metrics that are about other things than the loss.
+NOT_COMPARED = {"policy_loss", "entropy_coef"}
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    args = trl.GRPOConfig(
+        output_dir=str(tmp_path_factory.mktemp("grpo")),
+        per_device_train_batch_size=SEQUENCES,
+        num_generations=2,
+        temperature=0.8,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+    )
+    made = trl.GRPOTrainer(
+        model=make_model("untied", 1),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=args,
+        train_dataset=datasets.Dataset.from_list([{"prompt": "bed"}] * SEQUENCES),
+        processing_class=make_tokenizer(),
+    )
+    made.model.train()
+    yield made
+    torch.set_num_threads(threads)
+
+
+@contextmanager
+def configured(trainer: Any, **attributes: Any) -> Iterator[None]:
+    """The trainer with some attributes; everything as before at the end."""
+    attributes = {"current_gradient_accumulation_steps": 1, "steps_per_generation": 1, **attributes}
+    owners = {name: trainer.args if name in OF_ARGS else trainer for name in attributes}
+    before = {name: getattr(owner, name, None) for name, owner in owners.items()}
+    dtype = torch.get_default_dtype()
+    for name, value in attributes.items():
+        setattr(owners[name], name, value)
+    trainer._metrics["train"].clear()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        for name, value in before.items():
+            setattr(owners[name], name, value)
+        trainer.__dict__.pop("_get_per_token_logps_and_entropies", None)
+
+
+@dataclass
+class Batch:
+    """hidden (S, T, H), weight (V, H); ids, masks and log-probabilities (S, T)."""
+
+    hidden: Tensor
+    weight: Tensor
+    ids: Tensor
+    completion_mask: Tensor
+    tool_mask: Tensor
+    advantages: Tensor  # (S,)
+    token_advantages: Tensor
+    old_logps: Tensor
+    ref_logps: Tensor
+    sampling_logps: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        return self.completion_mask * self.tool_mask
+
+    @property
+    def labels(self) -> Tensor:
+        return self.ids.masked_fill(self.mask == 0, -100)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [self.hidden, self.weight]
+
+    def logps_and_entropies(self) -> tuple[Tensor, Tensor]:
+        logps = F.linear(self.hidden, self.weight).log_softmax(-1)
+        return logps.gather(-1, self.ids[..., None])[..., 0], -(logps.exp() * logps).sum(-1)
+
+
+def make(seed: int = 0) -> Batch:
+    """Old, reference and sampling log-probabilities are some tenths of a nat off: ratios on both sides of every bound."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    mask = (torch.arange(TOKENS) < torch.tensor(LENGTHS)[:, None]).long()
+    tool = torch.ones_like(mask)
+    tool[0, 3:5] = tool[2, 1] = 0
+    ids = torch.randint(VOCABULARY, mask.shape, generator=g)
+    x, w = normal(SEQUENCES, TOKENS, HIDDEN).requires_grad_(), (0.7 * normal(VOCABULARY, HIDDEN)).requires_grad_()
+    advantages = torch.tensor([1.3, -0.7, -1.1, 0.4, 0.0, 0.9], dtype=torch.float64)
+    empty = torch.empty(0)
+    batch = Batch(x, w, ids, mask, tool, advantages, normal(*mask.shape), empty, empty, empty)
+    logps = batch.logps_and_entropies()[0].detach()
+    batch.old_logps = logps - 0.15 - 0.35 * normal(*mask.shape)
+    batch.ref_logps = logps + 0.5 * normal(*mask.shape)
+    batch.sampling_logps = batch.old_logps + 0.3 * normal(*mask.shape)
+    batch.sampling_logps[2, 2] = batch.sampling_logps[5, 0] = torch.nan  # the engine has none
+    return batch
+
+
+@dataclass
+class Given:
+    """What a call gets besides the hidden states."""
+
+    old: bool = True
+    sampling: bool = False
+    token_advantages: bool = False
+    ratio: Tensor | None = None  # (S, T), or (S,)
+    num_items: float | None = None  # of TRL
+    accumulation: int = 1
+    ours: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    loss: float
+    gradients: list[Tensor]
+    metrics: dict[str, float]
+
+
+def run_trl(trainer: Any, batch: Batch, options: dict[str, Any], given: Given) -> Run:
+    mask = batch.mask
+    items = mask.sum() if given.num_items is None else torch.tensor(given.num_items)
+    inputs = {
+        "prompt_ids": torch.zeros(SEQUENCES, 2, dtype=torch.long),
+        "prompt_mask": torch.ones(SEQUENCES, 2, dtype=torch.long),
+        "completion_ids": batch.ids,
+        "completion_mask": batch.completion_mask,
+        "tool_mask": batch.tool_mask,
+        "advantages": batch.token_advantages if given.token_advantages else batch.advantages,
+        "ref_per_token_logps": batch.ref_logps,
+        "num_items_in_batch": items,
+    }
+    if given.old:
+        inputs["old_per_token_logps"] = batch.old_logps
+    if given.sampling:
+        inputs["sampling_per_token_logps"] = batch.sampling_logps
+    attributes = {
+        "loss_type": "dapo",
+        "epsilon_low": 0.2,
+        "epsilon_high": options.get("epsilon_low", 0.2),
+        "beta": 0.0,
+        "use_vllm": given.ratio is not None,
+        "vllm_importance_sampling_correction": given.ratio is not None,
+        "current_gradient_accumulation_steps": given.accumulation,
+        "steps_per_generation": given.accumulation,
+        "_entropy_bonus_enabled": options.get("entropy_coef", 0.0) != 0,
+        **options,
+    }
+    if given.ratio is not None:
+        inputs["importance_sampling_ratio"] = given.ratio if given.ratio.dim() == 2 else given.ratio[:, None]
+    with configured(trainer, **attributes):
+        torch.set_default_dtype(torch.float64)  # TRL makes tensors of its options
+        trainer._get_per_token_logps_and_entropies = lambda *_, **__: (*batch.logps_and_entropies(), None)
+        loss = trainer._compute_loss(trainer.model, inputs)
+        gradients = torch.autograd.grad(loss, batch.leaves)
+        metrics = {name: values[-1] for name, values in trainer._metrics["train"].items() if name not in NOT_COMPARED}
+    return Run(loss.item(), list(gradients), metrics)
+
+
+def run_ours(batch: Batch, options: dict[str, Any], given: Given) -> Run:
+    arguments: dict[str, Any] = {"advantages": batch.token_advantages if given.token_advantages else batch.advantages}
+    if given.old:
+        arguments["old_logps"] = batch.old_logps
+    if given.sampling:
+        arguments["sampling_logps"] = batch.sampling_logps
+    if options.get("beta"):
+        arguments["ref_logps"] = batch.ref_logps
+    if given.ratio is not None:
+        arguments["importance_sampling_ratio"] = given.ratio
+    if options.get("loss_type") == "cispo":  # TRL's default, which has no place here
+        options = {"epsilon_high": 0.2, **options}
+    module = ll.FusedLinearGRPOLoss(metrics=True, **options)
+    out = module(batch.hidden, batch.weight, batch.labels, **{**arguments, **given.ours})
+    assert out.loss.dtype == torch.float64
+    return Run(
+        out.loss.item(),
+        list(torch.autograd.grad(out.loss, batch.leaves)),
+        {name: value.item() for name, value in out.metrics.items()},
+    )
+
+
+def compare(trainer: Any, *, without: tuple[str, ...] = (), batch: Batch | None = None, given: Given | None = None, **options):
+    """Options have one name in TRL's trainer and in our module. Returns our run."""
+    batch, given = make() if batch is None else batch, Given() if given is None else given
+    theirs, ours = run_trl(trainer, batch, options, given), run_ours(batch, options, given)
+    assert ours.loss == pytest.approx(theirs.loss, rel=1e-12)
+    for mine, its in zip(ours.gradients, theirs.gradients, strict=True):
+        assert its.abs().max() > 0
+        assert relative_error(mine, its) <= 1e-12
+    assert {"entropy"} <= theirs.metrics.keys() - set(without) <= ours.metrics.keys()
+    for name, value in theirs.metrics.items():
+        if name not in without:
+            assert ours.metrics[name] == pytest.approx(value, rel=2.0**-22), name  # TRL counts clipped tokens in float32
+    return ours
+
+
+#: A mean over sequences in TRL, whatever their lengths, and over those without tokens too.
+OF_SEQUENCES = (
+    "clip_ratio/low_mean",
+    "clip_ratio/high_mean",
+    "clip_ratio/region_mean",
+    "clip_ratio/low_min",
+    "clip_ratio/high_max",
+    "cispo_clip_ratio",
+    "vespo/phi_seq_mean",
+)
+LENGTH = {"dr_grpo": {"max_completion_length": 11}}
+every_loss = pytest.mark.parametrize("loss_type", ll.GRPO_LOSSES)
+clipped_losses = pytest.mark.parametrize("loss_type", CLIPPED)
+
+
+def without_of(loss_type: str, level: str = "token") -> tuple[str, ...]:
+    return OF_SEQUENCES if level == "sequence" or loss_type == "vespo" else ()
+
+
+def test_the_batch_has_what_the_options_are_about():
+    batch = make()
+    logps = batch.logps_and_entropies()[0]
+    ratios = (logps - batch.old_logps).exp()[batch.mask == 1]
+    assert all(((low < ratios) & (ratios < high)).sum() >= 3 for low, high in ((0.0, 0.8), (0.8, 1.2), (1.2, 1.6), (1.6, 9.0)))
+    assert batch.mask.sum(-1).tolist() == [7, 1, 5, 0, 4, 8]
+
+
+def test_every_loss_type_of_trl_is_here():
+    described = trl.GRPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
+    assert all(f"'{name}'" in described for name in ll.GRPO_LOSSES)
+    listed = {part for part in described.split("'")[1::2] if part.islower() and " " not in part}
+    assert listed - {"sequence"} == set(ll.GRPO_LOSSES)  # a level, of which it says what it suits
+
+
+@every_loss
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_loss_types_agree_with_trl(trainer, loss_type, level, beta):
+    if (loss_type, level) == ("vespo", "sequence"):  # TRL warns and ignores it
+        with pytest.raises(ValueError, match="importance_sampling_level is not used"):
+            ll.FusedLinearGRPOLoss(loss_type=loss_type, importance_sampling_level=level)
+        return
+    compare(
+        trainer,
+        without=without_of(loss_type, level),
+        loss_type=loss_type,
+        importance_sampling_level=level,
+        beta=beta,
+        **LENGTH.get(loss_type, {}),
+    )
+
+
+@every_loss
+def test_metrics_of_sequences_agree_with_trl_where_these_are_equally_long(trainer, loss_type):
+    """Where TRL has one value a sequence it averages over sequences; metrics here are means over tokens."""
+    batch = make()
+    batch.completion_mask = torch.ones_like(batch.completion_mask)
+    batch.tool_mask = torch.ones_like(batch.completion_mask)
+    level = "token" if loss_type == "vespo" else "sequence"
+    options = {"epsilon_low": 0.05, "epsilon_high": 0.1} if loss_type in CLIPPED else {}
+    ours = compare(
+        trainer, batch=batch, loss_type=loss_type, importance_sampling_level=level, **options, **LENGTH.get(loss_type, {})
+    )
+    if loss_type in CLIPPED:
+        assert 0 < ours.metrics["clip_ratio/high_mean"] < ours.metrics["clip_ratio/high_max"]
+    elif loss_type != "sapo":
+        assert ours.metrics["cispo_clip_ratio" if loss_type == "cispo" else "vespo/phi_seq_mean"] > 0
+
+
+@every_loss
+def test_the_first_update_after_a_rollout_agrees_with_trl(trainer, loss_type):
+    """No old log-probabilities: all ratios are 1, and their gradients are not 0."""
+    ours = compare(
+        trainer,
+        given=Given(old=False),
+        without=without_of(loss_type),
+        loss_type=loss_type,
+        beta=0.1,
+        **LENGTH.get(loss_type, {}),
+    )
+    assert ours.metrics["ratio"] == 1
+
+
+@every_loss
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("correct", [True, False])
+def test_kl_with_and_without_bias_correction_agrees_with_trl(trainer, loss_type, level, correct):
+    if loss_type == "vespo":
+        level = "token"
+    compare(
+        trainer,
+        without=without_of(loss_type, level),
+        loss_type=loss_type,
+        importance_sampling_level=level,
+        beta=0.7,
+        use_bias_correction_kl=correct,
+        **LENGTH.get(loss_type, {}),
+    )
+
+
+@clipped_losses
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"epsilon_low": 0.05},
+        {"epsilon_low": 0.1, "epsilon_high": 0.28},
+        {"epsilon_high": 0.28, "delta": 1.3},
+        {"epsilon_low": 0.0, "epsilon_high": 0.0, "delta": 2.0},
+        {"epsilon_high": 0.1, "delta": 1.15, "beta": 0.2},
+    ],
+    ids=str,
+)
+def test_clip_ranges_agree_with_trl(trainer, loss_type, level, options):
+    compare(
+        trainer,
+        without=without_of(loss_type, level),
+        loss_type=loss_type,
+        importance_sampling_level=level,
+        **options,
+        **LENGTH.get(loss_type, {}),
+    )
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("high", [0.2, 1.0, 1.4, 5.0])
+def test_cispo_clips_at_trls_bound(trainer, level, high):
+    compare(trainer, without=without_of("cispo", level), loss_type="cispo", importance_sampling_level=level, epsilon_high=high)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_sapo_temperatures_agree_with_trl(trainer, level):
+    compare(
+        trainer,
+        without=without_of("sapo", level),
+        loss_type="sapo",
+        importance_sampling_level=level,
+        sapo_temperature_pos=0.6,
+        sapo_temperature_neg=2.3,
+    )
+
+
+@pytest.mark.parametrize("token_advantages", [False, True])
+@pytest.mark.parametrize("far", [1.0, 30.0])
+def test_vespo_shapes_agree_with_trl(trainer, token_advantages, far):
+    """``far``: log-ratios that reach the bounds of the weights' logarithms."""
+    batch = make()
+    logps = batch.logps_and_entropies()[0].detach()
+    batch.old_logps = logps + far * (batch.old_logps - logps)
+    options = {"vespo_k_pos": 1.1, "vespo_lambda_pos": 0.9, "vespo_k_neg": 0.4, "vespo_lambda_neg": 0.0}
+    compare(
+        trainer,
+        batch=batch,
+        given=Given(token_advantages=token_advantages),
+        without=without_of("vespo"),
+        loss_type="vespo",
+        **options,
+    )
+
+
+@every_loss
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_an_advantage_for_each_token_agrees_with_trl(trainer, loss_type, level):
+    level = "token" if loss_type == "vespo" else level
+    compare(
+        trainer,
+        given=Given(token_advantages=True),
+        without=without_of(loss_type, level),
+        loss_type=loss_type,
+        importance_sampling_level=level,
+        beta=0.1,
+        **LENGTH.get(loss_type, {}),
+    )
+
+
+@every_loss
+@pytest.mark.parametrize("sampling", [False, True])
+@pytest.mark.parametrize("token_advantages", [False, True])
+def test_off_policy_masks_agree_with_trl(trainer, loss_type, sampling, token_advantages):
+    batch = make()
+    batch.old_logps[1] += 0.9  # far from the policy, with a negative advantage
+    given = Given(sampling=sampling, token_advantages=token_advantages)
+    ours = compare(
+        trainer,
+        batch=batch,
+        given=given,
+        without=without_of(loss_type),
+        loss_type=loss_type,
+        off_policy_mask_threshold=0.02,
+        beta=0.1,
+        **LENGTH.get(loss_type, {}),
+    )
+    assert 0 < ours.metrics["off_policy_kept"] < 1
+
+
+@every_loss
+@pytest.mark.parametrize("quantile", [0.2, 0.37, 0.8])
+@pytest.mark.parametrize("coef", [0.0, 0.05])
+def test_the_quantile_of_high_entropy_agrees_with_trl(trainer, loss_type, quantile, coef):
+    compare(
+        trainer,
+        without=without_of(loss_type),
+        loss_type=loss_type,
+        top_entropy_quantile=quantile,
+        entropy_coef=coef,
+        beta=0.1,
+        **LENGTH.get(loss_type, {}),
+    )
+
+
+@every_loss
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_an_entropy_threshold_in_place_of_the_quantile_agrees_with_trl(trainer, loss_type, as_tensor):
+    batch = make()
+    entropies = batch.logps_and_entropies()[1].detach()[batch.mask == 1]
+    threshold = torch.quantile(entropies, 1 - 0.37)
+    compare(
+        trainer,
+        batch=batch,
+        given=Given(ours={"entropy_threshold": threshold if as_tensor else threshold.item()}),
+        without=without_of(loss_type),
+        loss_type=loss_type,
+        top_entropy_quantile=0.37,
+        **LENGTH.get(loss_type, {}),
+    )
+
+
+@every_loss
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("coef", [0.1, -0.05])
+def test_the_entropy_bonus_agrees_with_trl(trainer, loss_type, level, coef):
+    level = "token" if loss_type == "vespo" else level
+    compare(
+        trainer,
+        without=without_of(loss_type, level),
+        loss_type=loss_type,
+        importance_sampling_level=level,
+        entropy_coef=coef,
+        **LENGTH.get(loss_type, {}),
+    )
+
+
+@every_loss
+@pytest.mark.parametrize("shape", ["token", "sequence"])
+def test_ratios_of_the_rollout_engine_agree_with_trl(trainer, loss_type, shape):
+    """Some are 0, as the masking modes leave them. TRL has 1 where nothing is scored, and a VESPO of token ratios only."""
+    g = torch.Generator().manual_seed(5)
+    size = (SEQUENCES, TOKENS) if shape == "token" else (SEQUENCES,)
+    ratio = (0.4 * torch.randn(size, generator=g, dtype=torch.float64)).exp()
+    if shape == "token":
+        ratio[0, 1] = ratio[5, 4] = 0
+        ratio = ratio.masked_fill(make().mask == 0, 1)
+    elif loss_type != "vespo":
+        ratio[4] = 0
+    compare(
+        trainer,
+        given=Given(ratio=ratio),
+        without=without_of(loss_type),
+        loss_type=loss_type,
+        beta=0.1,
+        **LENGTH.get(loss_type, {}),
+    )
+
+
+@every_loss
+@pytest.mark.parametrize(("coef", "quantile"), [(0.0, 1.0), (0.1, 1.0), (0.1, 0.37)])
+def test_one_of_several_micro_batches_agrees_with_trl(trainer, loss_type, coef, quantile):
+    """TRL divides by the number of micro-batches, which here are of the same size."""
+    tokens = float(make().mask.sum())
+    of_tokens = loss_type in ("bnpo", "dapo", "cispo", "vespo")
+    items = 3 * (tokens if of_tokens else SEQUENCES)
+    for given in (items, torch.tensor(items)):
+        compare(
+            trainer,
+            given=Given(num_items=3 * tokens, accumulation=3, ours={"num_items_in_batch": given}),
+            without=without_of(loss_type),
+            loss_type=loss_type,
+            entropy_coef=coef,
+            top_entropy_quantile=quantile,
+            **LENGTH.get(loss_type, {}),
+        )
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo", "vespo"])
+def test_num_items_in_batch_agrees_with_trl(trainer, loss_type):
+    compare(
+        trainer,
+        given=Given(num_items=171.0, ours={"num_items_in_batch": 171}),
+        without=without_of(loss_type),
+        loss_type=loss_type,
+        beta=0.1,
+    )
+
+
+# TRL computes these ratios inline, in a method that generates; its lines are copied here.
+
+
+def trls_ratio(old: Tensor, sampling: Tensor, mask: Tensor, mode: str, low: float | None, high: float | None) -> Tensor:
+    difference = torch.nan_to_num((old - sampling) * mask, nan=0.0)
+    if mode in ("sequence_mask", "sequence_truncate"):
+        difference = difference.sum(dim=-1, keepdim=True)
+    ratio = torch.exp(difference)
+    if mode in ("sequence_truncate", "token_truncate"):
+        return torch.clamp(ratio, min=low, max=high)
+    smallest, largest = -math.inf if low is None else low, math.inf if high is None else high
+    return ratio.masked_fill((ratio < smallest) | (ratio > largest), value=0.0)
+
+
+MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+RANGES = [(None, 3.0), (None, 1.1), (0.8, 1.2), (0.9, None)]
+modes = pytest.mark.parametrize("mode", MODES)
+ranges = pytest.mark.parametrize(("low", "high"), RANGES)
+
+
+@modes
+@ranges
+def test_importance_sampling_ratios_agree_with_trl(mode, low, high):
+    batch = make()
+    exact = trls_ratio(batch.old_logps, batch.sampling_logps, batch.mask, mode, low, high)
+    ratio = ll.importance_sampling_ratio(
+        batch.old_logps, batch.sampling_logps, mask=batch.mask == 1, mode=mode, clip_min=low, clip_max=high
+    )
+    assert torch.allclose(ratio, exact[:, 0] if mode.startswith("sequence") else exact, rtol=1e-14)
+    assert high == 3.0 or ((exact == 0) | (exact == low) | (exact == high)).sum() > 0
+    flat = [t.flatten()[batch.completion_mask.flatten() == 1] for t in (batch.old_logps, batch.sampling_logps, batch.mask == 1)]
+    bounds = torch.tensor([0, *LENGTHS]).cumsum(0)
+    packed = ll.importance_sampling_ratio(*flat[:2], cu_seqlens=bounds, mask=flat[2], mode=mode, clip_min=low, clip_max=high)
+    assert torch.equal(packed, ratio if mode.startswith("sequence") else ratio[batch.completion_mask == 1])
+
+
+@modes
+@ranges
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "cispo", "vespo"])
+def test_correction_of_rollouts_agrees_with_trl(trainer, mode, low, high, loss_type):
+    batch = make()
+    theirs = trls_ratio(batch.old_logps, batch.sampling_logps, batch.mask, mode, low, high)
+    if mode.startswith("sequence"):
+        theirs = theirs[:, 0]
+    options = {"loss_type": loss_type, "beta": 0.1}
+    expected = run_trl(trainer, batch, options, Given(ratio=theirs))
+    mine = {
+        "importance_sampling_mode": mode,
+        "importance_sampling_clip_min": low,
+        "importance_sampling_clip_max": high,
+    }
+    ours = run_ours(batch, {**options, **mine}, Given(sampling=True))
+    assert ours.loss == pytest.approx(expected.loss, rel=1e-12)
+    for a, b in zip(ours.gradients, expected.gradients, strict=True):
+        assert relative_error(a, b) <= 1e-12
+
+
+# TRL's own head, on a model's own hidden states
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "cispo", "vespo"])
+@pytest.mark.parametrize("coef", [0.0, 0.1])
+def test_a_model_in_a_trainer_agrees_with_trl_in_float32(trainer, loss_type, coef):
+    """Prompts are padded on the left; the trainer divides logits by its sampling temperature."""
+    g = torch.Generator().manual_seed(3)
+    prompts, completions = (torch.randint(3, VOCAB, (SEQUENCES, n), generator=g) for n in (4, TOKENS))
+    prompt_mask = (torch.arange(4) >= torch.tensor([0, 2, 1, 3, 0, 1])[:, None]).long()
+    batch, model = make(), trainer.model
+    ids, attention = torch.cat((prompts, completions), 1), torch.cat((prompt_mask, batch.completion_mask), 1)
+    head = ll.HeadSpec(temperature=trainer.temperature)
+    assert trainer.temperature == 0.8
+    labels = ids.clone()
+    labels[:, :4] = -100
+    labels[:, 4:][batch.mask == 0] = -100
+
+    def ours() -> tuple[Tensor, Tensor, Tensor]:
+        hidden = model.base_model(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state
+        return (hidden, *ll.shift(hidden, labels))
+
+    with torch.no_grad():
+        _, x, y = ours()
+        logps = ll.linear_logps(x, model.lm_head.weight, y, head=head).logps
+        noise = torch.where(y == -100, 0, 0.4 * torch.randn(y.shape, generator=g))
+        old = logps + noise
+    inputs = {
+        "prompt_ids": prompts,
+        "prompt_mask": prompt_mask,
+        "completion_ids": completions,
+        "completion_mask": batch.completion_mask,
+        "tool_mask": batch.tool_mask,
+        "advantages": batch.advantages.float(),
+        "old_per_token_logps": old[:, 3:],
+        "num_items_in_batch": batch.mask.sum(),
+    }
+    states: list[Tensor] = []
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        output.last_hidden_state.retain_grad()
+        states.append(output.last_hidden_state)
+
+    found = []
+    with configured(trainer, loss_type=loss_type, entropy_coef=coef, _entropy_bonus_enabled=coef != 0, epsilon_high=0.2):
+        hook = model.base_model.register_forward_hook(keep)
+        try:
+            for theirs in (True, False):
+                model.zero_grad()
+                if theirs:
+                    loss = trainer._compute_loss(model, inputs)
+                else:
+                    _, x, y = ours()
+                    high = {"epsilon_high": 0.2} if loss_type == "cispo" else {}
+                    module = ll.FusedLinearGRPOLoss(loss_type=loss_type, entropy_coef=coef, **high)
+                    out = module(x, model.lm_head.weight, y, head=head, advantages=batch.advantages.float(), old_logps=old)
+                    loss = out.loss
+                loss.backward()
+                gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+                found.append((loss.item(), {**gradients, "hidden": states[-1].grad}))
+            largest = F.linear(states[-1], model.lm_head.weight).abs().max().item() / 0.8
+        finally:
+            hook.remove()
+            model.zero_grad()
+    (its, exact), (mine, gradients) = found
+    eps = 2.0**-23  # rounding a logit z moves a log-probability by eps * z
+    assert abs(mine - its) <= 4 * eps * max(1.0, largest)
+    for name, gradient in exact.items():
+        assert gradient.abs().max() > 0
+        assert relative_error(gradients[name], gradient) <= 16 * eps * max(1.0, largest), name
