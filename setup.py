@@ -178,6 +178,7 @@ class Build(build_ext):
         one_by_one = self.compiler.compile
 
         def compile_all(sources: list[str], **options: Any) -> list[str]:
+            print(f"building the C++ kernels ({len(sources)} files) ...", flush=True)
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 return list(chain.from_iterable(pool.map(lambda source: one_by_one([source], **options), sources)))
 

@@ -1,4 +1,4 @@
-"""``scripts/setup.sh`` finds a torch on any machine and shows what it does; each case on package indexes that the test makes."""
+"""``scripts/setup.sh`` finds torch on any machine and prints its stages: each case on package indexes that the test makes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "setup.sh"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "setup.sh"
 VERSION = re.search(r"^torch_version=(\S+)$", SCRIPT.read_text(), re.M)[1]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="needs pip")
 
@@ -33,7 +33,9 @@ def build_editable(folder, config_settings=None, metadata_directory=None):
 """
 
 
-def write_wheel(folder: Path, name: str, version: str, module: str = "", requires: tuple[str, ...] = (), extras: str = "") -> None:
+def write_wheel(
+    folder: Path, name: str, version: str, module: str = "", requires: tuple[str, ...] = (), extras: str = ""
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     info = f"{name}-{version}.dist-info"
     metadata = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
@@ -62,7 +64,9 @@ class Machine:
 
     home: Path
 
-    def set_up(self, configured: str, pytorch: str, environment: str = "env", **variables: str) -> subprocess.CompletedProcess[str]:
+    def set_up(
+        self, configured: str, pytorch: str, environment: str = "env", **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "PYTHON", "LOGITLESS_"))}
         given = {
             "PIP_CONFIG_FILE": os.devnull,
@@ -83,7 +87,9 @@ class Machine:
 
     def installed(self, name: str) -> str:
         code = f"from importlib.metadata import version; print(version({name!r}))"
-        return subprocess.run([self.home / "env/bin/python", "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            [self.home / "env/bin/python", "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
 
 @pytest.fixture
@@ -196,7 +202,9 @@ def test_a_torch_that_is_there_is_kept(machine):
 
 def test_the_environment_is_made_where_there_is_none(machine):
     """By a Python that is recent enough, which PYTHON names."""
-    machine.program("python", f'case "$*" in "-m venv "*) ln -s "{machine.home}/env" "$3";; *) exec "{sys.executable}" "$@";; esac')
+    machine.program(
+        "python", f'case "$*" in "-m venv "*) ln -s "{machine.home}/env" "$3";; *) exec "{sys.executable}" "$@";; esac'
+    )
     machine.program("old", 'case "$1" in --version) echo Python 3.8.1;; *) exit 1;; esac')
     configured = index(machine.home / "configured", torch=[CPU], **OTHERS)
     python = str(machine.home / "bin/python")
