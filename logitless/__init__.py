@@ -1,7 +1,8 @@
 """logitless: log-probabilities and preference losses straight from hidden states and the lm-head weight, without logits."""
 
 from logitless.fused.models.at_head import AtHead, at_head, model_loss
-from logitless.fused.models.model_logps import model_logps, why_not_padding_free
+from logitless.fused.models.attention import why_not_padding_free
+from logitless.fused.models.logps import model_logps
 from logitless.fused.models.packing import PackedSequences, pack, unpack
 from logitless.fused.policy.importance import importance_sampling_ratio
 from logitless.fused.policy.loss import PolicyLoss, PolicyLossResult, Tokens

@@ -22,8 +22,12 @@ def make(name: str) -> nn.Module:
     if name == "bloom":  # takes no position ids, so it runs as a right-padded batch
         return BloomForCausalLM(BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4)).double()
     if name == "gemma2":  # soft-capped logits, tied weights
-        config = Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8, sliding_window=3, final_logit_softcapping=5.0)
-        return Gemma2ForCausalLM(config).double()
+        caps = {"final_logit_softcapping": 5.0, "attn_logit_softcapping": None}
+        config = Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8, sliding_window=3, **caps)
+        model = Gemma2ForCausalLM(config).double()
+        # its eager attention takes the softmax in float32, where the sum over a longer row can have other bits
+        model.config._attn_implementation = "sdpa"
+        return model
     return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2)).double()
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import logitless as ll
-from logitless.fused.models.model_logps import model_logps, why_not_padding_free
+from logitless.fused.models.attention import why_not_padding_free
+from logitless.fused.models.logps import model_logps
 from logitless.fused.models.packing import PackedSequences, pack
 
 from ..helpers import relative_error
