@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import logitless as ll
+from logitless.fused.policy.losses.grpo import GRPO_LOSSES
 
 DIGITS, EOS, PAD, BOS = 10, 10, 11, 12
 LENGTH = 8
@@ -120,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--loss-type", default="dapo", choices=ll.GRPO_LOSSES)
+    parser.add_argument("--loss-type", default="dapo", choices=GRPO_LOSSES)
     args = parser.parse_args()
     history = train(args.seed, args.steps, args.loss_type)
     last = history[-5:]

@@ -44,7 +44,7 @@ def train(
     def values_of(hidden: Tensor) -> Tensor:
         return value_head(hidden)[:, 0]
 
-    def score(at: ll.AtHead) -> tuple[Tensor, Tensor]:
+    def score(at: ll.models.AtHead) -> tuple[Tensor, Tensor]:
         """Log-probabilities and values of the policy that sampled."""
         logps = ll.linear_logps(at.hidden, at.weight, at.labels, at.bias, at.head).logps
         assert logps is not None
@@ -63,14 +63,14 @@ def train(
             with torch.no_grad():
                 old_logps, old_values = ll.at_head(model, packed, score)
                 ref_logps = ll.model_logps(reference, packed).logps
-            shaped = ll.kl_shaped_rewards(rewards[part], old_logps, ref_logps, kl_coef=kl_coef, **where)
+            shaped = ll.rl.kl_shaped_rewards(rewards[part], old_logps, ref_logps, kl_coef=kl_coef, **where)
             advantages, returns = ll.gae(shaped, old_values, gamma=1.0, lam=0.95, **where)
-            advantages = ll.masked_whiten(advantages, where["mask"])
+            advantages = ll.rl.masked_whiten(advantages, where["mask"])
             batches.append((packed, where, old_logps, old_values, advantages, returns))
         for _ in range(epochs):
             for packed, where, old_logps, old_values, advantages, returns in batches:
 
-                def losses(at: ll.AtHead, batch=(where, old_logps, old_values, advantages, returns)):
+                def losses(at: ll.models.AtHead, batch=(where, old_logps, old_values, advantages, returns)):
                     where, old_logps, old_values, advantages, returns = batch
                     policy = policy_loss(
                         at.hidden, at.weight, at.labels, at.bias, at.head,

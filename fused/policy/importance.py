@@ -8,7 +8,8 @@ from torch import Tensor
 from logitless.kernels.sequence_logps import segment_sum
 
 from ..preference.base import check_choice, check_number
-from ..rl.gae import Segments, check_float, check_like
+from ..rl.checks import check_float, check_like
+from ..rl.segments import Segments
 
 #: What ``mode`` may be, as TRL names them.
 IMPORTANCE_SAMPLING_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..preference.base import check_choice
-from .gae import check_float, check_like
+from .checks import check_float, check_like
 
 #: Below it, ``exp(x) - 1 - x`` is summed as a series: the difference would lose ``2 / |x|`` units of rounding.
 _SMALL = 0.25

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..preference.base import check_bool, check_number
-from .gae import check_float, check_like
+from .checks import check_float, check_like
 
 
 def _kept(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | int]:

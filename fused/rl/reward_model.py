@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from logitless.kernels.core.checks import check_cu_seqlens
 
 from ..preference.base import check_number
-from .gae import check_float, check_like
+from .checks import check_float, check_like
 
 
 @dataclass

@@ -15,6 +15,7 @@ import logitless as ll
 from logitless.fused.models.attention import why_not_padding_free
 from logitless.fused.models.logps import model_logps
 from logitless.fused.models.packing import PackedSequences, pack
+from logitless.kernels.core.stats import OUTPUTS
 
 from ..helpers import relative_error
 from .tiny import (
@@ -131,7 +132,7 @@ def test_only_what_is_asked_for_is_scored(llama, padding_free):
 def test_every_output_belongs_to_the_distribution_that_the_token_was_drawn_from(llama):
     ids = make_ids([6, 4])
     with torch.no_grad():
-        stats = model_logps(llama, ids, outputs=ll.OUTPUTS, padding_free=True)
+        stats = model_logps(llama, ids, outputs=OUTPUTS, padding_free=True)
         start = 0
         for sequence in ids:
             logits = plain_logits(llama, sequence)[:-1]

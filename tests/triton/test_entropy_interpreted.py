@@ -12,6 +12,7 @@ import logitless as ll
 from logitless.kernels.backends.torch import blockwise as torch_backend
 from logitless.kernels.core.dtypes import tile_dtype
 from logitless.kernels.core.head_spec import HeadSpec
+from logitless.kernels.core.settings import current_settings
 from logitless.kernels.core.stats import CoreOptions
 from logitless.kernels.tile.entropy import mix_tile_
 from logitless.kernels.tile.head_gradient import HeadGradient
@@ -44,7 +45,7 @@ def by_the_kernel(monkeypatch) -> list[int]:
     calls: list[int] = []
 
     def mix(tile: Tensor, mix: Tensor, k: Tensor, head: HeadSpec, options: CoreOptions) -> None:
-        if ll.current_settings().backend != "triton":  # the reference
+        if current_settings().backend != "triton":  # the reference
             return mix_tile_(tile, mix, k, head, options)
         calls.append(len(tile))
         return entropy.mix_tile(tile, mix, k, head)
