@@ -7,6 +7,7 @@ from torch import Tensor
 
 from logitless.kernels.sequence_logps import segment_sum
 
+from ..bounds import LARGEST_ROOT
 from ..preference.base import check_choice, check_number
 from ..rl.checks import check_float, check_like
 from ..rl.segments import Segments
@@ -75,7 +76,7 @@ def importance_sampling_ratio(
     difference = torch.nan_to_num(difference, nan=0.0)
     if mode.startswith("sequence_"):
         difference = segment_sum(difference, segments.offsets)
-    ratio = difference.exp()
+    ratio = difference.exp().clamp(max=LARGEST_ROOT)
     if mode.endswith("_truncate"):
         ratio = ratio.clamp(clip_min, clip_max)
     else:

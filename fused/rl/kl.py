@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..bounds import bounded_exponent
 from ..preference.base import check_choice
 from .checks import check_float, check_like
 
@@ -27,10 +28,10 @@ def _k2(logratios: Tensor) -> Tensor:
 
 
 def _k3(logratios: Tensor) -> Tensor:
-    """Unbiased, never negative: ``exp(x) - 1 - x`` of ``x = -logratios``."""
-    x = -logratios
+    """Unbiased, never negative: ``exp(x) - 1 - x`` of ``x = min(-logratios, 80)``."""
+    x = bounded_exponent(-logratios)
     small = x.abs() < _SMALL
-    near = torch.where(small, x, 0)  # an overflow in a branch that is not taken would make its gradient NaN
+    near = torch.where(small, x, 0)  # an overflow in the branch that is not selected would make the gradient NaN
     series = torch.full_like(near, _TERMS[-1])
     for term in _TERMS[-2::-1]:
         series = series * near + term
