@@ -9,7 +9,7 @@ from logitless.kernels.core.checks import check_tensor
 
 
 def check_float(name: str, value: object) -> None:
-    """A floating point tensor, or an error that names it."""
+    """Raise unless ``value`` is a floating point tensor."""
     check_tensor(name, value)
     assert isinstance(value, Tensor)
     if not value.is_floating_point():
@@ -17,7 +17,7 @@ def check_float(name: str, value: object) -> None:
 
 
 def check_like(name: str, value: object, like: Tensor, like_name: str, *, boolean: bool = False) -> None:
-    """A floating point (or bool) tensor of the shape and on the device of another one, or an error that names it."""
+    """Raise unless ``value`` is a floating point (or bool) tensor of the shape and on the device of ``like``."""
     if boolean:
         check_tensor(name, value)
         assert isinstance(value, Tensor)
@@ -33,17 +33,17 @@ def check_like(name: str, value: object, like: Tensor, like_name: str, *, boolea
 
 
 def check_one_each(name: str, value: object, count: int, device: torch.device) -> None:
-    """A floating point tensor with one value a segment, or an error that names it."""
+    """Raise unless ``value`` is a floating point tensor with one value per segment."""
     check_float(name, value)
     assert isinstance(value, Tensor)
     if tuple(value.shape) != (count,):
-        raise ValueError(f"{name} must have shape [{count}], one value a segment, got {tuple(value.shape)}")
+        raise ValueError(f"{name} must have shape [{count}], one value per segment, got {tuple(value.shape)}")
     if value.device != device:
         raise ValueError(f"{name} is on {value.device} but the tokens are on {device}: move one of them")
 
 
 def check_rate(name: str, value: object) -> float:
-    """A number from 0 to 1, or an error that names it."""
+    """A number from 0 to 1; raises for any other value."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not 0 <= value <= 1:

@@ -15,12 +15,12 @@ from logitless.kernels.core.settings import current_settings
 from .checks import check_float, check_like, check_one_each, check_rate
 from .segments import Segments
 
-#: Tokens of a block of the scan. For 1M tokens, one of each block are 125 KB of float64, which stay in a cache.
+#: Tokens per block of the scan. For 1M tokens, one token of each block is 125 KB of float64, which stays in cache.
 BLOCK = 64
 
 
 class GAE(NamedTuple):
-    """What :func:`gae` returns; both are shaped like the rewards, without a gradient, 0 at masked positions.
+    """The result of :func:`gae`. Both tensors are shaped like the rewards, carry no gradient, and are 0 at masked positions.
 
     Attributes:
         advantages: generalized advantage estimates.
@@ -47,20 +47,20 @@ def gae(
         delta_t = rewards_t + gamma * values_{t+1} - values_t
         advantages_t = delta_t + gamma * lam * advantages_{t+1}
 
-    A masked token does not exist: its neighbours follow each other, and whatever stands there changes nothing. After the last
-    token of a segment, the value is that of ``last_values`` and the advantage 0.
+    Masked tokens are skipped: the tokens before and after them are consecutive, and the values at masked positions are ignored.
+    After the last token of a segment, the value is that of ``last_values`` and the advantage is 0.
 
     Args:
         rewards: reward of each token, floating point; padded ``[S, T]``, or packed ``[N]`` with ``cu_seqlens``.
-        values: the value function's estimate before each token, floating point.
+        values: estimate of the value function before each token, floating point.
         cu_seqlens: int32 or int64, where each packed segment starts and ends. Segments may be empty.
-        mask: the tokens that count. Holes are allowed.
+        mask: the tokens to keep; masked tokens may be anywhere in a segment.
         gamma: discount, in [0, 1].
         lam: weight of longer horizons, in [0, 1]: 0 for one-step temporal differences, 1 for Monte Carlo returns.
-        last_values: value after the end of a segment that was cut off. Default: 0, the segment has ended.
+        last_values: value after the last token of a truncated segment. Default: 0, for a segment that ended.
 
     Returns:
-        GAE: advantages and returns in the rewards' dtype, at least float32; computed in float64.
+        GAE: advantages and returns in the dtype of the rewards, at least float32; computed in float64.
 
     Raises:
         TypeError, ValueError: naming the argument.

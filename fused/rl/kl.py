@@ -11,9 +11,9 @@ from ..bounds import bounded_exponent
 from ..preference.base import check_choice
 from .checks import check_float, check_like
 
-#: Below it, ``exp(x) - 1 - x`` is summed as a series: the difference would lose ``2 / |x|`` units of rounding.
+#: Below this size of x, ``exp(x) - 1 - x`` is a series: the difference would lose ``2 / |x|`` units of rounding.
 _SMALL = 0.25
-#: 1/k! from k = 3 to 12. What is left out is below 8e-17 of the sum.
+#: 1/k! from k = 3 to 12. The terms left out are below 8e-17 of the sum.
 _TERMS = (1 / 6, 1 / 24, 1 / 120, 1 / 720, 1 / 5040, 1 / 40320, 1 / 362880, 1 / 3628800, 1 / 39916800, 1 / 479001600)
 
 
@@ -47,12 +47,15 @@ def kl_estimate(
     ref_logps: Tensor,  # like logps
     estimator: str = "k3",
 ) -> Tensor:
-    """Estimate of ``KL(policy || reference)`` at each token that the policy sampled; differentiable.
+    """Estimate of ``KL(policy || reference)`` at each token sampled from the policy. Differentiable.
 
-    With ``d = logps - ref_logps``, Schulman's http://joschu.net/blog/kl-approx.html names: ``"k1"`` is ``d``, ``"k2"`` is
-    ``d**2 / 2`` and ``"k3"`` is ``exp(-d) - 1 + d``, here with full relative precision however small ``d`` is. As a *loss*,
-    the gradient of ``k2`` is on average that of the divergence, the one of ``k1`` is 0, and the one of ``k3`` is that of
+    With ``d = logps - ref_logps`` and Schulman's names (http://joschu.net/blog/kl-approx.html), ``"k1"`` is ``d``, ``"k2"`` is
+    ``d**2 / 2`` and ``"k3"`` is ``exp(-d) - 1 + d``, computed with full relative precision for small ``d``. As a *loss*, the
+    expected gradient of ``k2`` is that of the divergence, that of ``k1`` is 0, and that of ``k3`` is the gradient of
     ``KL(reference || policy)``.
+
+    ``"k3"`` takes ``d`` as at least -80: for a token further below its reference the value stays ``exp(80) - 81`` and the
+    gradient is 0, so that it is finite in float32.
 
     Args:
         logps: log-probabilities under the policy, floating point, any shape.

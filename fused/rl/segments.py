@@ -16,14 +16,14 @@ from .checks import check_like
 
 @dataclass(frozen=True)
 class Segments:
-    """Where the segments of a batch are, and which tokens count.
+    """Where the segments of a batch are, and which tokens are kept.
 
-    A token that is masked does not exist for what is computed on packed tokens: the next one that counts follows.
+    Functions on packed tokens skip masked tokens: the kept tokens before and after them are consecutive.
     """
 
     shape: torch.Size
     bounds: Tensor  # (S + 1,) int64, of all tokens
-    mask: Tensor | None  # (N,) bool, the tokens that count
+    mask: Tensor | None  # (N,) bool, the tokens to keep
 
     @classmethod
     def of(cls, name: str, tokens: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> Segments:
@@ -47,12 +47,12 @@ class Segments:
 
     @cached_property
     def kept(self) -> Tensor | None:
-        """The places of the tokens that count, (N',), or None for all."""
+        """Indices of the kept tokens, (N',); None if all are kept."""
         return None if self.mask is None else self.mask.nonzero()[:, 0]
 
     @cached_property
     def offsets(self) -> Tensor:
-        """The bounds among tokens that count, (S + 1,)."""
+        """The bounds among the kept tokens, (S + 1,)."""
         if self.mask is None:
             return self.bounds
         before = torch.zeros(len(self.mask) + 1, dtype=torch.long, device=self.mask.device)
@@ -61,17 +61,17 @@ class Segments:
 
     @cached_property
     def last(self) -> tuple[Tensor, Tensor]:
-        """Which segments have tokens, (S,) bool, and the place of the last one of each of these among those that count."""
+        """Which segments have kept tokens, (S,) bool, and the index of the last one of each such segment among kept tokens."""
         filled = self.offsets[1:] > self.offsets[:-1]
         return filled, self.offsets[1:][filled] - 1
 
     def only(self, wanted: Tensor) -> Segments:
-        """The same, with the tokens of segments that are not ``wanted``, (S,) bool, masked."""
+        """The same segments, with the tokens of those that are not ``wanted``, (S,) bool, masked."""
         mask = torch.repeat_interleave(wanted, self.bounds.diff(), output_size=math.prod(self.shape))
         return Segments(self.shape, self.bounds, mask if self.mask is None else mask & self.mask)
 
     def pack(self, tokens: Tensor) -> Tensor:
-        """The tokens that count, (N',)."""
+        """The kept tokens, (N',)."""
         flat = tokens.reshape(-1)
         return flat if self.kept is None else flat.index_select(0, self.kept)
 
