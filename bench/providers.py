@@ -93,7 +93,7 @@ def compiled(case: Case, inputs: Inputs) -> Work:
 
 
 _MODULES: dict[str, Callable[[], Any]] = {
-    "nll": lambda: ll.FusedLinearLoss(lambda batch: batch.token_mean_nll(), group="sequence", uses_nll=True),
+    "nll": lambda: ll.FusedLinearPreferenceLoss(lambda batch: batch.token_mean_nll(), group="sequence", uses_nll=True),
     "dpo": lambda: ll.FusedLinearDPOLoss(losses.DPO_BETA),
     "ipo": lambda: ll.FusedLinearIPOLoss(losses.IPO_BETA),
     "simpo": lambda: ll.FusedLinearSimPOLoss(losses.SIMPO_BETA, losses.SIMPO_GAMMA),
@@ -163,7 +163,8 @@ def _register(name: str, **settings: Any) -> None:
     """The module and the op under some settings, on the backend that these name."""
 
     def why_not(case: Case, device: torch.device) -> list[str]:
-        from logitless.kernels.backends.registry import Call, get_backend
+        from logitless.kernels.backends.interface import Call
+        from logitless.kernels.backends.registry import get_backend
 
         if "backend" not in settings:
             return []

@@ -231,7 +231,8 @@ def _register(suffix: str, **settings: Any) -> None:
     """The module and the op under some settings, on the backend that these name."""
 
     def why_not(case: Case, device: torch.device) -> list[str]:
-        from logitless.kernels.backends.registry import Call, get_backend
+        from logitless.kernels.backends.interface import Call
+        from logitless.kernels.backends.registry import get_backend
 
         if "backend" not in settings:
             return []

@@ -5,16 +5,19 @@ from __future__ import annotations
 import torch
 
 import logitless as ll
+from logitless.kernels.backends.interface import Call, ElementWise
 from logitless.kernels.backends.native.passes import NATIVE_PASSES
-from logitless.kernels.backends.registry import Call, get_backend
-from logitless.kernels.backends.torch.passes import TORCH_PASSES, Logits, Passes, combine, target_logit_and_slope
-from logitless.kernels.planner.plan import core_options
+from logitless.kernels.backends.registry import get_backend
+from logitless.kernels.backends.torch.passes import TORCH_PASSES, Logits
+from logitless.kernels.core.blocking import core_options
+from logitless.kernels.tile.sums import combine
+from logitless.kernels.tile.targets import target_logit_and_slope
 
 from .cases import Case, Inputs
 from .registry import Result, Work, provider
 
 #: The passes of each backend; those with GEMMs in their kernels have none to time alone.
-_PASSES: dict[str, Passes] = {"cpu": NATIVE_PASSES, "cuda": NATIVE_PASSES, "torch": TORCH_PASSES}
+_PASSES: dict[str, ElementWise] = {"cpu": NATIVE_PASSES, "cuda": NATIVE_PASSES, "torch": TORCH_PASSES}
 
 
 def _tile(inputs: Inputs) -> torch.Tensor:
@@ -35,7 +38,7 @@ def copy(case: Case, inputs: Inputs) -> Work:
     return Work(step)
 
 
-def _pass(name: str, passes: Passes, case: Case, inputs: Inputs) -> Work:
+def _pass(name: str, passes: ElementWise, case: Case, inputs: Inputs) -> Work:
     """From the tile to log-probs and, in its place, the gradient."""
     source, labels = _tile(inputs), inputs.labels[inputs.scored]
     tile = source.clone()
@@ -55,7 +58,7 @@ def _pass(name: str, passes: Passes, case: Case, inputs: Inputs) -> Work:
     return Work(step, prepare=lambda: tile.copy_(source))
 
 
-def _register(name: str, passes: Passes) -> None:
+def _register(name: str, passes: ElementWise) -> None:
     def why_not(case: Case, device: torch.device) -> list[str]:
         backend, dtype = get_backend(name), case.shape.torch_dtype
         return [*backend.why_unavailable(), *backend.why_not(Call(device, dtype, dtype))]

@@ -3,10 +3,11 @@
 from logitless.fused.models.at_head import at_head, model_loss
 from logitless.fused.models.logps import model_logps
 from logitless.fused.models.packing import PackedSequences, pack, unpack
+from logitless.fused.policy.base import FusedLinearPolicyLoss
 from logitless.fused.policy.loss import PolicyLoss, PolicyLossResult, Tokens
-from logitless.fused.policy.modules import FusedLinearGRPOLoss, FusedLinearPolicyLoss, FusedLinearPPOLoss
-from logitless.fused.preference.base import FusedLinearLoss
-from logitless.fused.preference.loss import Loss, LossResult, Pairs, Sequences
+from logitless.fused.policy.modules import FusedLinearGRPOLoss, FusedLinearPPOLoss
+from logitless.fused.preference.base import FusedLinearPreferenceLoss
+from logitless.fused.preference.loss import Pairs, PreferenceLoss, PreferenceLossResult, Sequences
 from logitless.fused.preference.modules import (
     FusedLinearCPOLoss,
     FusedLinearDPOLoss,
@@ -41,21 +42,21 @@ __all__ = [
     "FusedLinearGRPOLoss",
     "FusedLinearIPOLoss",
     "FusedLinearKTOLoss",
-    "FusedLinearLoss",
     "FusedLinearMultiObjectiveLoss",
     "FusedLinearORPOLoss",
     "FusedLinearPPOLoss",
     "FusedLinearPolicyLoss",
+    "FusedLinearPreferenceLoss",
     "FusedLinearSimPOLoss",
     "HeadSpec",
-    "Loss",
-    "LossResult",
     "Objective",
     "PackedSequences",
     "Pairs",
     "Plan",
     "PolicyLoss",
     "PolicyLossResult",
+    "PreferenceLoss",
+    "PreferenceLossResult",
     "Sequences",
     "TokenStats",
     "Tokens",

@@ -12,7 +12,7 @@ from torch import Tensor
 from logitless.kernels.core.checks import check_tensor
 from logitless.kernels.sequence_logps import segment_sum
 
-from ..preference.base import check_bool, check_choice, check_number
+from ..checks import check_bool, check_choice, check_number
 from .checks import check_float, check_like, check_one_each, check_rate
 from .gae import gae
 from .kl import KL_ESTIMATORS, kl_estimate

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..bounds import bounded_exponent
-from ..preference.base import check_choice
+from ..checks import check_choice
 from .checks import check_float, check_like
 
 #: Below this size of x, ``exp(x) - 1 - x`` is a series: the difference would lose ``2 / |x|`` units of rounding.

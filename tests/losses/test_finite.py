@@ -18,7 +18,7 @@ from logitless.fused.policy.importance import IMPORTANCE_SAMPLING_MODES
 from logitless.fused.policy.loss import PolicyLoss, Tokens
 from logitless.fused.policy.losses.grpo import CLIPPED, GRPO_LOSSES, GRPOOptions, grpo
 from logitless.fused.policy.losses.ppo import KL_PENALTIES, ppo
-from logitless.fused.preference.loss import Loss, Pairs, Sequences, Totals
+from logitless.fused.preference.loss import Pairs, PreferenceLoss, Sequences, Totals
 from logitless.fused.preference.losses.dpo import (
     BATCH_COUPLED,
     DIVERGENT,
@@ -31,8 +31,10 @@ from logitless.fused.preference.losses.dpo import (
 )
 from logitless.fused.preference.losses.kto import KTO_LOSSES, kto
 from logitless.fused.preference.losses.simple import CPO_LOSSES, alpha_reward, cpo, log_odds, orpo, simpo
+from logitless.kernels.backends.registry import choose_elementwise
 
 SIZE = 12  # sequences of a preference loss (six pairs), tokens of a policy loss
+SEGMENT_SUM = choose_elementwise(torch.device("cpu"), "segment_sum").segment_sum
 OFFSETS = torch.tensor([0, 0, 3, SIZE])  # the first sequence has no token
 Results: TypeAlias = tuple[Tensor, dict[str, Tensor]]
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -83,7 +85,7 @@ def smoothing(name: str) -> list[float]:
     return [0.0, 0.3] if name in SMOOTHED else [0.0]
 
 
-def preference_losses() -> dict[str, Loss]:
+def preference_losses() -> dict[str, PreferenceLoss]:
     found = {}
     for beta in (0.05, 2.0):
         for name in DPO_LOSSES:
@@ -243,6 +245,7 @@ def test_policy_losses_are_finite(values, corrected, dtype):
                 entropies=tensors["entropies"] if loss.uses_entropy else None,
                 inputs=inputs,
                 offsets=OFFSETS,
+                add=SEGMENT_SUM,
             )
         )
         return result.losses, result.metrics

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import logitless as ll
-from logitless.fused.policy.modules import PolicyOutput
+from logitless.fused.policy.base import PolicyOutput
 
 from ..helpers import relative_error
 

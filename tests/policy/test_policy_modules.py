@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import logitless as ll
-from logitless.fused.policy.modules import PolicyOutput
+from logitless.fused.policy.base import PolicyOutput
 
 from ..core.test_cost import budget_for_rows, flops, inputs, peak_bytes, scored
 from ..helpers import Case, make_case, relative_error, run_reference
