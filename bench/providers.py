@@ -93,7 +93,7 @@ def compiled(case: Case, inputs: Inputs) -> Work:
 
 
 _MODULES: dict[str, Callable[[], Any]] = {
-    "nll": lambda: ll.FusedLinearLoss(lambda batch: batch.token_mean_nll(), group="sequence", uses_nll=True),
+    "nll": lambda: ll.FusedLinearPreferenceLoss(lambda batch: batch.token_mean_nll(), group="sequence", uses_nll=True),
     "dpo": lambda: ll.FusedLinearDPOLoss(losses.DPO_BETA),
     "ipo": lambda: ll.FusedLinearIPOLoss(losses.IPO_BETA),
     "simpo": lambda: ll.FusedLinearSimPOLoss(losses.SIMPO_BETA, losses.SIMPO_GAMMA),

@@ -146,7 +146,7 @@ class Workbench:
     def _sums(self, model: nn.Module, packed: ll.PackedSequences) -> Tensor:
         """(S,) log-probs of sequences, laid out as attention is."""
 
-        def sums(at: ll.AtHead) -> Tensor:
+        def sums(at: ll.models.AtHead) -> Tensor:
             return ll.sequence_logps(at.hidden, at.weight, at.labels, at.bias, at.head, cu_seqlens=at.cu_seqlens)
 
         return ll.at_head(model, packed, sums, padding_free=self.in_one_row)
