@@ -1,7 +1,7 @@
-"""What bounds a step on the device at hand: copies, GEMMs of the head's shapes, and launches. The suite ``ceilings``.
+"""The suite ``ceilings``: what bounds a step on a device: copies, GEMMs of the head's shapes, and launches.
 
-It has no providers and nothing to check: each row is one operation of torch, timed alone. ``scripts/gpu_constants.py`` makes
-the cost model's constants of its JSON.
+It has no providers and checks nothing: each row is one operation of torch, timed alone. ``scripts/gpu_constants.py`` computes
+the cost model's constants from its JSON.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import Shape
-from .console import Console
-from .environment import nvidia_smi
-from .report import write_json
+from .core.cases import Shape
+from .core.console import Console
+from .core.environment import nvidia_smi
+from .core.report import write_json
+from .core.rows import Progress
 from .suites import SUITES
 
 SUITE = "ceilings"
@@ -27,15 +28,15 @@ HELP = "bandwidth of a copy, GEMMs of the head's shapes, and the time of a short
 SCHEMA = 1
 COLUMNS = ("operation", "ms, median", "min", "GB/s", "TFLOP/s", "what")
 
-#: Bytes that are copied, by device: far beyond any cache.
+#: Bytes that are copied, by device: far more than any cache.
 _COPY_BYTES = {"cuda": 2 << 30, "cpu": 128 << 20}
 #: Short kernels in one queue, which holds about a thousand.
 _LAUNCHES = 500
-#: Vocabulary entries of the GEMMs in float32 and float64, whose whole weight would take seconds.
+#: Vocabulary entries of the GEMMs in float32 and float64, which would take seconds with the whole weight.
 _WIDE_VOCAB = 16384
-#: Seconds for which each operation is repeated, and its fewest and most runs.
+#: Seconds for which each operation is repeated, and the fewest and most runs.
 _REPEAT_SECONDS, _FEWEST, _MOST = 0.3, 3, 40
-#: Seconds of GEMMs in the queue while the driver's tool is asked for the clock.
+#: Seconds of GEMMs in the queue while the driver's tool reads the clock.
 _LOAD_SECONDS = 3.0
 
 
@@ -88,7 +89,7 @@ def _once(run: Callable[[], object], device: torch.device) -> float:
 
 
 def time_of(run: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Median and least seconds of some runs, after one that nobody counts."""
+    """Median and least seconds of some runs, after one that is not counted."""
     run()
     first = _once(run, device)
     count = min(_MOST, max(_FEWEST, int(_REPEAT_SECONDS / max(first, 1e-9))))
@@ -104,7 +105,7 @@ def copy(device: torch.device) -> Ceiling:
 
 
 def launch(device: torch.device) -> Ceiling:
-    """Of one short kernel among many that wait in the queue; on a CPU of a call of a short operator."""
+    """One short kernel in a full queue; on a CPU one call of a short operator."""
     x = torch.zeros(1, device=device)
 
     def run() -> None:
@@ -151,14 +152,14 @@ def gemms(shape: Shape, dtype: torch.dtype, device: torch.device, vocab: int | N
     for what, run in runs.items():
         found.append(Ceiling("gemm", what, *time_of(run, device), moved=moved, flops=2 * n * h * v, **sizes))
         if len(found) == 1:
-            tile.mul_(1e-3)  # about as large as gradients are: power depends on the numbers
+            tile.mul_(1e-3)  # about the size of gradients: power, and so the clock, depends on the numbers
     return found
 
 
 def clock_under_load(shape: Shape, device: torch.device, seconds: float) -> float | None:
     """Hertz of the multiprocessors while the GEMM of the logits, which takes ``seconds``, runs all the time.
 
-    ``None`` where the driver's tool does not say, or where the queue was empty before it did.
+    ``None`` where the driver's tool reports none, or where the queue was empty before it did.
     """
     if device.type == "cpu":
         return None
@@ -173,10 +174,10 @@ def clock_under_load(shape: Shape, device: torch.device, seconds: float) -> floa
     return float(megahertz) * 1e6 if megahertz is not None and still_busy else None
 
 
-def measure(device: torch.device, shapes: list[Shape], progress: Callable[[str, int], None]) -> dict[str, Any]:
-    """All rows, and the clock under load."""
+def measure(device: torch.device, shapes: list[Shape], progress: Progress) -> tuple[float | None, list[Ceiling]]:
+    """The clock under load, and all rows."""
     before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False  # of float32, as torch has it by default
+    torch.backends.cuda.matmul.allow_tf32 = False  # torch's default for float32
     try:
         progress("copy and launch", 1)
         rows = [copy(device), launch(device)]
@@ -191,11 +192,11 @@ def measure(device: torch.device, shapes: list[Shape], progress: Callable[[str, 
             rows += gemms(first, dtype, device, min(first.vocab, _WIDE_VOCAB))[:1]
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-    return {"clock_hz": clock, "rows": [row.as_dict() for row in rows]}
+    return clock, rows
 
 
 def shapes_of(device: torch.device, overrides: Mapping[str, Any], quick: bool) -> list[Shape]:
-    """Those of the suite that has the device's headline, each once."""
+    """The shapes of the suite with the device's headline, each once."""
     suite = SUITES["gpu" if device.type == "cuda" else "dpo"]
     return list(dict.fromkeys(case.shape for case in suite.make(overrides, quick)))
 
@@ -206,13 +207,11 @@ def run(
     """Measure, print the table, and write it as JSON."""
     shapes = shapes_of(device, overrides, quick)
     with console.progress(len(shapes) + 4) as progress:
-        found = measure(device, shapes, progress)
-    names = list(Ceiling.__dataclass_fields__)
-    cells = [Ceiling(**{name: row[name] for name in names}).cells() for row in found["rows"]]
-    console.table(f"{SUITE}: operations of torch alone", COLUMNS, cells, [False] * len(cells))
-    if found["clock_hz"] is not None:
-        console.print(f"  {found['clock_hz'] / 1e6:.0f} MHz under a load of GEMMs", highlight=False)
+        clock, rows = measure(device, shapes, progress)
+    console.table(f"{SUITE}: operations of torch alone", COLUMNS, [row.cells() for row in rows], [False] * len(rows))
+    if clock is not None:
+        console.print(f"  {clock / 1e6:.0f} MHz under a load of GEMMs", highlight=False)
     console.print()
-    path = out / f"{device.type}-{SUITE}.json"
-    write_json(path, {"schema": SCHEMA, "quick": quick, "environment": environment, **found})
-    return path
+    value = {"schema": SCHEMA, "quick": quick, "environment": environment}
+    value |= {"clock_hz": clock, "rows": [row.as_dict() for row in rows]}
+    return write_json(out / f"{device.type}-{SUITE}.json", value)

@@ -1,7 +1,7 @@
 """Loss curves: the same model and batches under each arm, and how far rounding alone moves TRL's own curve.
 
-TRL's head rounds logits to bfloat16. Other tiles of the vocabulary change the order in which exponentials are added, which
-is far less than that rounding; so TRL's function in float32 is one of the roundings that its curve is compared with.
+TRL's head rounds logits to bfloat16. Other tiles of the vocabulary only change the order in which exponentials are added,
+which matters far less; so the roundings that TRL's curve is compared with include its function in float32.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 import functools
 import gc
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..runner import FAILED, OK, UNAVAILABLE, shorten
+from ..core.rows import OK, Outcome, Progress, Row, release_memory
 from .arms import ARMS, Arm
-from .cases import TrainCase
+from .cases import TrainCase, case_batch
 from .models import make_config
-from .steps import case_batch, step
+from .steps import step
 from .workbench import Workbench
 
 #: TRL again, with a part of the vocabulary as its tile.
@@ -30,52 +30,50 @@ LEARNING_RATE = 1e-5
 
 
 @dataclass
-class CurveRow:
-    """The losses of an arm. rounding: another rounding of TRL's own function."""
+class CurveRow(Row):
+    """The losses of an arm. rounding: whether it is another rounding of TRL's own function."""
 
-    arm: str
-    status: str = OK
-    message: str = ""
     losses: list[float] = field(default_factory=list)
     rounding: bool = False
 
+    def fail(self, status: str, message: str) -> None:
+        super().fail(status, message)
+        self.losses = []
+
 
 @dataclass
-class CurveOutcome:
+class CurveOutcome(Outcome[CurveRow]):
     """A case and its rows; the first is TRL's."""
 
-    case: TrainCase
     learning_rate: float
-    rows: list[CurveRow]
-
-    def row(self, arm: str) -> CurveRow | None:
-        return next((r for r in self.rows if r.arm == arm and r.status == OK), None)
 
     @property
     def noise(self) -> float | None:
-        """How far the farthest of TRL's own roundings is from its curve."""
+        """The largest distance of another rounding of TRL's function from TRL's curve."""
         trl = self.row("trl")
         others = [r.losses for r in self.rows if r.rounding and r.status == OK]
-        return max(distance(trl.losses, losses) for losses in others) if trl is not None and others else None
+        return max(distance(trl.losses, losses) for losses in others) if trl is not None and trl.losses and others else None
 
     def over_noise(self, row: CurveRow) -> float | None:
         """Mean distance of a curve from TRL's, over the noise."""
         trl, noise = self.row("trl"), self.noise
         return distance(row.losses, trl.losses) / noise if trl is not None and noise and row.status == OK else None
 
-    def as_dict(self) -> dict[str, Any]:
-        rows = [{**asdict(r), "distance_over_noise": None if r.arm == "trl" else self.over_noise(r)} for r in self.rows]
-        return {**self.case.as_dict(), "learning_rate": self.learning_rate, "noise": self.noise, "rows": rows}
+    def derived(self) -> dict[str, Any]:
+        return {"noise": self.noise}
+
+    def derived_of(self, row: CurveRow) -> dict[str, Any]:
+        return {"distance_over_noise": None if row.name == "trl" else self.over_noise(row)}
 
 
 def distance(a: list[float], b: list[float]) -> float:
-    """Mean over steps of how far two curves are apart."""
+    """Mean over steps of the absolute difference of two curves."""
     return statistics.mean(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
 @contextmanager
 def _replaced(name: str, value: Any) -> Iterator[None]:
-    """TRL's fused head with another value of a global that it reads."""
+    """TRL's fused head with another value of one of its globals."""
     from trl.trainer import utils
 
     before = getattr(utils, name)
@@ -97,7 +95,7 @@ class _InFloat32:
 
 
 def _roundings(vocab: int) -> dict[str, Arm]:
-    """Arms that compute what TRL's does, rounded elsewhere."""
+    """Arms that compute the same as TRL's with other roundings."""
     found: list[tuple[str, str, tuple[str, Any]]] = [
         ("trl:float32-head", "its head in float32", ("_ChunkedLogProbFunction", _InFloat32))
     ]
@@ -123,34 +121,32 @@ def run_curves(
     *,
     steps: int,
     learning_rate: float = LEARNING_RATE,
-    progress: Callable[[str, int], None] = lambda text, steps: None,
+    progress: Progress = lambda text, steps: None,
 ) -> CurveOutcome:
     """Train from one initialisation on one sequence of batches, once for each arm."""
-    outcome = CurveOutcome(case, learning_rate, [])
+    outcome = CurveOutcome(case, [], learning_rate)
     vocab = make_config(case.model, tiny=case.tiny).vocab_size
     arms = {name: ARMS[name] for name in names}
     more = _roundings(vocab) if "trl" in arms else {}
+
+    def train(row: CurveRow, arm: Arm) -> None:
+        bench = Workbench(case, device, learning_rate=learning_rate)
+        row.refuse(arm.why_not(bench))
+        if row.rounding and not bench.method.fused:
+            row.refuse([f"TRL's {type(bench.trainer).__name__} has no fused head with other roundings"])
+        if row.status != OK:
+            progress(row.name, steps)
+            return
+        for i in range(steps):
+            progress(f"step {i + 1} of {row.name}", 1)
+            data = bench.data(case_batch(case, vocab, seed=i), exact=False)
+            with arm.ready(bench):
+                row.losses.append(step(bench, arm, data).item())
+
     for name, arm in {**arms, **more}.items():
         row = CurveRow(name, rounding=name in more)
         outcome.rows.append(row)
-        bench = Workbench(case, device, learning_rate=learning_rate)
-        try:
-            reasons = arm.why_not(bench)
-            if row.rounding and not bench.method.fused:
-                reasons = [f"TRL's {type(bench.trainer).__name__} has no fused head that could round elsewhere"]
-            if reasons:
-                row.status, row.message = UNAVAILABLE, "; ".join(reasons)
-                progress(name, steps)
-                continue
-            for i in range(steps):
-                progress(f"step {i + 1} of {name}", 1)
-                data = bench.data(case_batch(case, vocab, seed=i), exact=False)
-                with arm.ready(bench):
-                    row.losses.append(step(bench, arm, data).item())
-        except Exception as error:
-            row.status, row.message, row.losses = FAILED, shorten(error), []
-        del bench  # whose trainer holds itself in circles
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        row.guard(functools.partial(train, row, arm))
+        gc.collect()  # the trainer contains reference cycles
+        release_memory(device)
     return outcome

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..memory import measure_work
-from ..registry import Result, Work
-from ..runner import FAILED, OK, UNAVAILABLE, shorten
+from ..core.memory import peak_bytes
+from ..core.rows import OK, UNAVAILABLE, Outcome, Progress, Row
 from .arms import ARMS, Arm
-from .cases import TrainCase
-from .steps import case_batch, step
+from .cases import TrainCase, case_batch
+from .steps import step
 from .workbench import Workbench
 
 #: What a size is of (pairs of a batch, or tokens of the longest sequence), what sizes are multiples of, and the power of the
@@ -37,19 +36,16 @@ class Trial:
 
 
 @dataclass
-class LimitRow:
-    """What an arm can hold.
+class LimitRow(Row):
+    """The largest size of an arm.
 
     Attributes:
         largest: the largest size that ran within the limit, ``None`` if none did.
         failing: the smallest size that did not fit, if any was tried.
         predicted: where the straight line through the peaks of the two largest sizes that ran reaches the limit.
-        cut_short: whether more would have been tried with more time. message: why the search ended, or why there is nothing.
+        cut_short: whether more would have been tried with more time; ``message`` says why the search ended.
     """
 
-    arm: str
-    status: str = OK
-    message: str = ""
     largest: int | None = None
     failing: int | None = None
     predicted: int | None = None
@@ -58,23 +54,15 @@ class LimitRow:
 
 
 @dataclass
-class LimitOutcome:
-    """A case, what was made larger, the limit in bytes, and the rows."""
+class LimitOutcome(Outcome[LimitRow]):
+    """A case and its rows: what was made larger, and the limit in bytes."""
 
-    case: TrainCase
     of: str
     limit_bytes: int
-    rows: list[LimitRow]
-
-    def row(self, arm: str) -> LimitRow | None:
-        return next((r for r in self.rows if r.arm == arm), None)
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**self.case.as_dict(), "of": self.of, "limit_bytes": self.limit_bytes, "rows": [asdict(r) for r in self.rows]}
 
 
 def extrapolate(trials: Iterable[Trial], limit: int) -> int | None:
-    """Memory grows in proportion to tokens: the size at which the line through the two largest trials reaches the limit."""
+    """The size at which the line through the two largest trials reaches the limit, as memory is linear in the tokens."""
     fitting = sorted((t for t in trials if t.peak_bytes is not None), key=lambda t: t.size)
     if len(fitting) < 2:
         return None
@@ -110,8 +98,8 @@ def search(
     growth: int = 1,
     deadline: float = math.inf,
 ) -> None:
-    """Fill in a row: double once, then go where the line says, from below, until nothing is left between what fits and what
-    does not, or a step would take more than ``seconds``, growing with that power of the size.
+    """Fill in a row: double once, then try sizes slightly below the prediction, until nothing is left between what fits and what
+    does not, or a step would take more than ``seconds``; its time grows with the power ``growth`` of the size.
     """
     size = max(granule, start // granule * granule)
     while True:
@@ -163,51 +151,43 @@ def run_limits(
     limit_bytes: int,
     seconds: float,
     deadline: float,
-    progress: Callable[[str, int], None] = lambda text, steps: None,
+    progress: Progress = lambda text, steps: None,
 ) -> LimitOutcome:
     """Find each arm's limit, starting from the size of the case.
 
     Args:
         of: ``pairs`` or ``length``.
-        limit_bytes: of torch's allocator on a GPU, which then refuses to hold more; on a CPU of what a step takes beside what
-            is held between steps.
-        seconds: that a step may take.
+        limit_bytes: of torch's allocator on a GPU, which then refuses to hold more; on a CPU of a step's memory above that
+            between steps.
+        seconds: the longest step.
         deadline: of ``time.monotonic()``, after which nothing further is tried.
     """
-    rows = [LimitRow(name) for name in names]
-    outcome = LimitOutcome(case, of, limit_bytes, rows)
+    outcome = LimitOutcome(case, [LimitRow(name) for name in names], of, limit_bytes)
     bench = Workbench(case, device)
     warm = bench.data(case_batch(case, bench.vocab, pairs=1, length=64), exact=False)
+    start = getattr(case, of)
+
+    def find(row: LimitRow) -> None:
+        arm = ARMS[row.name]
+        row.refuse(arm.why_not(bench))
+        if row.status != OK:
+            return
+        with arm.ready(bench):
+            step(bench, arm, warm)  # optimizer states
+        _attempt(bench, arm, of, start)  # compilation at the first size must not count as time of a step
+        sizes = {"start": start, "granule": GRANULES[of], "growth": _GROWTH[of]}
+        search(row, functools.partial(_attempt, bench, arm, of), limit_bytes, **sizes, seconds=seconds, deadline=deadline)
+
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total))
     try:
-        for row in rows:
-            progress(f"{of} of {row.arm}", 1)
-            arm = ARMS[row.arm]
+        for row in outcome.rows:
+            progress(f"{of} of {row.name}", 1)
             if time.monotonic() > deadline:
-                row.status, row.message = UNAVAILABLE, "left out: the time limit was reached"
-                continue
-            try:
-                if reasons := arm.why_not(bench):
-                    row.status, row.message = UNAVAILABLE, "; ".join(reasons)
-                    continue
-                with arm.ready(bench):
-                    step(bench, arm, warm)  # optimizer states
-                _attempt(bench, arm, of, getattr(case, of))  # what compiles at the first size, which is not its time
-                search(
-                    row,
-                    lambda size, arm=arm: _attempt(bench, arm, of, size),  # type: ignore[misc]
-                    limit_bytes,
-                    start=getattr(case, of),
-                    granule=GRANULES[of],
-                    seconds=seconds,
-                    growth=_GROWTH[of],
-                    deadline=deadline,
-                )
-            except Exception as error:
-                row.status, row.message = FAILED, shorten(error)
-                bench.optimizer.zero_grad()
+                row.fail(UNAVAILABLE, "left out: the time limit was reached")
+            row.guard(functools.partial(find, row))
+            bench.optimizer.zero_grad()
     finally:
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0)
@@ -222,7 +202,7 @@ def _attempt(bench: Workbench, arm: Arm, of: str, size: int) -> Trial:
         data = bench.data(case_batch(case, bench.vocab), exact=False)
         with arm.ready(bench):
             start = time.perf_counter()
-            peak = measure_work(Work(lambda: Result(loss=step(bench, arm, data))), bench.device)
+            peak: int | None = peak_bytes(lambda: step(bench, arm, data), bench.device)
             if on_gpu:
                 peak = torch.cuda.max_memory_allocated()
     except torch.OutOfMemoryError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
 import subprocess
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+import logitless as ll
 
 _PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "numpy")
 
@@ -42,7 +43,7 @@ def _memory() -> int | None:
 
 
 def _cores() -> int | None:
-    """Physical ones, where that can be known."""
+    """Physical cores, where psutil can tell."""
     try:
         import psutil
     except ImportError:
@@ -50,37 +51,37 @@ def _cores() -> int | None:
     return psutil.cpu_count(logical=False) or os.cpu_count()
 
 
-def _git(*arguments: str) -> str | None:
+def _output(*command: str) -> str | None:
+    """What a command prints; ``None`` where it is missing or fails."""
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10
-        )
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
 
 
+def _git(*arguments: str) -> str | None:
+    return _output("git", *arguments)
+
+
 def nvidia_smi(query: str) -> str | None:
-    """One property of the first GPU that the driver's tool knows, without its unit; ``None`` where it does not say."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    command = [tool, f"--query-gpu={query}", "--format=csv,noheader,nounits"]
-    try:
-        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split("\n")
-    except (OSError, subprocess.SubprocessError):
-        return None
-    value = lines[0].strip()
+    """One property of the first GPU from the driver's tool, without its unit; ``None`` where it reports none."""
+    value = (_output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits") or "").split("\n")[0].strip()
     return None if not value or value.startswith("[") else value  # [N/A], [Not Supported]
 
 
 def driver_version() -> str | None:
-    """Of NVIDIA's driver: from its tool or, without that, from Linux's account of the module; ``None`` if neither is there."""
+    """Of NVIDIA's driver, from its tool or else from Linux's account of the module; ``None`` if neither is there."""
     account = Path("/proc/driver/nvidia/version")
     if (found := nvidia_smi("driver_version")) is None and account.exists():
         match = re.search(r"Module.*?\s(\d+\.\d[\d.]*)\s", account.read_text())
         found = match[1] if match else None
     return found
+
+
+def where(device: torch.device) -> str:
+    """The device in a few words, for figures."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:
@@ -97,9 +98,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, machine and commit: git's, or what ``LOGITLESS_COMMIT`` says where the sources are no checkout."""
-    import logitless
-
+    """Versions, machine and commit: git's, or ``LOGITLESS_COMMIT`` where the sources are not a checkout."""
     status = _git("status", "--porcelain")
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -115,8 +114,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         },
         "versions": {
             "python": platform.python_version(),
-            "logitless": logitless.__version__,
+            "logitless": ll.__version__,
             **{name: _installed(name) for name in _PACKAGES},
-            "torch": torch.__version__,  # with what it was built for, which a package's metadata may leave out
+            "torch": torch.__version__,  # with its build variant, which a package's metadata may leave out
         },
     }

@@ -1,4 +1,4 @@
-"""Providers of the ``tile`` suite: the element-wise pass over logits that are there, and the copy that bounds it."""
+"""Providers of the suite ``tile``: the element-wise pass over given logits, and the copy that bounds it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import torch
 
 import logitless as ll
 from logitless.kernels.backends.native.passes import NATIVE_PASSES
-from logitless.kernels.backends.registry import Call, get_backend
 from logitless.kernels.backends.torch.passes import TORCH_PASSES, Logits, Passes, combine, target_logit_and_slope
 from logitless.kernels.planner.plan import core_options
 
-from .cases import Case, Inputs
-from .registry import Result, Work, provider
+from ..core.cases import Case
+from ..core.inputs import Inputs
+from ..core.registry import Result, Work, provider
+from .common import needs_backend
 
-#: The passes of each backend; those with GEMMs in their kernels have none to time alone.
+#: The passes of each backend; backends with GEMMs in their kernels have none to time alone.
 _PASSES: dict[str, Passes] = {"cpu": NATIVE_PASSES, "cuda": NATIVE_PASSES, "torch": TORCH_PASSES}
 
 
@@ -24,7 +25,7 @@ def _tile(inputs: Inputs) -> torch.Tensor:
 
 @provider("copy", tasks={"tile"}, roofline=True)
 def copy(case: Case, inputs: Inputs) -> Work:
-    """A copy of the tile: one read and one write of each logit, which no pass can do without."""
+    """A copy of the tile: one read and one write of each logit, the fewest of any pass."""
     source = _tile(inputs)
     destination = torch.empty_like(source)
 
@@ -56,11 +57,8 @@ def _pass(name: str, passes: Passes, case: Case, inputs: Inputs) -> Work:
 
 
 def _register(name: str, passes: Passes) -> None:
-    def why_not(case: Case, device: torch.device) -> list[str]:
-        backend, dtype = get_backend(name), case.shape.torch_dtype
-        return [*backend.why_unavailable(), *backend.why_not(Call(device, dtype, dtype))]
-
-    provider(f"pass@{name}", tasks={"tile"}, why_not=why_not)(lambda case, inputs: _pass(name, passes, case, inputs))
+    build = provider(f"pass@{name}", tasks={"tile"}, why_not=needs_backend(name))
+    build(lambda case, inputs: _pass(name, passes, case, inputs))
 
 
 for _name, _of_backend in _PASSES.items():

@@ -8,11 +8,17 @@ from pathlib import Path
 
 import torch
 
-from .runner import Outcome
+from .environment import where
+from .runner import CaseOutcome
 
 
-def write_figure(path: Path, outcomes: Sequence[Outcome], device: torch.device) -> None:
-    """Time and peak extra memory against the length of the sequences, one line a provider."""
+def can_draw() -> bool:
+    """Whether figures can be written."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def write_lines(path: Path, outcomes: Sequence[CaseOutcome], device: torch.device) -> None:
+    """Time and peak extra memory against the length of the sequences, one line per provider."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
@@ -20,43 +26,38 @@ def write_figure(path: Path, outcomes: Sequence[Outcome], device: torch.device) 
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     axes = figure.subplots(1, 2)
     panels = (
-        ("ms a step, median", lambda row: None if row.median is None else row.median * 1e3),
+        ("ms per step, median", lambda row: None if row.median is None else row.median * 1e3),
         ("peak extra memory, MiB", lambda row: row.extra_bytes / 2**20 if row.extra_bytes else None),
     )
     lengths = sorted({o.case.shape.tokens for o in outcomes})
-    names = list(dict.fromkeys(row.provider for o in outcomes for row in o.rows))
+    names = list(dict.fromkeys(row.name for o in outcomes for row in o.rows))
     colors = mpl.colormaps["tab10"]
     for axis, (label, value) in zip(axes, panels):
         for i, name in enumerate(names):
             rows = [(o.case.shape.tokens, o.row(name)) for o in outcomes]
             points = [(n, y) for n, row in rows if row is not None and (y := value(row)) is not None]
             if points:
-                ours = name.startswith("logitless")
-                style = {"color": colors(i % 10), "linewidth": 2.2 if ours else 1.2}
-                axis.plot(*zip(*points), marker="o", markersize=4, label=name, **style)
-        axis.set(xscale="log", yscale="log", xlabel="tokens a sequence", ylabel=label)
+                width = 2.2 if name.startswith("logitless") else 1.2
+                axis.plot(*zip(*points), marker="o", markersize=4, label=name, color=colors(i % 10), linewidth=width)
+        axis.set(xscale="log", yscale="log", xlabel="tokens per sequence", ylabel=label)
         axis.set_xticks(lengths, [str(n) for n in lengths])
         axis.minorticks_off()
         axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axis.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=9, frameon=False)
-    shape = outcomes[0].case.shape
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    figure.suptitle(
-        f"{outcomes[0].case.task}, {shape.pairs} pairs, H={shape.hidden}, V={shape.vocab}, {shape.dtype}, {where}", fontsize=10
-    )
+    case, shape = outcomes[0].case, outcomes[0].case.shape
+    sizes = f"{shape.pairs} pairs, H={shape.hidden}, V={shape.vocab}, {shape.dtype}"
+    figure.suptitle(f"{case.task}, {sizes}, {where(device)}", fontsize=10)
     figure.savefig(path, dpi=130)
 
 
-def write_bars(path: Path, outcomes: Sequence[Outcome], device: torch.device) -> None:
-    """Time over that of the bare GEMMs, one group of bars a case, one bar a provider."""
+def write_bars(path: Path, outcomes: Sequence[CaseOutcome], device: torch.device) -> None:
+    """Time over that of the bare GEMMs, one group of bars per case, one bar per provider."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    names = list(
-        dict.fromkeys(row.provider for o in outcomes for row in o.rows if o.ratio(row) is not None and not row.roofline)
-    )
+    names = list(dict.fromkeys(r.name for o in outcomes for r in o.rows if o.ratio(r) is not None and not r.roofline))
     figure = Figure(figsize=(11, 1 + 0.17 * len(outcomes) * (len(names) + 1)), layout="constrained")
     axis = figure.subplots()
     colors, height = mpl.colormaps["tab10"], 1 / (len(names) + 1)
@@ -66,42 +67,34 @@ def write_bars(path: Path, outcomes: Sequence[Outcome], device: torch.device) ->
         placed = axis.barh([y for y, _ in bars], [x for _, x in bars], 0.9 * height, color=colors(i % 10), label=name)
         axis.bar_label(placed, fmt="%.2f", fontsize=7, padding=2)
     axis.axvline(1, color="black", linewidth=0.8)
-    several = len({o.case.task for o in outcomes}) > 1
+    cases = [o.case for o in outcomes]
+    several = len({case.task for case in cases}) > 1
     labels = [
-        f"N={o.case.shape.scored}, H={o.case.shape.hidden}, V={o.case.shape.vocab}\n"
-        + (f"{o.case.task}, " if several else "")
-        + o.case.kind
-        + (f", softcap {o.case.shape.softcap:g}" if o.case.shape.softcap else "")
-        + (f", responses {o.case.shape.spread:g}:1" if o.case.shape.spread > 1 else "")
-        for o in outcomes
+        f"N={case.shape.scored}, H={case.shape.hidden}, V={case.shape.vocab}\n"
+        f"{f'{case.task}, ' if several else ''}{case.kind}{case.shape.options}"
+        for case in cases
     ]
     axis.set_yticks([j + (len(names) - 1) * height / 2 for j in range(len(outcomes))], labels, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("time over the bare GEMMs")
     if names:
         figure.legend(loc="outside right upper", fontsize=9, frameon=False)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    title = outcomes[0].case.suite if several else outcomes[0].case.task
-    figure.suptitle(f"{title}, {outcomes[0].case.shape.dtype}, {where}", fontsize=10)
+    title = cases[0].suite if several else cases[0].task
+    figure.suptitle(f"{title}, {cases[0].shape.dtype}, {where(device)}", fontsize=10)
     figure.savefig(path, dpi=130)
 
 
-#: Suites whose cases are no sweep over sequence lengths.
+#: Suites whose cases are not a sweep over sequence lengths.
 _BARS = ("gpu", "policy", "policy-gpu")
 
 
-def can_draw() -> bool:
-    """Whether figures can be written."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
-def write_figures(out: Path, outcomes: Sequence[Outcome], device: torch.device) -> list[Path]:
+def write_figures(out: Path, outcomes: Sequence[CaseOutcome], device: torch.device) -> list[Path]:
     """A figure for each suite that has several sequence lengths, and for those whose cases differ in more."""
     paths = []
     for suite in dict.fromkeys(o.case.suite for o in outcomes):
         group = [o for o in outcomes if o.case.suite == suite]
         lengths = {o.case.shape.tokens for o in group}
-        draw = write_bars if suite in _BARS else write_figure if len(lengths) > 1 else None
+        draw = write_bars if suite in _BARS else write_lines if len(lengths) > 1 else None
         if draw is not None:
             paths.append(out / f"{device.type}-{suite}.png")
             draw(paths[-1], group, device)

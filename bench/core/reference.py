@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from logitless.kernels.core.head_spec import HeadSpec
-from logitless.kernels.reference import reference_logps
+import logitless as ll
 
-from .cases import Case, Inputs
-from .losses import loss_of
-from .policy_losses import POLICY_LOSSES, loop_over_tokens, uses_entropy
+from ..losses import loss_of, uses_entropy
+from ..losses.policy import loop_over_tokens
+from .cases import Case
+from .inputs import Inputs
 from .registry import Result, Work
 
-#: Elements of one float64 block of logits: 64 MiB, so that its handful of copies stays well under 1 GiB. On a GPU, whose
-#: GEMMs need more rows, 512 MiB; beside some 16 GB for the weight of 152k x 4096 in float64, its gradient and a sum.
+#: Elements of one float64 block of logits: 64 MiB, so that its few copies stay well below 1 GiB. On a GPU, whose GEMMs need
+#: more rows, 512 MiB; there the float64 weight of 152k x 4096, its gradient and a sum take some 16 GB.
 _BLOCK, _GPU_BLOCK = 8 << 20, 64 << 20
 #: Elements of one float64 block of a comparison on a CPU: it stays in cache.
 _CACHED = 1 << 18
@@ -31,22 +30,16 @@ class Reference:
 
     loss: float
     logps: Tensor | None
-    sequences: Tensor | None
-    dhidden: Tensor | None
-    dweight: Tensor | None
-
-
-def sequence_values(task: str, logps: Tensor, scored: Tensor) -> Tensor:
-    """Log-probs of sequences as the loss modules report them: sums, and means for SimPO and ORPO. (S, T) -> (S,)."""
-    sums = logps.sum(-1)
-    return sums / scored.sum(-1) if task in ("simpo", "orpo") else sums
+    sequences: Tensor | None = None
+    dhidden: Tensor | None = None
+    dweight: Tensor | None = None
 
 
 def compute_reference(case: Case, inputs: Inputs) -> Reference:
-    """Score all tokens block by block, take the loss's gradient at the log-probs, and push it back block by block.
+    """Score all tokens block by block, take the loss's gradient at the log-probs, and backpropagate it block by block.
 
-    The library's float64 reference materialises its logits, so it is given few tokens at a time; autograd adds the
-    blocks' weight gradients up in float64.
+    The library's float64 reference materialises its logits, so each call gets few tokens; autograd accumulates the blocks'
+    weight gradients in float64.
     """
     if case.task == "gae":
         return _gae_reference(inputs)
@@ -54,53 +47,51 @@ def compute_reference(case: Case, inputs: Inputs) -> Reference:
     hidden, labels = inputs.hidden.detach()[scored], inputs.labels[scored]
     rows = max(1, (_GPU_BLOCK if hidden.is_cuda else _BLOCK) // len(inputs.weight))
     blocks = [slice(i, i + rows) for i in range(0, len(labels), rows)]
-    head = case.shape.head
     weight = inputs.weight.detach().double().requires_grad_(inputs.weight.requires_grad)
-    entropic = uses_entropy(case.task)
+
+    def scores(x: Tensor, y: Tensor) -> Tensor:
+        """Log-probs and, if the loss has them, entropies. x (N, H), y (N,) -> (1, N) or (2, N)."""
+        stats = ll.reference_logps(x, weight, y, head=case.shape.head)
+        assert stats.logps is not None and stats.entropy is not None
+        return torch.stack([stats.logps, stats.entropy] if uses_entropy(case.task) else [stats.logps])
+
     with torch.no_grad():
-        values = torch.cat([_scores(hidden[b].double(), weight, labels[b], head, entropic) for b in blocks], dim=1)
+        values = torch.cat([scores(hidden[b].double(), labels[b]) for b in blocks], dim=1)
     tokens = torch.zeros((len(values), *scored.shape), dtype=torch.float64, device=scored.device)
     tokens[:, scored] = values
     logps, *entropies = tokens.requires_grad_()
-    loss_fn = POLICY_LOSSES.get(case.task) or loss_of(case.task)
-    loss = loss_fn(logps, inputs, *entropies)
+    loss = loss_of(case.task)(logps, inputs.loss_inputs, entropies[0] if entropies else None)
     dhidden = None
     if case.backward:
         (coefficients,) = torch.autograd.grad(loss, tokens)
         parts = []
         for b in blocks:
             x = hidden[b].double().requires_grad_()
-            _scores(x, weight, labels[b], head, entropic).backward(coefficients[:, scored][:, b])
+            scores(x, labels[b]).backward(coefficients[:, scored][:, b])
             assert x.grad is not None
             parts.append(x.grad)
         dhidden = torch.zeros(inputs.hidden.shape, dtype=torch.float64, device=scored.device)
         dhidden[scored] = torch.cat(parts)
     logps = logps.detach()
-    return Reference(loss.item(), logps, sequence_values(case.task, logps, scored), dhidden, weight.grad)
-
-
-def _scores(hidden: Tensor, weight: Tensor, labels: Tensor, head: HeadSpec, entropic: bool) -> Tensor:
-    """Log-probs and, if asked for, entropies. hidden (N, H), weight (V, H), labels (N,) -> (1, N) or (2, N)."""
-    stats = reference_logps(hidden, weight, labels, head=head)
-    assert stats.logps is not None and stats.entropy is not None
-    return torch.stack([stats.logps, stats.entropy] if entropic else [stats.logps])
+    sequences = logps.sum(-1)  # as the loss modules report them
+    if case.task in ("simpo", "orpo"):
+        sequences = sequences / scored.sum(-1)
+    return Reference(loss.item(), logps, sequences, dhidden, weight.grad)
 
 
 def _gae_reference(inputs: Inputs) -> Reference:
     """Advantages (S, T) in place of log-probs, one token at a time."""
-    rollouts = inputs.rollouts
-    assert rollouts is not None and rollouts.packed is not None and rollouts.packed.rollouts is not None
-    packed = rollouts.packed.rollouts
+    present, packed = inputs.policy.present, inputs.packed.policy
     rewards = packed.rewards.tolist()
     found = loop_over_tokens(rewards, packed.values.tolist(), packed.cu_seqlens.tolist(), [0.0] * len(rewards))
-    advantages = torch.zeros(rollouts.present.shape, dtype=torch.float64, device=rollouts.present.device)
-    advantages[rollouts.present] = torch.tensor(found, dtype=torch.float64, device=advantages.device)
-    return Reference(0.0, advantages, None, None, None)
+    advantages = torch.zeros(present.shape, dtype=torch.float64, device=present.device)
+    advantages[present] = torch.tensor(found, dtype=torch.float64, device=advantages.device)
+    return Reference(0.0, advantages)
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What a result may be off by before it counts as wrong: a few times what plain PyTorch loses in that dtype."""
+    """Errors above these count as wrong: a few times the error of plain PyTorch in that dtype."""
 
     logps: float
     gradients: float
@@ -126,9 +117,6 @@ class Errors:
     dhidden: float | None = None
     dweight: float | None = None
     failed: list[str] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def worst(self, other: Errors) -> Errors:
         """The larger of each error of two runs."""
@@ -166,18 +154,15 @@ def token_error(case: Case, inputs: Inputs, work: Work, reference: Reference) ->
     return (work.token_logps().detach().double() - reference.logps)[inputs.scored].abs().max().item()
 
 
-def _present(inputs: Inputs) -> Tensor:
-    assert inputs.rollouts is not None
-    return inputs.rollouts.present
-
-
-def _laid_out_like(result: Result, reference: Reference, inputs: Inputs) -> Reference:
-    """The reference with packed values, where the result has such. A packed provider has no padding to get wrong."""
-    logps, dhidden = reference.logps, reference.dhidden
+def _packed_like(result: Result, reference: Reference, inputs: Inputs) -> Reference:
+    """The reference, packed where the result is. A packed provider has no padding to get wrong."""
+    if inputs.rollouts is None:
+        return reference
+    logps, dhidden, present = reference.logps, reference.dhidden, inputs.rollouts.present
     if result.token_logps is not None and result.token_logps.dim() == 1 and logps is not None:
-        logps = logps[_present(inputs)]
-    if inputs.rollouts is not None and result.dhidden is not None and result.dhidden.dim() == 2 and dhidden is not None:
-        dhidden = dhidden[_present(inputs)]
+        logps = logps[present]
+    if result.dhidden is not None and result.dhidden.dim() == 2 and dhidden is not None:
+        dhidden = dhidden[present]
     return replace(reference, logps=logps, dhidden=dhidden)
 
 
@@ -185,13 +170,13 @@ def check(case: Case, inputs: Inputs, result: Result, reference: Reference) -> E
     """Compare a result with the reference."""
     tolerance = TOLERANCES[case.shape.dtype]
     errors = Errors()
-    reference = _laid_out_like(result, reference, inputs)
+    reference = _packed_like(result, reference, inputs)
     limits: list[tuple[str, float | None, float]] = []
     if result.loss is not None:
         errors.loss = abs(result.loss.item() - reference.loss)
         limits.append(("loss", errors.loss, tolerance.gradients * max(1.0, abs(reference.loss))))
     if result.token_logps is not None and reference.logps is not None:
-        scored = inputs.scored if result.token_logps.dim() == 2 else inputs.scored[_present(inputs)]
+        scored = inputs.scored if result.token_logps.dim() == 2 else inputs.packed.scored
         errors.token_logps = (result.token_logps.double() - reference.logps)[scored].abs().max().item()
     limits.append(("logps", errors.token_logps, tolerance.logps))
     if result.sequence_logps is not None and reference.sequences is not None:

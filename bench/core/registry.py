@@ -1,18 +1,16 @@
-"""The registry of providers: who can be benchmarked, on what, and every reason why not."""
+"""The registry of providers: what can be benchmarked, on which tasks, and every reason why a provider cannot run."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from logitless.kernels.planner.plan import Plan
-
-from .cases import Case, Inputs
+from .cases import Case
+from .inputs import Inputs
 
 
 @dataclass
@@ -21,12 +19,12 @@ class Result:
 
     Attributes:
         loss: 0-dim.
-        token_logps: (S, T) or, of packed tokens, (P,); ignored positions are not looked at. Of ``gae``: advantages.
-        sequence_logps: (S,) sums over scored tokens (their means for SimPO and ORPO), from a loss module.
+        token_logps: (S, T) or, of packed tokens, (P,); ignored positions are not checked. Of ``gae``: advantages.
+        sequence_logps: (S,) sums over scored tokens (means for SimPO and ORPO), from a loss module.
         dhidden, dweight: gradients, of the shapes of hidden (S, T, H) or packed (P, H) and the weight.
-        schedule: what was done, for the table.
-        flops: of the step's GEMMs, as logitless's plan has them.
-        predicted: seconds of each part of the step, by logitless's cost model, which knows GPUs alone.
+        schedule: the schedule that logitless chose, for the table.
+        flops: of the step's GEMMs, from logitless's plan.
+        predicted: seconds of each part of the step, from logitless's cost model, which covers GPUs only.
     """
 
     loss: Tensor | None = None
@@ -41,12 +39,12 @@ class Result:
 
 @dataclass
 class Work:
-    """A provider made ready for a case.
+    """A provider prepared for a case.
 
     Attributes:
         step: what is timed: forward and, where the case has one, backward. Its result is what is checked.
         token_logps: per-token log-probs by the same code, for a provider whose step yields only those of sequences.
-        prepare: run before each step and not timed, for a step that overwrites its inputs.
+        prepare: runs before each step and is not timed, for a step that overwrites its inputs.
     """
 
     step: Callable[[], Result]
@@ -81,29 +79,24 @@ class Provider:
 PROVIDERS: dict[str, Provider] = {}
 
 
-def _always(case: Case, device: torch.device) -> list[str]:
-    return []
-
-
 def provider(
     name: str,
     *,
     tasks: Iterable[str],
-    why_not: WhyNot = _always,
+    why_not: WhyNot = lambda case, device: [],
     roofline: bool = False,
     warm_up: bool = False,
     quick: bool = True,
 ) -> Callable[[Build], Build]:
-    """Register the decorated function as a provider. This is all that it takes to add one.
+    """Register the decorated function as a provider; nothing else is needed to add one.
 
     Args:
-        name: what ``--providers`` and the table call it.
-        tasks: the tasks that it computes: ``logps``, names of :data:`~.losses.LOSSES` or
-            :data:`~.policy_losses.POLICY_LOSSES`, ``gae``.
+        name: its name in ``--providers`` and in the table.
+        tasks: the tasks that it computes, see :class:`~.cases.Case`.
         why_not: every reason why it cannot run a case on a device (package missing, dtype unsupported ...).
-        roofline: it computes nothing that could be checked, and is what the others are compared with.
-        warm_up: its first step compiles something or allocates for good, so memory is measured on the second.
-        quick: whether ``--quick`` runs it unasked.
+        roofline: it computes nothing that could be checked; the others are compared with it.
+        warm_up: its first step compiles or allocates for good, so memory is measured on the second.
+        quick: whether ``--quick`` runs it by default.
 
     Raises:
         ValueError: when the name is taken.
@@ -125,26 +118,6 @@ def provider(
     return register
 
 
-def not_installed(package: str) -> list[str]:
-    """The reason, if there is one, why a package cannot be imported."""
-    return [] if importlib.util.find_spec(package) else [f"package {package} is not installed"]
-
-
-def of_plan(plan: Plan | None) -> dict[str, Any]:
-    """What a result tells of logitless's plan."""
-    if plan is None:
-        return {}
-    predicted = None if plan.cost is None else {part.name: part.seconds for part in plan.cost.parts}
-    return {"schedule": plan.schedule, "flops": plan.flops, "predicted": predicted}
-
-
-def finish(loss: Tensor, inputs: Inputs, *, token_logps: Tensor | None = None, **more: Any) -> Result:
-    """The backward pass, where there is one, and the result."""
-    grads = dict(zip(map(id, inputs.leaves), torch.autograd.grad(loss, inputs.leaves))) if inputs.leaves else {}
-    return Result(
-        loss=loss.detach(),
-        token_logps=None if token_logps is None else token_logps.detach(),
-        dhidden=grads.get(id(inputs.hidden)),
-        dweight=grads.get(id(inputs.weight)),
-        **more,
-    )
+def not_installed(*packages: str) -> list[str]:
+    """One reason for each package that cannot be imported."""
+    return [f"package {name} is not installed" for name in packages if not importlib.util.find_spec(name)]

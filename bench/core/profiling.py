@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-#: The longest that are kept.
-KEPT = 20
-#: Characters of a name: those of C++ templates go on for pages.
-_NAME = 160
+#: Kernels that are kept, and characters of a name: C++ templates have names of pages.
+KEPT, _NAME = 20, 160
 
 
 @dataclass(frozen=True)
@@ -22,14 +20,9 @@ class Kernel:
     calls: int
     microseconds: float
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def profile_step(step: Callable[[], object], device: torch.device) -> list[Kernel]:
-    """The kernels of a step that take longest, from the longest on; what the profiler itself costs is not among them."""
-    from torch.profiler import ProfilerActivity, profile
-
+    """The kernels of a step that take longest, longest first; the profiler's own cost is not included."""
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as run:
         step()
@@ -38,7 +31,7 @@ def profile_step(step: Callable[[], object], device: torch.device) -> list[Kerne
     found = []
     for event in run.key_averages():
         if on_gpu and (event.device_type.name != "CUDA" or getattr(event, "is_user_annotation", False)):
-            continue  # what a CPU did, and spans that others' kernels fill
+            continue  # CPU work, and annotations that contain other kernels
         time = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         found.append(Kernel(event.key[:_NAME], event.count, float(time)))
     return sorted(found, key=lambda kernel: -kernel.microseconds)[:KEPT]

@@ -1,0 +1,168 @@
+"""Rows of a table and what fills them: a status, figures, steps that take turns. A row whose run fails says so."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+
+OK, WRONG, FAILED, UNAVAILABLE = "ok", "wrong", "failed", "unavailable"
+
+#: Receives what happens next, and how many planned steps are done with it.
+Progress = Callable[[str, int], None]
+
+
+def shorten(error: BaseException, limit: int = 160) -> str:
+    """The first line of an error with its kind, cut to ``limit`` characters."""
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def release_memory(device: torch.device) -> None:
+    """Return cached memory of a GPU to the driver, for the next row or case and for other processes."""
+    if device.type == "cuda":
+        with contextlib.suppress(Exception):  # after an illegal access every call fails: see context_is_lost
+            torch.cuda.empty_cache()
+
+
+def context_is_lost(device: torch.device) -> bool:
+    """Whether every call to the GPU fails in this process, as after a kernel that accessed memory out of bounds."""
+    try:
+        synchronize(device)
+    except Exception:
+        return True
+    return False
+
+
+@dataclass
+class Row:
+    """One line of a table.
+
+    Attributes:
+        status: ``ok``, ``wrong`` (the check failed), ``failed`` (it raised or ran out of memory) or ``unavailable``.
+        message: why, unless ``ok``.
+    """
+
+    name: str
+    status: str = OK
+    message: str = ""
+    #: Key of the name in the JSON.
+    KEY: ClassVar[str] = "arm"
+
+    def fail(self, status: str, message: str) -> None:
+        self.status, self.message = status, message
+
+    def guard(self, action: Callable[[], object]) -> None:
+        """Run an action of the row unless the row has failed already; an exception becomes the row's message."""
+        if self.status == OK:
+            try:
+                action()
+            except Exception as error:
+                self.fail(FAILED, shorten(error))
+
+    def refuse(self, reasons: Sequence[str]) -> None:
+        """Become unavailable if there is a reason."""
+        if reasons:
+            self.fail(UNAVAILABLE, "; ".join(reasons))
+
+    def as_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        return {self.KEY: values.pop("name"), **values}
+
+
+@dataclass
+class TimedRow(Row):
+    """A row with times and memory.
+
+    Attributes:
+        seconds: one value per round. extra_bytes: peak memory of a step, ``None`` if it was not measured. Both are dropped
+            unless the row is ``ok``.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    extra_bytes: int | None = None
+
+    @property
+    def median(self) -> float | None:
+        """Seconds per step; ``None`` unless ``ok``."""
+        return statistics.median(self.seconds) if self.status == OK and self.seconds else None
+
+    def fail(self, status: str, message: str) -> None:
+        """No figure stands next to a result that is not right."""
+        super().fail(status, message)
+        self.seconds, self.extra_bytes = [], None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**super().as_dict(), "median_seconds": self.median}
+
+
+R = TypeVar("R", bound=Row)
+T = TypeVar("T")
+
+
+@dataclass
+class Outcome(Generic[R]):
+    """A case and its rows. Further fields of subclasses go to the JSON as they are."""
+
+    case: Any
+    rows: list[R]
+
+    def row(self, name: str) -> R | None:
+        return next((r for r in self.rows if r.name == name), None)
+
+    def time(self, name: str) -> float | None:
+        """The median of a row, if it has one."""
+        return getattr(self.row(name), "median", None)
+
+    def derived(self) -> dict[str, Any]:
+        """Further keys of the case in the JSON."""
+        return {}
+
+    def derived_of(self, row: R) -> dict[str, Any]:
+        """Further keys of a row in the JSON."""
+        return {}
+
+    def as_dict(self) -> dict[str, Any]:
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("case", "rows")}
+        rows = [{**row.as_dict(), **self.derived_of(row)} for row in self.rows]
+        return {**asdict(self.case), **own, **self.derived(), "rows": rows}
+
+
+def turns(rows: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
+    """Each row once per round. Every round starts with another row, so that the effect of a neighbour evens out."""
+    for i in range(rounds):
+        shift = i % max(1, len(rows))
+        for row in (*rows[shift:], *rows[:shift]):
+            yield i, row
+
+
+def timed(step: Callable[[], T], device: torch.device) -> tuple[float, T]:
+    """Seconds and result of a step."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = step()
+    synchronize(device)
+    return time.perf_counter() - start, result
+
+
+@contextlib.contextmanager
+def frozen_heap() -> Iterator[None]:
+    """Collections skip what exists by now: the one before each timed step would otherwise take as long as the step."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
