@@ -4,32 +4,20 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from . import ceilings, compile_report, providers  # noqa: F401 (registers the providers)
+from .core import command
 from .core.cases import DTYPES, LOGITS, Case, Shape, parse_shape
-from .core.command import (
-    Job,
-    UsageError,
-    check_positive,
-    choose_device,
-    choose_names,
-    conclude,
-    make_parser,
-    run_command,
-    run_jobs,
-)
+from .core.command import UsageError, choose_names
 from .core.console import Console
 from .core.environment import environment
 from .core.figures import can_draw, write_figures
 from .core.registry import PROVIDERS
-from .core.report import document, write_json
+from .core.report import document, show, write_json
 from .core.rows import Progress, shorten
-from .core.runner import CaseOutcome, estimated_seconds, failed_case, planned_steps, run_case
-from .report import show
+from .core.runner import CaseOutcome, estimated_seconds, failed_case, run_case
 from .suites import SUITES, default_providers
 from .targets import targets
 
@@ -42,7 +30,7 @@ _ABOUT = (
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser("python -m logitless.bench", _ABOUT, (*DEFAULT_SUITES, "with --quick"))
+    parser = command.make_parser("python -m logitless.bench", _ABOUT, (*DEFAULT_SUITES, "with --quick"))
     parser.add_argument("--shape", default="", metavar="KEY=VALUE,...", help="replaces values of the suites' shapes")
     parser.add_argument("--providers", nargs="+", default=[], metavar="NAME", help="default: those of each suite")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller shapes (except for the headline)")
@@ -69,20 +57,6 @@ def _list(console: Console, device: torch.device) -> None:
     console.print(f"  dtype: {', '.join(DTYPES)}; logits: {', '.join(LOGITS)}", highlight=False)
 
 
-class _Session:
-    """Outcomes so far. They are saved after each case, so a run that is stopped leaves what it has measured."""
-
-    def __init__(self, console: Console, path: Path, plan: Sequence[tuple[Case, list[str]]], **about: object) -> None:
-        self.console, self.path, self.plan, self.about = console, path, plan, about
-        self.outcomes: list[CaseOutcome] = []
-
-    def add(self, outcome: CaseOutcome) -> None:
-        self.outcomes.append(outcome)
-        left_out = [case.title for case, _ in self.plan[len(self.outcomes) :]]
-        write_json(self.path, document(self.outcomes, targets, **self.about, left_out=left_out))
-        show(self.console, outcome)
-
-
 def _run(options: argparse.Namespace, console: Console) -> int:
     start = time.monotonic()
     suites = choose_names("suite", options.suite, [*SUITES, compile_report.SUITE, ceilings.SUITE])
@@ -92,11 +66,11 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         overrides = parse_shape(options.shape)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    device = choose_device(options.device)
+    device = command.choose_device(options.device)
     if options.list:
         _list(console, device)
         return 0
-    check_positive(options, "rounds", "time_limit")
+    command.check_positive(options, "rounds", "time_limit")
     rounds = options.rounds or _ROUNDS[device.type][0 if quick else 1]
     if compile_report.SUITE in suites and (reason := compile_report.why_not()):
         raise UsageError(f"suite {compile_report.SUITE!r} cannot run: {reason}")
@@ -114,36 +88,36 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         except Exception as error:  # the cases have their own bare GEMMs
             console.print(f"the ceilings failed: {shorten(error)}", highlight=False)
     path = options.out / f"{device.type}-{'-'.join(dict.fromkeys(case.suite for case, _ in plan))}.json"
-    session = _Session(console, path, plan, quick=quick, rounds=rounds, environment=made_with)
-    settings = {"rounds": rounds, "memory": not options.no_memory, "profile": options.profile}
+    outcomes: list[CaseOutcome] = []
 
-    def job(case: Case, names: list[str]) -> Job:
-        def run(progress: Progress) -> None:
-            session.add(run_case(case, names, device, **settings, progress=progress))
+    def add(outcome: CaseOutcome) -> None:
+        """Save after each case: a run that is stopped leaves what it has measured."""
+        outcomes.append(outcome)
+        left_out = [case.title for case, _ in plan[len(outcomes) :]]
+        about = {"quick": quick, "rounds": rounds, "environment": made_with, "left_out": left_out}
+        write_json(path, document(outcomes, targets, **about))
+        show(console, outcome)
 
-        def failed(error: Exception) -> None:  # out of memory for the inputs or the reference: the next case may be smaller
-            session.add(failed_case(case, names, error))
+    def run(case: Case, names: list[str], progress: Progress) -> None:
+        settings = {"rounds": rounds, "memory": not options.no_memory, "profiled": options.profile}
+        add(run_case(case, names, device, **settings, progress=lambda text: progress(f"{case.task}: {text}")))
 
-        return Job(case.title, planned_steps(case, names, device, rounds), run, failed)
+    def failed(case: Case, names: list[str], error: Exception) -> None:
+        add(failed_case(case, names, error))  # out of memory for the inputs or the reference: the next case may be smaller
 
     if device.type == "cuda" and plan:
         seconds = estimated_seconds(plan, device, rounds)
         console.print(f"{len(plan)} cases of {rounds} rounds; by their FLOP about {seconds:.0f} s", highlight=False)
-    works = run_jobs(console, [job(*planned) for planned in plan], device, start, options.time_limit)
-    if session.outcomes:
-        paths += [path, *(write_figures(options.out, session.outcomes, device) if can_draw() else [])]
-    conclude(console, session.outcomes, targets, paths)
+    works = command.run_cases(console, plan, run, failed, device, start, options.time_limit)
+    if outcomes:
+        paths += [path, *(write_figures(options.out, outcomes, device) if can_draw() else [])]
+    command.conclude(console, outcomes, targets, paths)
     return 0 if works else 1
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark.
+    """Run the benchmark; returns the exit status.
 
-    Args:
-        argv: arguments, without the program's name; default those of the process.
-
-    Returns:
-        int: 0, 2 for a wrong argument, or 1 where a kernel broke the GPU's context. A provider that fails becomes a row of its
-        table and does not change the exit status.
+    It is 1 where a kernel broke the GPU's context, and 2 for a wrong argument. A provider that fails becomes a row of its table.
     """
-    return run_command(_parser(), _run, argv)
+    return command.run_command(_parser(), _run, argv)

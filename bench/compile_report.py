@@ -15,17 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .core.console import Console
-from .core.report import write_json
+from .core.report import print_table, write_json
 
 if TYPE_CHECKING:  # Triton may not be installed
     from logitless.kernels.backends.triton.aot.compilation import Compilation
 
 SUITE = "compile"
 HELP = "registers, spills and shared memory of each Triton kernel on sm_80, sm_90 and sm_100; needs no GPU"
-COLUMNS = (
-    "kernel", "arch", "configuration", "registers", "spill bytes", "shared KiB", "tmem KiB", "programs/SM", "instructions",
-)  # fmt: skip
-
 _KIB = 1024
 #: Shared memory of a multiprocessor, of which a program may have all but the last KiB, and each takes a KiB for the driver.
 _SHARED_BYTES = {80: 164 * _KIB, 90: 228 * _KIB, 100: 228 * _KIB}
@@ -61,19 +57,19 @@ class Usage:
         programs = min(_SHARED_BYTES[self.architecture] // (self.shared_bytes + _KIB), _PROGRAMS)
         return min(programs, _TMEM_BYTES // self.tmem_bytes) if self.tmem_bytes else programs
 
-    def cells(self) -> tuple[str, ...]:
-        """For COLUMNS."""
-        return (
-            self.kernel,
-            f"sm_{self.architecture}",
-            self.configuration,
-            str(self.registers),
-            str(self.spill_bytes),
-            f"{self.shared_bytes / _KIB:.1f}",
-            f"{self.tmem_bytes / _KIB:.0f}" if self.tmem_bytes else "-",
-            f"{self.by_registers} by registers, {self.by_memory} by memory",
-            " ".join(self.instructions) or "-",
-        )
+    def cells(self) -> dict[str, str]:
+        """By column of the table."""
+        return {
+            "kernel": self.kernel,
+            "arch": f"sm_{self.architecture}",
+            "configuration": self.configuration,
+            "registers": str(self.registers),
+            "spill bytes": str(self.spill_bytes),
+            "shared KiB": f"{self.shared_bytes / _KIB:.1f}",
+            "tmem KiB": f"{self.tmem_bytes / _KIB:.0f}" if self.tmem_bytes else "-",
+            "programs/SM": f"{self.by_registers} by registers, {self.by_memory} by memory",
+            "instructions": " ".join(self.instructions) or "-",
+        }
 
 
 def shared_limit(architecture: int) -> int:
@@ -125,18 +121,9 @@ def compile_one(target: tuple[str, int]) -> Usage:
         found = compile_ahead(compilation, architecture)
     except Exception as error:  # the compiler's message does not name the kernel
         raise RuntimeError(f"{compilation.name} does not compile for sm_{architecture}: {error}") from error
-    return Usage(
-        kernel=found.name,
-        architecture=architecture,
-        configuration=configuration,
-        num_warps=compilation.num_warps,
-        programs_wanted=programs,
-        registers=found.registers,
-        spill_bytes=found.spill_bytes,
-        shared_bytes=found.shared_bytes,
-        tmem_bytes=found.tmem_bytes,
-        instructions=sorted(found.instructions),
-    )
+    measured = {name: getattr(found, name) for name in ("registers", "spill_bytes", "shared_bytes", "tmem_bytes")}
+    more: dict[str, Any] = {"num_warps": compilation.num_warps, "programs_wanted": programs, **measured}
+    return Usage(found.name, architecture, configuration, instructions=sorted(found.instructions), **more)
 
 
 def compile_all(chosen: Sequence[tuple[str, int]], jobs: int | None = None) -> Iterator[Usage]:
@@ -148,9 +135,9 @@ def compile_all(chosen: Sequence[tuple[str, int]], jobs: int | None = None) -> I
 
 def markdown(found: Iterable[Usage]) -> str:
     """The table for the documentation."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(usage.cells()) + " |" for usage in found]
-    return "\n".join(lines) + "\n"
+    rows = [usage.cells() for usage in found]
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    return "\n".join([*lines, *("| " + " | ".join(row.values()) + " |" for row in rows)]) + "\n"
 
 
 def run(console: Console, out: Path, environment: dict[str, Any], quick: bool) -> Path:
@@ -161,8 +148,7 @@ def run(console: Console, out: Path, environment: dict[str, Any], quick: bool) -
         for (name, architecture), usage in zip(chosen, compile_all(chosen)):
             found.append(usage)
             progress(f"{name} on sm_{architecture}", 1)
-    title = f"{SUITE}: one program of each Triton kernel"
-    console.table(title, COLUMNS, [usage.cells() for usage in found], [False] * len(found))
+    print_table(console, f"{SUITE}: one program of each Triton kernel", [usage.cells() for usage in found])
     kernels = [as_dict(usage) for usage in found]
     return write_json(out / f"{SUITE}.json", {"quick": quick, "environment": environment, "kernels": kernels})
 

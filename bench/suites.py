@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from .core.cases import Case, Shape, Suite
-from .core.registry import PROVIDERS, Provider
-from .losses import POLICY_LOSSES, PREFERENCE_LOSSES
+from .core.registry import PROVIDERS
+from .losses import PREFERENCE_LOSSES
 
 #: Cases of a shape; the flag says whether ``--quick`` was given.
 Cases = Callable[[Shape, bool], list[Case]]
@@ -164,25 +164,13 @@ _ALL = [
 ]
 SUITES: dict[str, Suite[Case]] = {suite.name: suite for suite in _ALL}
 
-#: Tasks of suites whose providers never share a table with the others.
-_APART: dict[str, frozenset[str]] = {
-    "policy": frozenset(POLICY_LOSSES),
-    "policy-gpu": frozenset(POLICY_LOSSES),
-    "gae": frozenset({"gae"}),
-}
-
-
-def _belongs(provider: Provider, suite: str) -> bool:
-    if suite in _APART:
-        return bool(provider.tasks & _APART[suite])
-    return bool(provider.tasks - frozenset().union(*_APART.values()))
-
 
 def default_providers(suite: str, quick: bool) -> list[str]:
-    """The providers of a suite, in the order of the registry."""
+    """The providers of a suite that compute one of its tasks, in the order of the registry."""
+    tasks = {case.task for case in SUITES[suite].make({}, quick)}
     chosen = (quick and SUITES[suite].quick_providers) or SUITES[suite].providers
     return [
         name
         for name, provider in PROVIDERS.items()
-        if (name in chosen if chosen else provider.quick or not quick) and _belongs(provider, suite)
+        if provider.tasks & tasks and (name in chosen if chosen else provider.quick or not quick)
     ]

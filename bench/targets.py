@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .core.cases import Case, Shape
+from .core.report import Target, quotient
 from .core.rows import OK
 from .core.runner import CaseOutcome
-from .core.targets import Target, quotient
 from .suites import GPU_SHAPES, HEADLINE, SUITES
 
 #: Suites whose targets are those of one H100.
 ON_GPU = frozenset({"gpu", "gpu-losses", "policy-gpu"})
-_SPOKEN = {"torch": "plain PyTorch", "logitless": "logitless"}
-_TRL_SCORED = "time of TRL's function on scored tokens and its loss over logitless"
-_POLICY_GEMMS = "time of logitless over the bare GEMMs on scored tokens"
+_TRL_SCORED = "TRL's function on scored tokens and its loss over logitless"
+_OVER_GEMMS, _OVER_SCORED = "logitless over the bare GEMMs", "logitless over the bare GEMMs on scored tokens"
 
 
 def _stated_shapes(case: Case) -> list[Shape]:
@@ -33,34 +32,28 @@ def targets(outcome: CaseOutcome) -> list[Target]:
     return [*(replace(target, stated=stated, stated_for=words) for target in _targets(outcome)), *flop]
 
 
+def _over(outcome: CaseOutcome, what: str, above: str, below: str, bound: float, at_least: bool = True) -> Target:
+    """A ratio of times."""
+    return Target(f"time of {what}", quotient(outcome.time(above), outcome.time(below)), bound, at_least)
+
+
 def _targets(outcome: CaseOutcome) -> list[Target]:
-    case, time = outcome.case, outcome.time
-
-    def over(what: str, above: str, below: str, bound: float, at_least: bool = True) -> Target:
-        return Target(f"time of {what}", quotient(time(above), time(below)), bound, at_least)
-
-    def error(what: str, kind: str, above: str, below: str, bound: float, at_least: bool) -> Target:
-        values = []
-        for name in (above, below):
-            row = outcome.row(name)
-            values.append(None if row is None or row.status != OK or row.errors is None else getattr(row.errors, kind))
-        return Target(f"{what} of {_SPOKEN[above]} over {_SPOKEN[below]}", quotient(*values), bound, at_least)
-
+    case = outcome.case
     if case.suite == "forward":
-        return [over("logitless, forward only, over the bare GEMM", "logitless:op", "gemm", 1.15, False)]
+        return [_over(outcome, "logitless, forward only, over the bare GEMM", "logitless:op", "gemm", 1.15, False)]
     if case.suite == "tile":
-        reached = quotient(time("copy"), time("pass@cpu"))
+        reached = quotient(outcome.time("copy"), outcome.time("pass@cpu"))
         return [Target("share of the copy's bandwidth that the C++ pass reaches", reached, 0.6, True)]
     if case.suite == "gae":
-        loop = "loop:gae" if time("loop:gae") else "floats:gae"  # on a GPU the first would take minutes
+        loop = "loop:gae" if outcome.time("loop:gae") else "floats:gae"  # on a GPU the first would take minutes
         return [
-            over("a loop over tokens over logitless", loop, "logitless:gae", 100.0),
-            over("a loop over padded steps over logitless", "padded:gae", "logitless:gae", 1.0),
+            _over(outcome, "a loop over tokens over logitless", loop, "logitless:gae", 100.0),
+            _over(outcome, "a loop over padded steps over logitless", "padded:gae", "logitless:gae", 1.0),
         ]
     if case.suite == "policy":
         return [
-            Target(_TRL_SCORED, quotient(time("trl:policy-scored"), time("logitless:policy")), 3.0, True),
-            Target(_POLICY_GEMMS, quotient(time("logitless:policy"), time("gemm:policy")), 1.15, False),
+            _over(outcome, _TRL_SCORED, "trl:policy-scored", "logitless:policy", 3.0),
+            _over(outcome, _OVER_SCORED, "logitless:policy", "gemm:policy", 1.15, False),
         ]
     if case.suite == "policy-gpu":
         return _gpu_targets(outcome, "logitless:policy", "gemm:policy", "torch:policy", "trl:policy-scored", "liger:policy")
@@ -68,32 +61,34 @@ def _targets(outcome: CaseOutcome) -> list[Target]:
         return _gpu_targets(outcome, "logitless", "gemm", "torch", "trl", "liger")
     if case.suite != "dpo" or case.task != "dpo":
         return []
+    plain, ours = (row.errors if row and row.status == OK else None for row in map(outcome.row, ("torch", "logitless")))
+    ratios = {
+        kind: [quotient(getattr(a, kind, None), getattr(b, kind, None)) for a, b in ((plain, ours), (ours, plain))]
+        for kind in ("token_logps", "dhidden", "dweight")
+    }
     return [
-        over("plain PyTorch over logitless", "torch", "logitless", 2.5),
-        over("Liger over logitless", "liger", "logitless", 2.0),
-        over("TRL's function over logitless", "trl", "logitless", 6.0),
-        over("logitless over the bare GEMMs", "logitless", "gemm", 1.15, False),
-        error("max logp error", "token_logps", "torch", "logitless", 10.0, True),
-        error("dX error", "dhidden", "logitless", "torch", 1.5, False),
-        error("dW error", "dweight", "logitless", "torch", 1.5, False),
+        _over(outcome, "plain PyTorch over logitless", "torch", "logitless", 2.5),
+        _over(outcome, "Liger over logitless", "liger", "logitless", 2.0),
+        _over(outcome, "TRL's function over logitless", "trl", "logitless", 6.0),
+        _over(outcome, _OVER_GEMMS, "logitless", "gemm", 1.15, False),
+        Target("max logp error of plain PyTorch over logitless", ratios["token_logps"][0], 10.0, True),
+        Target("dX error of logitless over plain PyTorch", ratios["dhidden"][1], 1.5, False),
+        Target("dW error of logitless over plain PyTorch", ratios["dweight"][1], 1.5, False),
     ]
 
 
 def _gpu_targets(outcome: CaseOutcome, logitless: str, gemm: str, torch: str, trl: str, liger: str) -> list[Target]:
     """The same for every loss; the providers have other names where tokens are packed."""
-    case, time, row = outcome.case, outcome.time, outcome.row(logitless)
-    policy, ours = case.suite == "policy-gpu", outcome.time(logitless)
-    over_gemms = _POLICY_GEMMS if policy else "time of logitless over the bare GEMMs"
+    case, row, policy = outcome.case, outcome.row(logitless), outcome.case.suite == "policy-gpu"
     found = [
-        Target(over_gemms, quotient(ours, time(gemm)), 1.10, False),
-        Target("time of plain PyTorch over logitless", quotient(time(torch), ours), 1.2, True),
+        _over(outcome, _OVER_SCORED if policy else _OVER_GEMMS, logitless, gemm, 1.10, False),
+        _over(outcome, "plain PyTorch over logitless", torch, logitless, 1.2),
     ]
     if case.backward:
-        bound = 1.4 if case.train_head else 1.5
-        over_trl = _TRL_SCORED if policy else "time of TRL's function over logitless"
-        found.append(Target(over_trl, quotient(time(trl), ours), bound, True))
+        over_trl = _TRL_SCORED if policy else "TRL's function over logitless"
+        found.append(_over(outcome, over_trl, trl, logitless, 1.4 if case.train_head else 1.5))
         if case.task not in ("ppo", "dapo-entropy"):  # Liger has neither
-            found.append(Target("time of Liger over logitless", quotient(time(liger), ours), 3.0, True))
+            found.append(_over(outcome, "Liger over logitless", liger, logitless, 3.0))
     other = any((case.shape.hidden, case.shape.vocab) == (one.hidden, one.vocab) for one in GPU_SHAPES[1:])
     if case.train_head and case.backward and not other:
         extra = None if row is None or row.status != OK or row.extra_bytes is None else row.extra_bytes / 2**30

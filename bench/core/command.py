@@ -7,9 +7,8 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +17,7 @@ from .figures import can_draw
 from .report import Targets, show_targets
 from .rows import Outcome, Progress, context_is_lost, release_memory
 
+X = TypeVar("X")
 DEFAULT_OUT = Path("bench/out")
 _LOST = (
     "every call to the GPU fails in this process: the first row that failed above is the cause; run again without it "
@@ -71,46 +71,44 @@ def check_positive(options: argparse.Namespace, *names: str) -> None:
             raise UsageError(f"--{name.replace('_', '-')} must be more than 0, got {value:g}")
 
 
-@dataclass(frozen=True)
-class Job:
-    """One case to run.
+def run_cases(
+    console: Console,
+    plan: Sequence[tuple[Any, X]],
+    run: Callable[[Any, X, Progress], None],
+    failed: Callable[[Any, X, Exception], None],
+    device: torch.device,
+    start: float,
+    time_limit: float | None,
+) -> bool:
+    """Run cases until ``time_limit`` seconds after ``start``, at least the first, and print which are left out.
 
-    Attributes:
-        steps: how often ``run`` reports progress.
+    Args:
+        plan: cases, each with what else ``run`` needs.
         run: measures, prints and saves.
         failed: receives an error of the case itself, which no row caused; the next case may run.
-    """
-
-    title: str
-    steps: int
-    run: Callable[[Progress], None]
-    failed: Callable[[Exception], None]
-
-
-def run_jobs(console: Console, jobs: Sequence[Job], device: torch.device, start: float, time_limit: float | None) -> bool:
-    """Run cases until ``time_limit`` seconds after ``start``, at least the first, and print which are left out.
 
     Returns:
         bool: whether the GPU still works. A run ends where it does not.
     """
     done, works = 0, True
-    with console.progress(sum(job.steps for job in jobs)) as progress:
-        for job in jobs:
+    with console.progress(len(plan)) as progress:
+        for case, more in plan:
             if done and time_limit is not None and time.monotonic() > start + time_limit:
                 break
             try:
-                job.run(progress)
+                run(case, more, lambda text: progress(text, 0))
             except Exception as error:
-                job.failed(error)
+                failed(case, more, error)
             done += 1
+            progress("", 1)
             gc.collect()
             release_memory(device)
             works = not context_is_lost(device)
             if not works:
                 console.print(_LOST, highlight=False)
                 break
-    for job in jobs[done:]:
-        console.print(f"left out{f' after {time_limit:g} s' if works else ''}: {job.title}", highlight=False)
+    for case, _ in plan[done:]:
+        console.print(f"left out{f' after {time_limit:g} s' if works else ''}: {case.title}", highlight=False)
     return works
 
 

@@ -1,36 +1,43 @@
-"""Where the benchmark prints: with rich where it is installed, else as plain text."""
+"""Printing: with rich where it is installed, else as plain text; and the formats of numbers."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
 
 _MARKUP = re.compile(r"\[/?(?:bold|dim)\]")
 #: Columns of tables in a file, where the terminal's width means nothing.
 _FILE_WIDTH = 150
 
 
-class Console(Protocol):
-    """The part of ``rich.console.Console`` that is used, with tables and progress."""
-
-    def print(self, text: str = "", /, *, highlight: bool = True) -> None: ...
-
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], dim: Sequence[bool]) -> None:
-        """Text on the left in the first and the last column, numbers on the right between; ``dim``: rows in a faint colour."""
-
-    def progress(self, total: int) -> Any:
-        """A context manager that yields a function of what happens next and how many steps are done with it."""
+def milliseconds(seconds: float) -> str:
+    """Four digits, without an exponent."""
+    ms = seconds * 1e3
+    return f"{ms:.0f}" if ms >= 1000 else f"{ms:.4g}"
 
 
-class PlainConsole:
-    """Lines of text, and no bar."""
+def spread(median: float | None, seconds: Sequence[float]) -> str:
+    """Milliseconds: the median, and from least to most. A dash where there is no median."""
+    if median is None:
+        return "-"
+    return f"{milliseconds(median)} ({milliseconds(min(seconds))}..{milliseconds(max(seconds))})"
+
+
+def number(value: float | None, form: str = ".1e", unit: float = 1.0) -> str:
+    """The value in units, or a dash."""
+    return "-" if value is None else format(value / unit, form)
+
+
+class Console:
+    """Plain text."""
 
     def print(self, text: str = "", /, *, highlight: bool = True) -> None:
+        """``highlight``: whether rich colours numbers and names."""
         print(_MARKUP.sub("", text))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], dim: Sequence[bool]) -> None:
+        """Text on the left in the first and the last column, numbers on the right between; ``dim``: rows in a faint colour."""
         widths = [max(map(len, column)) for column in zip(columns, *rows)]
         last = len(columns) - 1
         print(title)
@@ -42,10 +49,11 @@ class PlainConsole:
 
     @contextmanager
     def progress(self, total: int) -> Iterator[Callable[[str, int], None]]:
+        """A context that yields a function of what happens next and how many of the steps are done; here no bar."""
         yield lambda text, steps: None
 
 
-class RichConsole:
+class RichConsole(Console):
     """Tables with lines, and a bar on the standard error. Raises ``ImportError`` where rich is not installed."""
 
     def __init__(self) -> None:
@@ -87,4 +95,4 @@ def make_console() -> Console:
     try:
         return RichConsole()
     except ImportError:
-        return PlainConsole()
+        return Console()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -27,11 +28,8 @@ def _installed(package: str) -> str | None:
 
 def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _memory() -> int | None:
@@ -44,11 +42,11 @@ def _memory() -> int | None:
 
 def _cores() -> int | None:
     """Physical cores, where psutil can tell."""
-    try:
+    with contextlib.suppress(ImportError):
         import psutil
-    except ImportError:
-        return os.cpu_count()
-    return psutil.cpu_count(logical=False) or os.cpu_count()
+
+        return psutil.cpu_count(logical=False) or os.cpu_count()
+    return os.cpu_count()
 
 
 def _output(*command: str) -> str | None:

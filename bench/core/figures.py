@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .environment import where
 from .runner import CaseOutcome
 
+#: Suites whose cases are not a sweep over sequence lengths.
+_BARS = ("gpu", "policy", "policy-gpu")
+
 
 def can_draw() -> bool:
     """Whether figures can be written."""
     return importlib.util.find_spec("matplotlib") is not None
+
+
+def grouped_bars(axis: Any, values: Mapping[str, Sequence[float | None]], labels: Sequence[str]) -> None:
+    """One group of horizontal bars per label, from the bottom up, and in it one bar per name that has a value."""
+    import matplotlib as mpl
+
+    height = 1 / (len(values) + 1)
+    for i, (name, of_name) in enumerate(values.items()):
+        bars = [(j + i * height, value) for j, value in enumerate(of_name) if value is not None]
+        color = mpl.colormaps["tab10"](i % 10)
+        placed = axis.barh([y for y, _ in bars], [x for _, x in bars], 0.9 * height, color=color, label=name)
+        axis.bar_label(placed, fmt="%.2f", fontsize=7, padding=2)
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set_yticks([j + (len(values) - 1) * height / 2 for j in range(len(labels))], labels, fontsize=8)
 
 
 def write_lines(path: Path, outcomes: Sequence[CaseOutcome], device: torch.device) -> None:
@@ -31,14 +49,13 @@ def write_lines(path: Path, outcomes: Sequence[CaseOutcome], device: torch.devic
     )
     lengths = sorted({o.case.shape.tokens for o in outcomes})
     names = list(dict.fromkeys(row.name for o in outcomes for row in o.rows))
-    colors = mpl.colormaps["tab10"]
     for axis, (label, value) in zip(axes, panels):
         for i, name in enumerate(names):
             rows = [(o.case.shape.tokens, o.row(name)) for o in outcomes]
             points = [(n, y) for n, row in rows if row is not None and (y := value(row)) is not None]
             if points:
-                width = 2.2 if name.startswith("logitless") else 1.2
-                axis.plot(*zip(*points), marker="o", markersize=4, label=name, color=colors(i % 10), linewidth=width)
+                style = {"color": mpl.colormaps["tab10"](i % 10), "linewidth": 2.2 if name.startswith("logitless") else 1.2}
+                axis.plot(*zip(*points), marker="o", markersize=4, label=name, **style)
         axis.set(xscale="log", yscale="log", xlabel="tokens per sequence", ylabel=label)
         axis.set_xticks(lengths, [str(n) for n in lengths])
         axis.minorticks_off()
@@ -54,19 +71,11 @@ def write_lines(path: Path, outcomes: Sequence[CaseOutcome], device: torch.devic
 
 def write_bars(path: Path, outcomes: Sequence[CaseOutcome], device: torch.device) -> None:
     """Time over that of the bare GEMMs, one group of bars per case, one bar per provider."""
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(r.name for o in outcomes for r in o.rows if o.ratio(r) is not None and not r.roofline))
     figure = Figure(figsize=(11, 1 + 0.17 * len(outcomes) * (len(names) + 1)), layout="constrained")
     axis = figure.subplots()
-    colors, height = mpl.colormaps["tab10"], 1 / (len(names) + 1)
-    for i, name in enumerate(names):
-        rows = [(j, o.row(name), o) for j, o in enumerate(outcomes)]
-        bars = [(j + i * height, ratio) for j, row, o in rows if row is not None and (ratio := o.ratio(row)) is not None]
-        placed = axis.barh([y for y, _ in bars], [x for _, x in bars], 0.9 * height, color=colors(i % 10), label=name)
-        axis.bar_label(placed, fmt="%.2f", fontsize=7, padding=2)
-    axis.axvline(1, color="black", linewidth=0.8)
     cases = [o.case for o in outcomes]
     several = len({case.task for case in cases}) > 1
     labels = [
@@ -74,7 +83,8 @@ def write_bars(path: Path, outcomes: Sequence[CaseOutcome], device: torch.device
         f"{f'{case.task}, ' if several else ''}{case.kind}{case.shape.options}"
         for case in cases
     ]
-    axis.set_yticks([j + (len(names) - 1) * height / 2 for j in range(len(outcomes))], labels, fontsize=8)
+    ratios = {name: [None if (row := o.row(name)) is None else o.ratio(row) for o in outcomes] for name in names}
+    grouped_bars(axis, ratios, labels)
     axis.invert_yaxis()
     axis.set_xlabel("time over the bare GEMMs")
     if names:
@@ -82,10 +92,6 @@ def write_bars(path: Path, outcomes: Sequence[CaseOutcome], device: torch.device
     title = cases[0].suite if several else cases[0].task
     figure.suptitle(f"{title}, {cases[0].shape.dtype}, {where(device)}", fontsize=10)
     figure.savefig(path, dpi=130)
-
-
-#: Suites whose cases are not a sweep over sequence lengths.
-_BARS = ("gpu", "policy", "policy-gpu")
 
 
 def write_figures(out: Path, outcomes: Sequence[CaseOutcome], device: torch.device) -> list[Path]:

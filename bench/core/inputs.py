@@ -6,11 +6,13 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..losses import POLICY_LOSSES, LossInputs
+from ..losses import POLICY_LOSSES
+from ..losses.inputs import UNUSED, LossInputs
 from .cases import IGNORE, Case
 
 #: Log-ratios of the policy to the policy that sampled; clipping ranges end at -0.22, 0.18 and 0.25.
@@ -20,80 +22,38 @@ _FILL_ROWS = 1024
 
 
 @dataclass
-class Rollouts:
-    """Inputs of a policy update besides hidden states and labels; shaped like the labels where no shape is given.
-
-    Attributes:
-        old_logps: float32, within 0.5 of the policy's. Some are beyond the clipping range and none is near its ends, because
-            a rounding must not decide whether a token is clipped.
-        advantages: float32; in ``dapo`` those of the sequences. sequence_advantages: (S,).
-        rewards, values: float32, 0 in the padding; for ``gae``.
-        cu_seqlens: (S + 1,) int32, the bounds of the sequences among packed tokens.
-        present: (S, T) bool, False in the padding.
-        packed: the same inputs packed: hidden (P, H) is a leaf of its own, labels and what is shaped like them (P,).
-    """
-
-    old_logps: Tensor
-    advantages: Tensor
-    sequence_advantages: Tensor
-    rewards: Tensor
-    values: Tensor
-    cu_seqlens: Tensor
-    present: Tensor
-    packed: Inputs | None = None
-
-
-@dataclass
-class Inputs:
+class Inputs(LossInputs):
     """S sequences of T tokens.
+
+    The log-probabilities of the reference are all equal, so they cancel in a pair and can be moved to the KL term in KTO: Liger,
+    which takes none, then computes the same loss. The log-probs of the policy that sampled are within 0.5 of the policy's: some
+    are beyond the clipping range and none is near its ends, because a rounding must not decide whether a token is clipped.
 
     Attributes:
         hidden: (S, T, H) leaf. weight: (V, H) leaf, with a gradient where the case trains the head.
         labels: (S, T) int64, already shifted, -100 in the prompt.
-        ref_logps: (S,) log-probabilities of the reference. They are all equal, so they cancel in a pair and can be moved to
-            the KL term in KTO: Liger, which takes no reference log-probabilities, then computes the same loss.
-        desirable: (S,) bool, for KTO. kl: 0-dim, for KTO.
-        upstream: (S, T) float32, the gradient of the log-probs in ``logps``.
-        rollouts: for policy losses and ``gae``.
+        sequence_advantages: (S,); in ``dapo`` also those of the tokens.
+        rewards, values: (S, T) float32, 0 in the padding; for ``gae``.
+        cu_seqlens: (S + 1,) int32, the bounds of the sequences among packed tokens.
+        present: (S, T) bool, False in the padding.
+        packed: for policy losses and ``gae``: the same inputs packed. hidden (P, H) is a leaf of its own; labels and what is
+            shaped like them are (P,).
     """
 
-    hidden: Tensor
-    weight: Tensor
-    labels: Tensor
-    ref_logps: Tensor
-    desirable: Tensor
-    kl: Tensor
-    upstream: Tensor
-    rollouts: Rollouts | None = None
-
-    @property
-    def scored(self) -> Tensor:
-        return self.labels != IGNORE
+    hidden: Tensor = UNUSED
+    weight: Tensor = UNUSED
+    labels: Tensor = UNUSED
+    sequence_advantages: Tensor = UNUSED
+    rewards: Tensor = UNUSED
+    values: Tensor = UNUSED
+    cu_seqlens: Tensor = UNUSED
+    present: Tensor = UNUSED
+    packed: Any = None
 
     @property
     def leaves(self) -> list[Tensor]:
         """The tensors whose gradients are wanted."""
         return [t for t in (self.hidden, self.weight) if t.requires_grad]
-
-    @property
-    def policy(self) -> Rollouts:
-        """The rollouts of a case that has them."""
-        assert self.rollouts is not None
-        return self.rollouts
-
-    @property
-    def packed(self) -> Inputs:
-        """These inputs packed, for a case that has rollouts."""
-        assert self.policy.packed is not None
-        return self.policy.packed
-
-    @property
-    def loss_inputs(self) -> LossInputs:
-        """What the losses in plain torch read."""
-        preference = LossInputs(self.scored, self.ref_logps, self.desirable, self.kl, self.upstream)
-        if self.rollouts is None:
-            return preference
-        return replace(preference, old_logps=self.rollouts.old_logps, advantages=self.rollouts.advantages)
 
 
 def _normal(shape: tuple[int, ...], std: float, dtype: torch.dtype, device: torch.device, g: torch.Generator) -> Tensor:
@@ -122,7 +82,7 @@ def _normal(shape: tuple[int, ...], std: float, dtype: torch.dtype, device: torc
 def make_inputs(case: Case, device: torch.device) -> Inputs:
     """The tensors of a case; the same on every call and, on CPUs, on every machine."""
     shape = case.shape
-    s, t, h, v = shape.sequences, shape.tokens, shape.hidden, shape.vocab
+    s, t, h, v = len(shape.responses), shape.tokens, shape.hidden, shape.vocab
     g = torch.Generator().manual_seed(shape.seed)
     weight = _normal((v, h), 1 / math.sqrt(h), shape.torch_dtype, device, g)
     hidden = _normal((s, t, h), 1.0, shape.torch_dtype, device, g)
@@ -144,6 +104,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     others = torch.full_like(targets, math.log(v) + 0.5)
     constant = (targets - torch.logaddexp(others, targets)).mean().item() * (t - shape.prompt)
     inputs = Inputs(
+        scored=scored.to(device),
         hidden=hidden.requires_grad_(case.backward),
         weight=weight.requires_grad_(case.backward and case.train_head),
         labels=labels.to(device),
@@ -153,29 +114,27 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
         upstream=upstream.to(device),
     )
     if case.task == "gae" or case.task in POLICY_LOSSES:
-        inputs.rollouts = _make_rollouts(case, inputs, present, g)
+        _add_rollouts(case, inputs, present, g)
     return inputs
 
 
-def _make_rollouts(case: Case, inputs: Inputs, present: Tensor, g: torch.Generator) -> Rollouts:
+def _add_rollouts(case: Case, inputs: Inputs, present: Tensor, g: torch.Generator) -> None:
     """present (S, T) bool."""
     (s, t), device = present.shape, inputs.hidden.device
-    of_sequences = torch.randn(s, generator=g)
-    of_tokens = torch.randn(s, t, generator=g)
+    of_sequences, of_tokens = torch.randn(s, generator=g), torch.randn(s, t, generator=g)
     rewards, values = (torch.where(present, torch.randn(s, t, generator=g), 0).to(device) for _ in range(2))
     log_ratios = torch.tensor(LOG_RATIOS)[torch.randint(len(LOG_RATIOS), (s, t), generator=g)].to(device)
-    advantages = (of_tokens if case.task == "ppo" else of_sequences[:, None].expand(s, t)).to(device)
     old_logps = torch.zeros((s, t), device=device)
     if case.task != "gae":
         old_logps = torch.where(inputs.scored, _estimated_logps(case, inputs) - log_ratios, 0)
-    present = present.to(device)
-    lengths = torch.cat([torch.zeros(1, dtype=torch.long, device=device), present.sum(1)])
-    cu_seqlens = lengths.cumsum(0).int()
-    found = Rollouts(old_logps, advantages, of_sequences.to(device), rewards, values, cu_seqlens, present)
-    like_labels = {name: getattr(found, name)[present] for name in ("old_logps", "advantages", "rewards", "values")}
+    inputs.present = present = present.to(device)
+    inputs.cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long, device=device), present.sum(1)]).cumsum(0).int()
+    inputs.sequence_advantages = of_sequences.to(device)
+    inputs.advantages = (of_tokens if case.task == "ppo" else of_sequences[:, None].expand(s, t)).to(device)
+    inputs.old_logps, inputs.rewards, inputs.values = old_logps, rewards, values
+    names = ("labels", "scored", "old_logps", "advantages", "rewards", "values")
     hidden = inputs.hidden.detach()[present].requires_grad_(inputs.hidden.requires_grad)
-    found.packed = replace(inputs, hidden=hidden, labels=inputs.labels[present], rollouts=replace(found, **like_labels))
-    return found
+    inputs.packed = replace(inputs, hidden=hidden, **{name: getattr(inputs, name)[present] for name in names})
 
 
 @torch.no_grad()

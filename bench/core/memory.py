@@ -11,9 +11,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,8 +27,7 @@ _MARK = "logitless-bench-memory "
 _CLEAR_REFS, _STATUS, _MEMINFO = Path("/proc/self/clear_refs"), Path("/proc/self/status"), Path("/proc/meminfo")
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Bytes above the inputs at the peak of one step, gradients included, or why there is no figure.
 
     ``fatal``: the step itself failed (out of memory, an error), so it is not timed.
@@ -42,11 +41,8 @@ class Memory:
 def measure(provider: Provider, case: Case, device: torch.device) -> Memory:
     """Run one step in a new process and read its peak."""
     spec = {
-        "provider": provider.name,
-        "module": provider.build.__module__,
-        "case": asdict(case),
-        "device": str(device),
-        "threads": torch.get_num_threads(),
+        **{"provider": provider.name, "module": provider.build.__module__, "case": asdict(case)},
+        **{"device": str(device), "threads": torch.get_num_threads()},
     }
     command = [sys.executable, "-m", __name__, json.dumps(spec)]
     try:
@@ -62,25 +58,22 @@ def measure(provider: Provider, case: Case, device: torch.device) -> Memory:
     return Memory(None, f"memory: the process ended with {done.returncode}: {last}")
 
 
-def _limit_address_space() -> None:
-    """Make an allocation that is too large for the machine fail in this process, before Linux kills another one for it."""
-    if not _STATUS.exists():
-        return
-    limit = _kilobytes(_STATUS, "VmSize") + _kilobytes(_MEMINFO, "MemAvailable")
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
-
-
 def _kilobytes(account: Path, key: str) -> int:
     """A size from one of Linux's accounts, in bytes."""
-    for line in account.read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{account} has no {key}")
+    found = next(line for line in account.read_text().splitlines() if line.startswith(key))
+    return int(found.split()[1]) * 1024
+
+
+def _limit_address_space() -> None:
+    """Make an allocation that is too large for the machine fail in this process, before Linux kills another one for it."""
+    if _STATUS.exists():
+        limit = _kilobytes(_STATUS, "VmSize") + _kilobytes(_MEMINFO, "MemAvailable")
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def _peak_of_linux(step: Callable[[], object]) -> int:
-    """By the kernel's high-water mark of resident memory, reset before the step.
+    """By the kernel's high-water mark of resident memory, which was just reset.
 
     ``getrusage`` has no reset, and its value survives ``exec``: a small child of a large parent starts at the parent's peak.
     """
@@ -90,7 +83,7 @@ def _peak_of_linux(step: Callable[[], object]) -> int:
 
 
 def _peak_of_samples(step: Callable[[], object]) -> int:
-    """Where the kernel's mark cannot be reset: a thread samples resident memory every millisecond."""
+    """By a thread that samples resident memory every millisecond, where the kernel's mark cannot be reset."""
     import psutil  # not needed on GPUs and most Linux machines
 
     process, stop = psutil.Process(), threading.Event()
@@ -98,16 +91,16 @@ def _peak_of_samples(step: Callable[[], object]) -> int:
 
     def watch() -> None:
         while not stop.wait(0.001):
-            seen.append(max(seen.pop(), process.memory_info().rss))
+            seen.append(process.memory_info().rss)
 
-    before, thread = seen[0], threading.Thread(target=watch, daemon=True)
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
         step()
     finally:
         stop.set()
         thread.join()
-    return max(seen.pop(), process.memory_info().rss) - before
+    return max(seen) - seen[0]
 
 
 def _peak_of_cuda(step: Callable[[], object]) -> int:
@@ -120,18 +113,13 @@ def _peak_of_cuda(step: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _return_freed_memory() -> None:
-    """Return freed memory to the system, so that the step cannot take it from the allocator unseen."""
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):
-        return  # not glibc
-
-
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     """Extra bytes at the peak of a step that has run before."""
-    _return_freed_memory()
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # else the step could reuse freed memory unseen
+    except (AttributeError, OSError, TypeError):
+        pass  # not glibc
     if device.type == "cuda":
         return _peak_of_cuda(step)
     try:
@@ -153,23 +141,21 @@ def measure_here(provider: Provider, case: Case, device: torch.device) -> int:
     return peak_bytes(work.step, device)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main() -> None:
     """The child process: takes a JSON object of what to run, prints one marked JSON line with the result."""
-    spec = json.loads((sys.argv[1:] if argv is None else argv)[0])
+    spec = json.loads(sys.argv[1])
     importlib.import_module(spec["module"])  # registers the provider
     torch.set_num_threads(spec["threads"])
     device = torch.device(spec["device"])
-    provider, case = PROVIDERS[spec["provider"]], Case.from_dict(spec["case"])
     if device.type == "cpu":
         _limit_address_space()
     result: dict[str, Any]
     try:
-        result = {"extra_bytes": measure_here(provider, case, device)}
+        result = {"extra_bytes": measure_here(PROVIDERS[spec["provider"]], Case.from_dict(spec["case"]), device)}
     except (Exception, MemoryError) as error:
         result = {"extra_bytes": None, "message": shorten(error), "fatal": True}
     print(_MARK + json.dumps(result), flush=True)
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ..losses.policy import loop_over_tokens
 from .cases import Case
 from .inputs import Inputs
 from .registry import Result, Work
+from .rows import beyond
 
 #: Elements of one float64 block of logits: 64 MiB, so that its few copies stay well below 1 GiB. On a GPU, whose GEMMs need
 #: more rows, 512 MiB; there the float64 weight of 152k x 4096, its gradient and a sum take some 16 GB.
@@ -60,7 +61,7 @@ def compute_reference(case: Case, inputs: Inputs) -> Reference:
     tokens = torch.zeros((len(values), *scored.shape), dtype=torch.float64, device=scored.device)
     tokens[:, scored] = values
     logps, *entropies = tokens.requires_grad_()
-    loss = loss_of(case.task)(logps, inputs.loss_inputs, entropies[0] if entropies else None)
+    loss = loss_of(case.task)(logps, inputs, entropies[0] if entropies else None)
     dhidden = None
     if case.backward:
         (coefficients,) = torch.autograd.grad(loss, tokens)
@@ -81,7 +82,7 @@ def compute_reference(case: Case, inputs: Inputs) -> Reference:
 
 def _gae_reference(inputs: Inputs) -> Reference:
     """Advantages (S, T) in place of log-probs, one token at a time."""
-    present, packed = inputs.policy.present, inputs.packed.policy
+    present, packed = inputs.present, inputs.packed
     rewards = packed.rewards.tolist()
     found = loop_over_tokens(rewards, packed.values.tolist(), packed.cu_seqlens.tolist(), [0.0] * len(rewards))
     advantages = torch.zeros(present.shape, dtype=torch.float64, device=present.device)
@@ -89,8 +90,7 @@ def _gae_reference(inputs: Inputs) -> Reference:
     return Reference(0.0, advantages)
 
 
-@dataclass(frozen=True)
-class Tolerance:
+class Tolerance(NamedTuple):
     """Errors above these count as wrong: a few times the error of plain PyTorch in that dtype."""
 
     logps: float
@@ -118,21 +118,12 @@ class Errors:
     dweight: float | None = None
     failed: list[str] = field(default_factory=list)
 
-    def worst(self, other: Errors) -> Errors:
-        """The larger of each error of two runs."""
-        merged = Errors(failed=[*self.failed, *(f for f in other.failed if f not in self.failed)])
-        for name in ("loss", "token_logps", "sequence_logps", "dhidden", "dweight"):
-            values = [v for v in (getattr(self, name), getattr(other, name)) if v is not None]
-            # max() would hide a NaN that comes second
-            setattr(merged, name, (math.nan if any(map(math.isnan, values)) else max(values)) if values else None)
-        return merged
-
-
-def _row_blocks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
-    step = max(1, (_CACHED if a.device.type == "cpu" else _BLOCK) // a.shape[-1])
-    for i in range(0, len(a), step):
-        yield a[i : i + step].double(), b[i : i + step].double()
+    def record(self, name: str, value: float) -> float:
+        """Keep the larger of two runs, or NaN; returns the value."""
+        before = getattr(self, name)
+        if before is None or not value <= before:
+            setattr(self, name, value)
+        return value
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
@@ -140,8 +131,9 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     if value.shape != reference.shape:
         return math.inf
     squares = torch.zeros(2, dtype=torch.float64, device=value.device)
-    for a, b in _row_blocks(value, reference):
-        squares[0] += (a - b).square_().sum()
+    rows = max(1, (_CACHED if value.device.type == "cpu" else _BLOCK) // value.shape[-1])
+    for a, b in zip(value.flatten(0, -2).split(rows), reference.flatten(0, -2).split(rows), strict=True):
+        squares[0] += (a.double() - b).square_().sum()
         squares[1] += b.square().sum()
     above, below = squares.tolist()
     return math.sqrt(above / below) if below else math.sqrt(above)
@@ -156,46 +148,36 @@ def token_error(case: Case, inputs: Inputs, work: Work, reference: Reference) ->
 
 def _packed_like(result: Result, reference: Reference, inputs: Inputs) -> Reference:
     """The reference, packed where the result is. A packed provider has no padding to get wrong."""
-    if inputs.rollouts is None:
-        return reference
-    logps, dhidden, present = reference.logps, reference.dhidden, inputs.rollouts.present
+    logps, dhidden = reference.logps, reference.dhidden
     if result.token_logps is not None and result.token_logps.dim() == 1 and logps is not None:
-        logps = logps[present]
+        logps = logps[inputs.present]
     if result.dhidden is not None and result.dhidden.dim() == 2 and dhidden is not None:
-        dhidden = dhidden[present]
+        dhidden = dhidden[inputs.present]
     return replace(reference, logps=logps, dhidden=dhidden)
 
 
-def check(case: Case, inputs: Inputs, result: Result, reference: Reference) -> Errors:
-    """Compare a result with the reference."""
-    tolerance = TOLERANCES[case.shape.dtype]
-    errors = Errors()
+def check(case: Case, inputs: Inputs, result: Result, reference: Reference, errors: Errors | None = None) -> Errors:
+    """Compare a result with the reference; ``errors`` of an earlier result are kept where they are larger."""
+    tolerance, errors = TOLERANCES[case.shape.dtype], errors or Errors()
     reference = _packed_like(result, reference, inputs)
-    limits: list[tuple[str, float | None, float]] = []
+    limits: list[tuple[str, float, float]] = []
     if result.loss is not None:
-        errors.loss = abs(result.loss.item() - reference.loss)
-        limits.append(("loss", errors.loss, tolerance.gradients * max(1.0, abs(reference.loss))))
+        error = errors.record("loss", abs(result.loss.item() - reference.loss))
+        limits.append(("loss", error, tolerance.gradients * max(1.0, abs(reference.loss))))
     if result.token_logps is not None and reference.logps is not None:
         scored = inputs.scored if result.token_logps.dim() == 2 else inputs.packed.scored
-        errors.token_logps = (result.token_logps.double() - reference.logps)[scored].abs().max().item()
-    limits.append(("logps", errors.token_logps, tolerance.logps))
+        error = (result.token_logps.double() - reference.logps)[scored].abs().max().item()
+        limits.append(("logps", errors.record("token_logps", error), tolerance.logps))
     if result.sequence_logps is not None and reference.sequences is not None:
-        errors.sequence_logps = (result.sequence_logps.double() - reference.sequences).abs().max().item()
+        error = (result.sequence_logps.double() - reference.sequences).abs().max().item()
         # independent roundings of a sequence's tokens add up like a random walk
-        limits.append(("sequence logps", errors.sequence_logps, tolerance.logps * math.sqrt(case.shape.tokens)))
-    if case.backward:
-        for name in ("dhidden", "dweight"):
-            value, expected = getattr(result, name), getattr(reference, name)
-            if expected is None:
-                continue
-            if value is None:
-                errors.failed.append(f"{name} is missing")
-                continue
-            setattr(errors, name, relative_error(value, expected))
-            limits.append((name, getattr(errors, name), tolerance.gradients))
-    errors.failed += [
-        f"{name} is off by {error:.2g}, allowed {limit:.2g}"
-        for name, error, limit in limits
-        if error is not None and not error <= limit
-    ]
+        limit = tolerance.logps * math.sqrt(case.shape.tokens)
+        limits.append(("sequence logps", errors.record("sequence_logps", error), limit))
+    for name in ("dhidden", "dweight") if case.backward else ():
+        value, expected = getattr(result, name), getattr(reference, name)
+        if expected is not None and value is None:
+            errors.failed.append(f"{name} is missing")
+        elif expected is not None:
+            limits.append((name, errors.record(name, relative_error(value, expected)), tolerance.gradients))
+    errors.failed += beyond(*limits)
     return errors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,12 +59,22 @@ WhyNot = Callable[[Case, torch.device], list[str]]
 
 @dataclass(frozen=True)
 class Provider:
-    """One entry of the registry; see :func:`provider`."""
+    """One entry of the registry.
+
+    Attributes:
+        name: its name in ``--providers`` and in the table.
+        build: prepares it for a case.
+        tasks: the tasks that it computes, see :class:`~.cases.Case`.
+        why_not: every reason why it cannot run a case on a device (package missing, dtype unsupported ...).
+        roofline: it computes nothing that could be checked; the others are compared with it.
+        warm_up: its first step compiles or allocates for good, so memory is measured on the second.
+        quick: whether ``--quick`` runs it by default.
+    """
 
     name: str
     build: Build
     tasks: frozenset[str]
-    why_not: WhyNot
+    why_not: WhyNot = lambda case, device: []
     roofline: bool = False
     warm_up: bool = False
     quick: bool = True
@@ -79,24 +90,8 @@ class Provider:
 PROVIDERS: dict[str, Provider] = {}
 
 
-def provider(
-    name: str,
-    *,
-    tasks: Iterable[str],
-    why_not: WhyNot = lambda case, device: [],
-    roofline: bool = False,
-    warm_up: bool = False,
-    quick: bool = True,
-) -> Callable[[Build], Build]:
-    """Register the decorated function as a provider; nothing else is needed to add one.
-
-    Args:
-        name: its name in ``--providers`` and in the table.
-        tasks: the tasks that it computes, see :class:`~.cases.Case`.
-        why_not: every reason why it cannot run a case on a device (package missing, dtype unsupported ...).
-        roofline: it computes nothing that could be checked; the others are compared with it.
-        warm_up: its first step compiles or allocates for good, so memory is measured on the second.
-        quick: whether ``--quick`` runs it by default.
+def provider(name: str, *, tasks: Iterable[str], **options: Any) -> Callable[[Build], Build]:
+    """Register the decorated function as a provider; ``options`` are those of :class:`Provider`. Nothing else adds one.
 
     Raises:
         ValueError: when the name is taken.
@@ -112,7 +107,7 @@ def provider(
     def register(build: Build) -> Build:
         if name in PROVIDERS:
             raise ValueError(f"provider name {name!r} is taken")
-        PROVIDERS[name] = Provider(name, build, frozenset(tasks), why_not, roofline, warm_up, quick)
+        PROVIDERS[name] = Provider(name, build, frozenset(tasks), **options)
         return build
 
     return register

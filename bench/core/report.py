@@ -1,4 +1,4 @@
-"""What is printed and written of outcomes: tables, rows without figures, targets; and the JSON."""
+"""What is printed and written of outcomes: tables, rows without figures, and targets; and the JSON."""
 
 from __future__ import annotations
 
@@ -8,36 +8,62 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from .console import Console
 from .rows import FAILED, OK, UNAVAILABLE, Outcome, R
-from .targets import Target
 
 #: Raised when a field of the JSON changes its meaning; ``results/README.md`` describes the fields.
 SCHEMA = 1
 
-Targets = Callable[[Any], list[Target]]
 _NO_MEMORY = re.compile(r"out ?of ?memory|MemoryError|can't allocate memory|not enough memory", re.IGNORECASE)
 
 
-def milliseconds(seconds: float) -> str:
-    """Four digits, without an exponent."""
-    ms = seconds * 1e3
-    return f"{ms:.0f}" if ms >= 1000 else f"{ms:.4g}"
+@dataclass(frozen=True)
+class Target:
+    """A target and what was measured.
+
+    Attributes:
+        what: in words. value: measured, ``None`` where a row that it needs is missing or not right.
+        bound: the target. at_least: whether the value must reach the bound or stay below it.
+        stated: whether the target is stated for the case's shape. stated_for: the shape and machine that it is stated for.
+    """
+
+    what: str
+    value: float | None
+    bound: float
+    at_least: bool
+    stated: bool = True
+    stated_for: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the value is within the bound, whatever the shape; ``None`` if there is no value."""
+        if self.value is None:
+            return None
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+    def __str__(self) -> str:
+        bound = f"at {'least' if self.at_least else 'most'} {self.bound:g}"
+        if self.value is None:
+            return f"not measured: {self.what} (target: {bound})"
+        verdict = ("met" if self.met else "missed") if self.stated else "not stated for this shape"
+        return f"{verdict}: {self.what} is {self.value:.2f} (target: {bound})"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "met": self.met}
 
 
-def spread(median: float | None, seconds: Sequence[float]) -> str:
-    """Milliseconds: the median, and from least to most. A dash where there is no median."""
-    if median is None:
-        return "-"
-    return f"{milliseconds(median)} ({milliseconds(min(seconds))}..{milliseconds(max(seconds))})"
+def quotient(above: float | None, below: float | None) -> float | None:
+    """``above / below``, ``None`` unless both are finite numbers and ``below`` is not 0."""
+    if above is None or not below or not math.isfinite(above) or not math.isfinite(below):
+        return None
+    return above / below
 
 
-def number(value: float | None, form: str = ".1e", unit: float = 1.0) -> str:
-    """The value in units, or a dash."""
-    return "-" if value is None else format(value / unit, form)
+Targets = Callable[[Any], list[Target]]
 
 
 def without_figures(rows: Iterable[R]) -> list[str]:
@@ -57,24 +83,19 @@ def without_figures(rows: Iterable[R]) -> list[str]:
     ]
 
 
-def show_table(
-    console: Console,
-    title: str,
-    columns: Sequence[str],
-    rows: Sequence[R],
-    cells: Callable[[R], Sequence[str]],
-    notes: Iterable[str] = (),
-) -> None:
-    """Print the rows that have figures as a table, and below it a line for those that have none, and the notes.
-
-    ``cells``: the cells of a row between its name and the rest of its line.
-    """
-    able = [row for row in rows if row.status == OK]
-    if able:
-        console.table(title, columns, [[row.name, *cells(row)] for row in able], [False] * len(able))
+def print_table(console: Console, title: str, rows: Sequence[dict[str, str]]) -> None:
+    """Cells by column; the title alone if there are no rows."""
+    if rows:
+        console.table(title, list(rows[0]), [list(row.values()) for row in rows], [False] * len(rows))
     else:
         console.print(title, highlight=False)
-    for line in (*without_figures(rows), *notes):
+
+
+def show(console: Console, outcome: Outcome[Any]) -> None:
+    """Print the rows that have figures as a table, and below it lines for those that have none, and the notes."""
+    able = [row for row in outcome.rows if row.status == OK]
+    print_table(console, outcome.title, [{row.KEY: row.name, **outcome.cells(row)} for row in able])
+    for line in (*without_figures(outcome.rows), *outcome.notes()):
         console.print(f"  {line}", highlight=False)
     console.print()
 

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -14,8 +14,8 @@ import torch
 
 OK, WRONG, FAILED, UNAVAILABLE = "ok", "wrong", "failed", "unavailable"
 
-#: Receives what happens next, and how many planned steps are done with it.
-Progress = Callable[[str, int], None]
+#: Receives what happens next.
+Progress = Callable[[str], None]
 
 
 def shorten(error: BaseException, limit: int = 160) -> str:
@@ -23,6 +23,11 @@ def shorten(error: BaseException, limit: int = 160) -> str:
     lines = str(error).strip().splitlines()
     text = f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def beyond(*errors: tuple[str, float, float]) -> list[str]:
+    """Names, errors and tolerances: those beyond it (NaN included), in words."""
+    return [f"{name} is off by {error:.2g}, allowed {limit:.2g}" for name, error, limit in errors if not error <= limit]
 
 
 def synchronize(device: torch.device) -> None:
@@ -77,6 +82,11 @@ class Row:
         if reasons:
             self.fail(UNAVAILABLE, "; ".join(reasons))
 
+    def judge(self, wrong: Sequence[str]) -> None:
+        """Become wrong if an error is beyond its tolerance."""
+        if wrong:
+            self.fail(WRONG, "; ".join(wrong))
+
     def as_dict(self) -> dict[str, Any]:
         values = asdict(self)
         return {self.KEY: values.pop("name"), **values}
@@ -126,6 +136,19 @@ class Outcome(Generic[R]):
         """The median of a row, if it has one."""
         return getattr(self.row(name), "median", None)
 
+    @property
+    def title(self) -> str:
+        """Of the table."""
+        return str(self.case.title)
+
+    def cells(self, row: R) -> dict[str, str]:
+        """By column, what the table shows of a row after its name."""
+        raise NotImplementedError
+
+    def notes(self) -> Iterable[str]:
+        """Lines below the table."""
+        return ()
+
     def derived(self) -> dict[str, Any]:
         """Further keys of the case in the JSON."""
         return {}
@@ -140,12 +163,42 @@ class Outcome(Generic[R]):
         return {**asdict(self.case), **own, **self.derived(), "rows": rows}
 
 
-def turns(rows: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
-    """Each row once per round. Every round starts with another row, so that the effect of a neighbour evens out."""
-    for i in range(rounds):
-        shift = i % max(1, len(rows))
-        for row in (*rows[shift:], *rows[:shift]):
-            yield i, row
+@dataclass
+class Table(Generic[R]):
+    """Runs the rows of an outcome in stages. A row that raises or is wrong takes no further part."""
+
+    rows: list[R]
+    device: torch.device
+    progress: Progress
+
+    def free(self, row: R) -> None:
+        """Free what a row that has failed holds."""
+
+    def guard(self, row: R, action: Callable[[R], object]) -> None:
+        """Run an action unless the row has failed already."""
+        if row.status != OK:
+            return
+        row.guard(lambda: action(row))
+        if row.status != OK:
+            self.free(row)
+            release_memory(self.device)
+
+    def each(self, what: str, action: Callable[[R], object]) -> None:
+        """One stage."""
+        for row in self.rows:
+            self.progress(f"{what} of {row.name}")
+            self.guard(row, action)
+
+    def turns(self, rounds: int, action: Callable[[R], object]) -> None:
+        """Rounds in which rows take turns, so that a slow period of the machine affects all of them.
+
+        Every round starts with another row, so that the effect of a neighbour evens out.
+        """
+        for i in range(rounds):
+            shift = i % max(1, len(self.rows))
+            for row in (*self.rows[shift:], *self.rows[:shift]):
+                self.progress(f"round {i + 1} of {rounds}")
+                self.guard(row, action)
 
 
 def timed(step: Callable[[], T], device: torch.device) -> tuple[float, T]:

@@ -3,20 +3,51 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from .cases import Case
+from .console import milliseconds, number, spread
 from .inputs import Inputs, make_inputs
 from .memory import measure, peak_bytes
-from .profiling import Kernel, profile_step
 from .reference import Errors, Reference, check, compute_reference, token_error
-from .registry import PROVIDERS, Provider, Result, Work
-from .rows import FAILED, OK, WRONG, Outcome, Progress, TimedRow, frozen_heap, release_memory, shorten, timed, turns
+from .registry import PROVIDERS, Result, Work
+from .rows import FAILED, OK, Outcome, Progress, Table, TimedRow, frozen_heap, release_memory, shorten, timed
+
+#: Kernels of a profile that are kept, those that are printed, and characters of a name: C++ templates have names of pages.
+KEPT, _SHOWN, _NAME = 20, 5, 160
+#: The machine counts as busy from this spread of the bare GEMMs' times on.
+_BUSY = 1.5
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """All launches of one kernel in a step (on a CPU: all calls of an operator, without what it calls)."""
+
+    name: str
+    calls: int
+    microseconds: float
+
+
+def profile_step(step: Callable[[], object], device: torch.device) -> list[Kernel]:
+    """The kernels of a step that take longest, longest first; the profiler's own cost is not included."""
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as run:
+        step()
+        if on_gpu:
+            torch.cuda.synchronize()
+    found = []
+    for event in run.key_averages():
+        if on_gpu and (event.device_type.name != "CUDA" or getattr(event, "is_user_annotation", False)):
+            continue  # CPU work, and annotations that contain other kernels
+        time = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        found.append(Kernel(event.key[:_NAME], event.count, float(time)))
+    return sorted(found, key=lambda kernel: -kernel.microseconds)[:KEPT]
 
 
 @dataclass
@@ -45,6 +76,19 @@ class ProviderRow(TimedRow):
         super().fail(status, message)
         self.profile = None
 
+    def profile_lines(self) -> Iterator[str]:
+        """The longest kernels of the profile and, on a GPU, what the cost model predicts for the parts of a step."""
+        if self.profile is None:
+            return
+        total = sum(kernel.microseconds for kernel in self.profile)
+        yield f"profile of {self.name}: {milliseconds(total / 1e6)} ms in its longest {len(self.profile)} kernels"
+        for kernel in self.profile[:_SHOWN]:
+            yield f"  {milliseconds(kernel.microseconds / 1e6):>7} ms, {kernel.calls:4} x {kernel.name[:100]}"
+        if self.predicted_seconds is not None:
+            parts = sorted(self.predicted_seconds.items(), key=lambda part: -part[1])
+            expected = ", ".join(f"{name} {milliseconds(seconds)}" for name, seconds in parts)
+            yield f"  predicted {milliseconds(sum(self.predicted_seconds.values()))} ms: {expected}"
+
     def as_dict(self) -> dict[str, Any]:
         ends = {"min_seconds": min(self.seconds, default=None), "max_seconds": max(self.seconds, default=None)}
         return {**super().as_dict(), **ends}
@@ -59,6 +103,29 @@ class CaseOutcome(Outcome[ProviderRow]):
         roofline = next((r.median for r in self.rows if r.roofline), None)
         return row.median / roofline if row.median is not None and roofline else None
 
+    def cells(self, row: ProviderRow) -> dict[str, str]:
+        errors = [number(getattr(row.errors, name, None)) for name in ("token_logps", "dhidden", "dweight")]
+        names = ("max err" if self.case.task == "gae" else "max logp err", "rel err dX", "rel err dW")
+        return {
+            "ms, median (min..max)": spread(row.median, row.seconds),
+            f"x {self.case.floor}": number(self.ratio(row), ".2f"),
+            "extra MiB": number(row.extra_bytes, ".1f", 2**20),
+            **dict(zip(names, errors, strict=True)),
+            "schedule": row.note or ("roofline" if row.roofline else row.schedule),
+        }
+
+    def notes(self) -> Iterator[str]:
+        floor = next((row for row in self.rows if row.roofline and row.median is not None), None)
+        if floor is not None and max(floor.seconds) > _BUSY * min(floor.seconds):
+            times = spread(floor.median, floor.seconds)
+            yield f"{self.case.floor} took {times} ms: the machine is busy, do not trust the times"
+        if floor is not None and floor.median is not None and self.case.task == "tile":
+            shape = self.case.shape
+            moved = 2 * shape.scored * shape.vocab * shape.torch_dtype.itemsize
+            yield f"copy: {moved / floor.median / 1e9:.1f} GB/s, read and written"
+        for row in self.rows:
+            yield from row.profile_lines()
+
     def derived(self) -> dict[str, Any]:
         return {"scored_tokens": self.case.shape.scored, "gemms": self.case.gemms}
 
@@ -68,16 +135,6 @@ class CaseOutcome(Outcome[ProviderRow]):
 
 #: Providers whose steps ``--profile`` looks into, by how their names start: ours, and the bare GEMMs.
 _PROFILED = ("logitless", "gemm")
-
-
-@dataclass
-class _Entry:
-    provider: Provider
-    row: ProviderRow
-    work: Work | None = None
-    last: Result | None = None
-
-
 #: Assumptions of an estimate for a GPU of the H100's class: FLOP/s of GEMMs in bf16 and float64, and the average time of a
 #: provider's step over the bare GEMMs (Liger takes 4 to 5 times as long, ours 1.1).
 _GEMM_RATE, _DOUBLE_RATE, _STEP = 5e14, 3e13, 2.2
@@ -102,11 +159,6 @@ def estimated_seconds(plan: Iterable[tuple[Case, Iterable[str]]], device: torch.
     return seconds
 
 
-def planned_steps(case: Case, names: Iterable[str], device: torch.device, rounds: int) -> int:
-    """How often :func:`run_case` will report progress."""
-    return 1 + len([n for n in names if not PROVIDERS[n].reasons(case, device)]) * (rounds + 2)
-
-
 def run_case(
     case: Case,
     names: Iterable[str],
@@ -114,60 +166,53 @@ def run_case(
     *,
     rounds: int,
     memory: bool = True,
-    profile: bool = False,
-    progress: Progress = lambda text, steps: None,
+    profiled: bool = False,
+    progress: Progress = lambda text: None,
 ) -> CaseOutcome:
     """Measure memory, check, and time every provider of a case; errors of providers become rows.
 
     Args:
-        case: what to run.
         names: providers, in the order of the table.
-        device: where.
-        rounds: timed steps of each provider. They take turns, so that a slow period of the machine affects all of them.
+        rounds: timed steps of each provider.
         memory: whether to measure peak memory, on a CPU in processes of their own.
-        profile: whether one more step of ours and of the bare GEMMs runs under torch's profiler, after all that is timed.
-        progress: receives what happens next and how many planned steps are done with it.
+        profiled: whether one more step of ours and of the bare GEMMs runs under torch's profiler, after all that is timed.
+        progress: receives what happens next.
     """
     gc.collect()
     release_memory(device)  # of the case before: the memory processes share the device
-    rows, entries = [], []
-    for name in names:
-        provider = PROVIDERS[name]
-        row = ProviderRow(name, roofline=provider.roofline)
-        rows.append(row)
-        row.refuse(provider.reasons(case, device))
-        if row.status == OK:
-            entries.append(_Entry(provider, row))
+    rows = [ProviderRow(name, roofline=PROVIDERS[name].roofline) for name in names]
+    for row in rows:
+        row.refuse(PROVIDERS[row.name].reasons(case, device))
     # On a CPU processes measure memory, before this one holds anything large. A GPU's allocator keeps accounts, so there a
     # step of this process is enough; a process for each provider would take most of the time.
     apart = memory and device.type == "cpu"
-    with ThreadPoolExecutor(2) as pool:
-        measured = [
-            pool.submit(measure, entry.provider, case, device) if apart and not entry.provider.roofline else None
-            for entry in entries
-        ]
-        for entry, pending in zip(entries, measured, strict=True):
-            progress(f"{case.task}: memory of {entry.row.name}", 1)
-            if pending is not None:
-                found = pending.result()
-                entry.row.extra_bytes, entry.row.note = found.extra_bytes, found.message
-                if found.fatal:
-                    entry.row.fail(FAILED, found.message)
-    progress(f"{case.task}: float64 reference", 1)
-    run = _Run(case, device, make_inputs(case, device))
+    able = [row for row in rows if row.status == OK]
+    if apart:
+        _measure_apart(case, [row for row in able if not row.roofline], device, progress)
+    progress("float64 reference")
+    inputs = make_inputs(case, device)
+    table = _CaseTable(able, device, progress, case, inputs, compute_reference(case, inputs), memory and not apart)
     with frozen_heap():
-        for entry in entries:
-            progress(f"{case.task}: check of {entry.row.name}", 1)
-            run.guard(entry, lambda e: run.first_step(e, memory and not apart))
-        for i, entry in turns(entries, rounds):
-            progress(f"{case.task}: round {i + 1} of {rounds}", 1)
-            run.guard(entry, run.timed_step)
-        for entry in entries:
-            run.guard(entry, run.check)
-            if profile and entry.row.status == OK and entry.row.name.startswith(_PROFILED):
-                run.profile(entry)
-            entry.work = entry.last = None
+        table.each("check", table.first_step)
+        table.turns(rounds, table.timed_step)
+        for row in able:
+            table.guard(row, table.check)
+            if profiled and row.name.startswith(_PROFILED):
+                table.guard(row, table.profile)
+            table.free(row)
     return CaseOutcome(case, rows)
+
+
+def _measure_apart(case: Case, rows: list[ProviderRow], device: torch.device, progress: Progress) -> None:
+    """Memory by processes of their own, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        pending = [pool.submit(measure, PROVIDERS[row.name], case, device) for row in rows]
+        for row, result in zip(rows, pending, strict=True):
+            progress(f"memory of {row.name}")
+            found = result.result()
+            row.extra_bytes, row.note = found.extra_bytes, found.message
+            if found.fatal:
+                row.fail(FAILED, found.message)
 
 
 def failed_case(case: Case, names: Iterable[str], error: Exception) -> CaseOutcome:
@@ -176,58 +221,54 @@ def failed_case(case: Case, names: Iterable[str], error: Exception) -> CaseOutco
     return CaseOutcome(case, [ProviderRow(name, FAILED, message, roofline=PROVIDERS[name].roofline) for name in names])
 
 
-class _Run:
-    """The inputs and the reference of a case, and what is done with each provider."""
+@dataclass
+class _CaseTable(Table[ProviderRow]):
+    """The providers of a case, its inputs and its reference. ``memory``: whether a step in this process measures it."""
 
-    def __init__(self, case: Case, device: torch.device, inputs: Inputs) -> None:
-        self.case, self.device, self.inputs = case, device, inputs
-        self.reference: Reference = compute_reference(case, inputs)
+    case: Case
+    inputs: Inputs
+    reference: Reference
+    memory: bool
+    work: dict[str, Work] = field(default_factory=dict)
+    last: dict[str, Result] = field(default_factory=dict)
 
-    def guard(self, entry: _Entry, action: Callable[[_Entry], None]) -> None:
-        """Run an action unless the row has failed; free what the provider holds if it raises or is wrong."""
-        if entry.row.status != OK:
-            return
-        entry.row.guard(lambda: action(entry))
-        if entry.row.status != OK:
-            entry.work = entry.last = None
-            release_memory(self.device)
+    def free(self, row: ProviderRow) -> None:
+        self.work.pop(row.name, None)
+        self.last.pop(row.name, None)
 
-    def first_step(self, entry: _Entry, memory: bool) -> None:
+    def first_step(self, row: ProviderRow) -> None:
         """Build, warm up, check, and measure the memory of one more step."""
-        entry.work = entry.provider.build(self.case, self.inputs)
-        entry.work.prepare()
-        entry.last = last = entry.work.step()
-        entry.row.schedule, entry.row.flops, entry.row.predicted_seconds = last.schedule, last.flops, last.predicted
-        self.check(entry)
-        if entry.row.errors is not None and entry.row.errors.token_logps is None and entry.row.status == OK:
-            entry.row.errors.token_logps = token_error(self.case, self.inputs, entry.work, self.reference)
-        if memory and not entry.provider.roofline and entry.row.status == OK:
-            entry.work.prepare()
-            entry.row.extra_bytes = peak_bytes(entry.work.step, self.device)
+        work = self.work[row.name] = PROVIDERS[row.name].build(self.case, self.inputs)
+        work.prepare()
+        last = self.last[row.name] = work.step()
+        row.schedule, row.flops, row.predicted_seconds = last.schedule, last.flops, last.predicted
+        del last  # the check drops the result, which would count as memory
+        self.check(row)
+        if row.errors is not None and row.errors.token_logps is None and row.status == OK:
+            row.errors.token_logps = token_error(self.case, self.inputs, work, self.reference)
+        if self.memory and not row.roofline and row.status == OK:
+            work.prepare()
+            row.extra_bytes = peak_bytes(work.step, self.device)
 
-    def check(self, entry: _Entry) -> None:
+    def check(self, row: ProviderRow) -> None:
         """Compare the last result with the reference."""
-        if entry.provider.roofline or entry.last is None:
+        last = self.last.pop(row.name, None)
+        if row.roofline or last is None:
             return
-        errors = check(self.case, self.inputs, entry.last, self.reference)
-        entry.row.errors = errors if entry.row.errors is None else entry.row.errors.worst(errors)
-        entry.last = None
-        if entry.row.errors.failed:
-            entry.row.fail(WRONG, "; ".join(entry.row.errors.failed))
+        row.errors = check(self.case, self.inputs, last, self.reference, row.errors)
+        row.judge(row.errors.failed)
 
-    def timed_step(self, entry: _Entry) -> None:
-        assert entry.work is not None
-        entry.last = None
+    def timed_step(self, row: ProviderRow) -> None:
+        self.last.pop(row.name, None)
         gc.collect()
-        entry.work.prepare()
-        seconds, entry.last = timed(entry.work.step, self.device)
-        entry.row.seconds.append(seconds)
+        self.work[row.name].prepare()
+        seconds, self.last[row.name] = timed(self.work[row.name].step, self.device)
+        row.seconds.append(seconds)
 
-    def profile(self, entry: _Entry) -> None:
+    def profile(self, row: ProviderRow) -> None:
         """An error here does not affect the step's figures: it becomes a note."""
-        assert entry.work is not None
         try:
-            entry.work.prepare()
-            entry.row.profile = profile_step(entry.work.step, self.device)
+            self.work[row.name].prepare()
+            row.profile = profile_step(self.work[row.name].step, self.device)
         except Exception as error:
-            entry.row.note = f"profile: {shorten(error)}"
+            row.note = f"profile: {shorten(error)}"

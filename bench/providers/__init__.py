@@ -3,4 +3,4 @@
 The order of the imports is that of the rows in a table.
 """
 
-from . import plain, trl, liger, cce, quack, fused, gae, tile  # noqa: F401, I001
+from . import plain, trl, liger, gpu, fused, gae, tile  # noqa: F401, I001

@@ -56,7 +56,7 @@ def on_positions(case: Case, inputs: Inputs, values: TokenValues, chosen: Tensor
         hidden = inputs.hidden.flatten(0, -2) if chosen is None else inputs.hidden[chosen]
         logps, entropies = map(spread, values(hidden, inputs.weight, labels))
         assert logps is not None
-        return finish(loss_fn(logps, inputs.loss_inputs, entropies), inputs, token_logps=logps)
+        return finish(loss_fn(logps, inputs, entropies), inputs, token_logps=logps)
 
     return Work(step)
 

@@ -76,12 +76,12 @@ def _preference_module(case: Case, inputs: Inputs, **settings: Any) -> Work:
 
 def _policy_module(case: Case, inputs: Inputs, **settings: Any) -> Work:
     """A loss module on the packed batch with its prompts, whose labels mark them as not scored."""
-    module, packed, rollouts = _MODULES[case.task](), inputs.packed, inputs.packed.policy
+    module, packed = _MODULES[case.task](), inputs.packed
     arguments = {
         "head": case.shape.head,
-        "advantages": rollouts.advantages if case.task == "ppo" else rollouts.sequence_advantages,
-        "old_logps": rollouts.old_logps,
-        "cu_seqlens": rollouts.cu_seqlens,
+        "advantages": packed.advantages if case.task == "ppo" else packed.sequence_advantages,
+        "old_logps": packed.old_logps,
+        "cu_seqlens": packed.cu_seqlens,
     }
 
     def step() -> Result:
@@ -93,11 +93,10 @@ def _policy_module(case: Case, inputs: Inputs, **settings: Any) -> Work:
 
 
 def _op(case: Case, inputs: Inputs, **settings: Any) -> Work:
-    """``linear_logps``, on packed tokens where there are rollouts."""
+    """``linear_logps``, on packed tokens for policy losses."""
     loss_fn, entropic = loss_of(case.task), uses_entropy(case.task)
     outputs = ("logps", "entropy") if entropic else ("logps",)
-    if inputs.rollouts is not None:
-        inputs = inputs.packed
+    inputs = inputs.packed or inputs
     with ll.settings(**settings):
         plan = ll.plan(
             num_tokens=case.shape.scored,
@@ -116,7 +115,7 @@ def _op(case: Case, inputs: Inputs, **settings: Any) -> Work:
         with ll.settings(**settings):
             stats = ll.linear_logps(inputs.hidden, inputs.weight, inputs.labels, head=case.shape.head, outputs=outputs)
             assert stats.logps is not None
-            loss = loss_fn(stats.logps, inputs.loss_inputs, stats.entropy)
+            loss = loss_fn(stats.logps, inputs, stats.entropy)
             return finish(loss, inputs, token_logps=stats.logps, **_of_plan(plan))
 
     return Work(step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +15,14 @@ from ..core.inputs import Inputs
 from ..core.registry import Result, Work, provider
 from ..losses.policy import GAMMA, LAMBDA, loop_over_tokens
 
+#: rewards (P,), values (P,) and cu_seqlens (S + 1,) -> advantages (P,)
+Gae = Callable[[Tensor, Tensor, Tensor], Tensor]
+
 
 @provider("copy:gae", tasks={"gae"}, roofline=True)
 def copy(case: Case, inputs: Inputs) -> Work:
     """A copy of rewards and values: the fewest reads and writes of any scan."""
-    rollouts = inputs.packed.policy
-    pairs = [(t, torch.empty_like(t)) for t in (rollouts.rewards, rollouts.values)]
+    pairs = [(t, torch.empty_like(t)) for t in (inputs.packed.rewards, inputs.packed.values)]
 
     def step() -> Result:
         for source, destination in pairs:
@@ -29,43 +32,43 @@ def copy(case: Case, inputs: Inputs) -> Work:
     return Work(step)
 
 
-def _on_packed(inputs: Inputs, fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Work:
-    """``fn`` of rewards (P,), values (P,) and cu_seqlens (S + 1,)."""
-    rollouts = inputs.packed.policy
-    return Work(lambda: Result(token_logps=fn(rollouts.rewards, rollouts.values, rollouts.cu_seqlens)))
+def _on_packed(name: str, **options: Any) -> Callable[[Gae], Gae]:
+    """Register a function of packed tokens."""
+
+    def register(fn: Gae) -> Gae:
+        @provider(name, tasks={"gae"}, **options)
+        def build(case: Case, inputs: Inputs) -> Work:
+            packed = inputs.packed
+            return Work(lambda: Result(token_logps=fn(packed.rewards, packed.values, packed.cu_seqlens)))
+
+        return fn
+
+    return register
 
 
 def _only_on_cpus(case: Case, device: torch.device) -> list[str]:
     return [] if device.type == "cpu" else [f"would take minutes per step on {device.type}, with several launches per token"]
 
 
-@provider("loop:gae", tasks={"gae"}, why_not=_only_on_cpus)
-def by_token(case: Case, inputs: Inputs) -> Work:
+@_on_packed("loop:gae", why_not=_only_on_cpus)
+def by_token(rewards: Tensor, values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """A loop over tokens, on the tensors."""
-
-    def fn(rewards: Tensor, values: Tensor, cu_seqlens: Tensor) -> Tensor:
-        return loop_over_tokens(rewards, values, cu_seqlens.tolist(), torch.empty_like(rewards))
-
-    return _on_packed(inputs, fn)
+    return loop_over_tokens(rewards, values, cu_seqlens.tolist(), torch.empty_like(rewards))
 
 
-@provider("floats:gae", tasks={"gae"})
-def by_float(case: Case, inputs: Inputs) -> Work:
+@_on_packed("floats:gae")
+def by_float(rewards: Tensor, values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """The same loop on Python's floats, including the conversions."""
-
-    def fn(rewards: Tensor, values: Tensor, cu_seqlens: Tensor) -> Tensor:
-        found = loop_over_tokens(rewards.tolist(), values.tolist(), cu_seqlens.tolist(), [0.0] * len(rewards))
-        return torch.tensor(found, dtype=rewards.dtype, device=rewards.device)
-
-    return _on_packed(inputs, fn)
+    found = loop_over_tokens(rewards.tolist(), values.tolist(), cu_seqlens.tolist(), [0.0] * len(rewards))
+    return torch.tensor(found, dtype=rewards.dtype, device=rewards.device)
 
 
 @provider("padded:gae", tasks={"gae"})
 def by_step(case: Case, inputs: Inputs) -> Work:
     """A loop over the steps of the longest sequence, for all sequences at once, as in PPO trainers."""
+    rewards, values = inputs.rewards, inputs.values  # 0 in the padding
 
     def step() -> Result:
-        rewards, values = inputs.policy.rewards, inputs.policy.values  # 0 in the padding
         advantage = following = torch.zeros_like(values[:, 0])
         found = []
         for t in reversed(range(values.shape[1])):
@@ -78,11 +81,7 @@ def by_step(case: Case, inputs: Inputs) -> Work:
     return Work(step)
 
 
-@provider("logitless:gae", tasks={"gae"})
-def fused(case: Case, inputs: Inputs) -> Work:
+@_on_packed("logitless:gae")
+def fused(rewards: Tensor, values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """``gae`` on the packed tokens."""
-
-    def fn(rewards: Tensor, values: Tensor, cu_seqlens: Tensor) -> Tensor:
-        return ll.gae(rewards, values, cu_seqlens=cu_seqlens, gamma=GAMMA, lam=LAMBDA).advantages
-
-    return _on_packed(inputs, fn)
+    return ll.gae(rewards, values, cu_seqlens=cu_seqlens, gamma=GAMMA, lam=LAMBDA).advantages

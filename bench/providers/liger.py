@@ -73,7 +73,7 @@ def grpo(case: Case, inputs: Inputs) -> Work:
     module = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, loss_type="dapo", **epsilons)
     responses = (slice(None), slice(case.shape.prompt, None))
     labels, mask = inputs.labels[responses].clamp(min=0), inputs.scored[responses].float()
-    old_logps, advantages = inputs.policy.old_logps[responses], inputs.policy.sequence_advantages
+    old_logps, advantages = inputs.old_logps[responses], inputs.sequence_advantages
 
     def step() -> Result:
         hidden = inputs.hidden[responses]

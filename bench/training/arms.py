@@ -16,8 +16,6 @@ from .attention import PADDED
 from .batches import Data
 from .workbench import Workbench
 
-Loss = Callable[[Workbench, Data], Tensor]
-
 
 @dataclass(frozen=True)
 class Arm:
@@ -33,7 +31,7 @@ class Arm:
 
     name: str
     about: str
-    loss: Loss
+    loss: Callable[[Workbench, Data], Tensor]
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
     packed: bool = False
     floor: bool = False
@@ -48,15 +46,13 @@ class Arm:
             yield
 
 
-def _trl(bench: Workbench, data: Data) -> Tensor:
-    loss: Tensor = bench.trainer.compute_loss(bench.model, data.trl)
-    return loss
+def _trl(bench: Workbench, data: Data) -> Any:
+    return bench.trainer.compute_loss(bench.model, data.trl)
 
 
-def _logitless(bench: Workbench, data: Data) -> Tensor:
+def _logitless(bench: Workbench, data: Data) -> Any:
     arguments = bench.module_arguments(data)
-    loss: Tensor = ll.model_loss(bench.model, bench.module, data.packed, padding_free=bench.in_one_row, **arguments).loss
-    return loss
+    return ll.model_loss(bench.model, bench.module, data.packed, padding_free=bench.in_one_row, **arguments).loss
 
 
 def _body(bench: Workbench, data: Data) -> Tensor:

@@ -22,36 +22,28 @@ _PACKAGES = (("flash_attention_3", "flash_attn_interface"), ("flash_attention_2"
 
 
 def varlen_attention(
-    module: nn.Module,
-    query: Tensor,  # (1, heads, tokens, D)
-    key: Tensor,  # (1, key heads, tokens, D)
-    value: Tensor,  # (1, key heads, tokens, D)
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int | None = None,
-    **_: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Causal attention within each sequence of a row, or within the whole row where no bounds are given. (1, tokens, heads, D)."""
+    """Causal attention within each sequence of a row, or within the whole row where no bounds are given.
+
+    query (1, heads, tokens, D); key and value (1, key heads, tokens, D) -> (1, tokens, heads, D). Of transformers' options it
+    reads ``scaling``, ``sliding_window``, ``cu_seq_lens_q`` and ``max_length_q``.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     if len(query) != 1 or attention_mask is not None:
         raise ValueError(f"{VARLEN} takes one row without a mask, got {len(query)} rows")
     tokens, groups = query.shape[2], query.shape[1] // key.shape[1]
-    if cu_seq_lens_q is None:
-        cu_seq_lens_q, max_length_q = torch.tensor([0, tokens], dtype=torch.int32, device=query.device), tokens
-    assert max_length_q is not None
+    bounds, longest = options.get("cu_seq_lens_q"), options.get("max_length_q")
+    if bounds is None:
+        bounds, longest = torch.tensor([0, tokens], dtype=torch.int32, device=query.device), tokens
     # torch 2.11 needs as many heads of keys as of queries
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v))
     if q.dtype == torch.float32 and torch.is_autocast_enabled(q.device.type):  # after a norm; sdpa casts by itself
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
-    window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-    out = varlen_attn(q, k, v, *bounds, scale=scaling, window_size=window)
-    assert isinstance(out, Tensor)
+    window = ((options.get("sliding_window") or 0) - 1, 0)  # -1: no window
+    out: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=options.get("scaling"), window_size=window)
     return out[None], None
 
 

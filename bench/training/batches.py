@@ -64,9 +64,14 @@ class Batch:
         return [len(p) for p in self.prompts]
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        return [len(s) for s in self.sequences]
+
+    @property
     def tokens(self) -> int:
         """Tokens of all sequences, without padding."""
-        return sum(map(len, self.sequences))
+        return sum(self.lengths)
 
     @property
     def scored(self) -> int:
@@ -75,7 +80,7 @@ class Batch:
 
     @property
     def longest(self) -> int:
-        return max(map(len, self.sequences))
+        return max(self.lengths)
 
     def rotated(self) -> Batch:
         """Completions shifted by one sequence: the mismatched pairs of KTO's KL term, as TRL's trainer makes them."""
@@ -83,9 +88,7 @@ class Batch:
 
     def padded(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """ids, attention mask and unshifted labels: (S, T) each, padded on the right."""
-        shape = len(self), self.longest
-        ids, mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-        labels = torch.full(shape, IGNORE)
+        ids, mask, labels = (torch.full((len(self), self.longest), fill) for fill in (0, 0, IGNORE))
         for i, (sequence, start) in enumerate(zip(self.sequences, self.prompt_lengths, strict=True)):
             ids[i, : len(sequence)] = torch.tensor(sequence)
             mask[i, : len(sequence)] = 1
@@ -129,20 +132,17 @@ def paired_examples(batch: Batch) -> list[dict[str, list[int]]]:
 def unpaired_examples(batch: Batch) -> list[dict[str, object]]:
     """For the collator of TRL's KTOTrainer: chosen ones are desirable."""
     kl = batch.rotated()
-    return [
-        {"prompt_ids": p, "completion_ids": c, "KL_completion_ids": k, "label": i < len(batch) // 2}
-        for i, (p, c, k) in enumerate(zip(batch.prompts, batch.completions, kl.completions, strict=True))
-    ]
+    parts = zip(batch.prompts, batch.completions, kl.completions, strict=True)
+    names = ("prompt_ids", "completion_ids", "KL_completion_ids")
+    return [{**dict(zip(names, ids, strict=True)), "label": i < len(batch) // 2} for i, ids in enumerate(parts)]
 
 
 def concatenated_examples(batch: Batch) -> list[dict[str, list[int]]]:
     """For the collator of TRL's CPOTrainer and ORPOTrainer."""
     half, found = len(batch) // 2, []
-    for i in range(half):
-        features: dict[str, list[int]] = {"prompt_input_ids": batch.prompts[i]}
-        features["prompt_attention_mask"] = [1] * len(batch.prompts[i])
-        for name, at in (("chosen", i), ("rejected", half + i)):
-            prompt, completion = batch.prompts[at], batch.completions[at]
+    for i, prompt in enumerate(batch.prompts[:half]):
+        features = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
+        for name, completion in (("chosen", batch.completions[i]), ("rejected", batch.completions[half + i])):
             features[f"{name}_input_ids"] = prompt + completion
             features[f"{name}_attention_mask"] = [1] * len(prompt + completion)
             features[f"{name}_labels"] = [IGNORE] * len(prompt) + completion
@@ -178,7 +178,6 @@ class Data:
     """
 
     batch: Batch
-    device: torch.device
     packed: ll.PackedSequences
     packed_kl: ll.PackedSequences
     every_label: Tensor
@@ -191,10 +190,6 @@ class Data:
     exact_ref: Tensor = UNUSED
     exact_kl: Tensor = UNUSED
     trl: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def lengths(self) -> list[int]:
-        return [len(s) for s in self.batch.sequences]
 
     @property
     def scored(self) -> Tensor:

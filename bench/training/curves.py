@@ -9,14 +9,15 @@ from __future__ import annotations
 import functools
 import gc
 import statistics
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from ..core.console import number
 from ..core.rows import OK, Outcome, Progress, Row, release_memory
 from .arms import ARMS, Arm
 from .cases import TrainCase, case_batch
@@ -59,6 +60,19 @@ class CurveOutcome(Outcome[CurveRow]):
         trl, noise = self.row("trl"), self.noise
         return distance(row.losses, trl.losses) / noise if trl is not None and noise and row.status == OK else None
 
+    @property
+    def title(self) -> str:
+        return f"{self.case.title}; learning rate {self.learning_rate:g}; noise {number(self.noise)}"
+
+    def cells(self, row: CurveRow) -> dict[str, str]:
+        return {
+            "steps": str(len(row.losses)),
+            "first loss": f"{row.losses[0]:.4f}",
+            "last loss": f"{row.losses[-1]:.4f}",
+            "x noise": number(None if row.name == "trl" else self.over_noise(row), ".2f"),
+            "note": "TRL, rounded otherwise" if row.rounding else "",
+        }
+
     def derived(self) -> dict[str, Any]:
         return {"noise": self.noise}
 
@@ -69,19 +83,6 @@ class CurveOutcome(Outcome[CurveRow]):
 def distance(a: list[float], b: list[float]) -> float:
     """Mean over steps of the absolute difference of two curves."""
     return statistics.mean(abs(x - y) for x, y in zip(a, b, strict=True))
-
-
-@contextmanager
-def _replaced(name: str, value: Any) -> Iterator[None]:
-    """TRL's fused head with another value of one of its globals."""
-    from trl.trainer import utils
-
-    before = getattr(utils, name)
-    setattr(utils, name, value)
-    try:
-        yield
-    finally:
-        setattr(utils, name, before)
 
 
 class _InFloat32:
@@ -95,23 +96,16 @@ class _InFloat32:
 
 
 def _roundings(vocab: int) -> dict[str, Arm]:
-    """Arms that compute the same as TRL's with other roundings."""
-    found: list[tuple[str, str, tuple[str, Any]]] = [
-        ("trl:float32-head", "its head in float32", ("_ChunkedLogProbFunction", _InFloat32))
-    ]
-    for part in _PARTS:
-        size = max(1, vocab // part)
-        found.append((f"trl:tiles-{size}", "its head in other tiles", ("_CHUNKED_LOGPROB_CHUNK_SIZE", size)))
-    loss = ARMS["trl"].loss
-    return {
-        name: Arm(name, f"TRL's trainer, {about}", loss, around=functools.partial(_replaced, *what))
-        for name, about, what in found
+    """Arms that compute the same as TRL's with other roundings: its head in float32, or in other tiles."""
+    sizes = [max(1, vocab // part) for part in _PARTS]
+    found: dict[str, tuple[str, Any]] = {
+        "trl:float32-head": ("_ChunkedLogProbFunction", _InFloat32),
+        **{f"trl:tiles-{size}": ("_CHUNKED_LOGPROB_CHUNK_SIZE", size) for size in sizes},
     }
-
-
-def planned_curves(names: Iterable[str], steps: int) -> int:
-    """How often :func:`run_curves` reports progress."""
-    return (len(list(names)) + 1 + len(_PARTS)) * steps
+    return {
+        name: Arm(name, "", ARMS["trl"].loss, around=functools.partial(mock.patch, f"trl.trainer.utils.{of}", value))
+        for name, (of, value) in found.items()
+    }
 
 
 def run_curves(
@@ -121,7 +115,7 @@ def run_curves(
     *,
     steps: int,
     learning_rate: float = LEARNING_RATE,
-    progress: Progress = lambda text, steps: None,
+    progress: Progress = lambda text: None,
 ) -> CurveOutcome:
     """Train from one initialisation on one sequence of batches, once for each arm."""
     outcome = CurveOutcome(case, [], learning_rate)
@@ -134,11 +128,8 @@ def run_curves(
         row.refuse(arm.why_not(bench))
         if row.rounding and not bench.method.fused:
             row.refuse([f"TRL's {type(bench.trainer).__name__} has no fused head with other roundings"])
-        if row.status != OK:
-            progress(row.name, steps)
-            return
-        for i in range(steps):
-            progress(f"step {i + 1} of {row.name}", 1)
+        for i in range(steps if row.status == OK else 0):
+            progress(f"step {i + 1} of {row.name}")
             data = bench.data(case_batch(case, vocab, seed=i), exact=False)
             with arm.ready(bench):
                 row.losses.append(step(bench, arm, data).item())

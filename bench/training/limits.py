@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from ..core.console import number
 from ..core.memory import peak_bytes
 from ..core.rows import OK, UNAVAILABLE, Outcome, Progress, Row
 from .arms import ARMS, Arm
@@ -59,6 +60,20 @@ class LimitOutcome(Outcome[LimitRow]):
 
     of: str
     limit_bytes: int
+
+    @property
+    def title(self) -> str:
+        return f"{self.case.title}; {self.of} within {self.limit_bytes / 1e9:.4g} GB"
+
+    def cells(self, row: LimitRow) -> dict[str, str]:
+        return {
+            f"largest {self.of}": number(row.largest, ".0f"),
+            "did not fit": number(row.failing, ".0f"),
+            "predicted": number(row.predicted, ".0f"),
+            "peak GiB": number(next((t.peak_bytes for t in row.trials if t.size == row.largest), None), ".2f", 2**30),
+            "trials": str(len(row.trials)),
+            "how it ended": row.message,
+        }
 
 
 def extrapolate(trials: Iterable[Trial], limit: int) -> int | None:
@@ -151,7 +166,7 @@ def run_limits(
     limit_bytes: int,
     seconds: float,
     deadline: float,
-    progress: Progress = lambda text, steps: None,
+    progress: Progress = lambda text: None,
 ) -> LimitOutcome:
     """Find each arm's limit, starting from the size of the case.
 
@@ -183,7 +198,7 @@ def run_limits(
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total))
     try:
         for row in outcome.rows:
-            progress(f"{of} of {row.name}", 1)
+            progress(f"{of} of {row.name}")
             if time.monotonic() > deadline:
                 row.fail(UNAVAILABLE, "left out: the time limit was reached")
             row.guard(functools.partial(find, row))

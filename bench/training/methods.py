@@ -103,18 +103,18 @@ def _collated(examples: Callable[[Batch], list[Any]]) -> Callable[[Any, Batch, D
 
     def inputs(trainer: Any, batch: Batch, data: Data) -> dict[str, Any]:
         made = trainer.data_collator(examples(batch))
-        return {name: value.to(data.device) if isinstance(value, Tensor) else value for name, value in made.items()}
+        return {name: value.to(data.ids.device) if isinstance(value, Tensor) else value for name, value in made.items()}
 
     return inputs
 
 
 def _rollouts(trainer: Any, batch: Batch, data: Data) -> dict[str, Any]:
     """A group's rollouts, already generated and scored."""
-    inputs: dict[str, Any] = rollout_inputs(batch, data.device)
-    old_logps = torch.zeros(inputs["completion_ids"].shape, device=data.device)
+    inputs: dict[str, Any] = rollout_inputs(batch, data.ids.device)
+    old_logps = torch.zeros(inputs["completion_ids"].shape, device=data.ids.device)
     for row, prompt, completion, values in zip(old_logps, batch.prompts, batch.completions, data.old_logps, strict=True):
         row[: len(completion)] = values[len(prompt) - 1 : len(prompt) + len(completion) - 1]
-    items = torch.tensor(batch.scored, device=data.device)
+    items = torch.tensor(batch.scored, device=data.ids.device)
     return {**inputs, "advantages": data.advantages, "old_per_token_logps": old_logps, "num_items_in_batch": items}
 
 

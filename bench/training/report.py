@@ -1,20 +1,18 @@
-"""Tables, targets and a figure of training runs."""
+"""Targets and a figure of training runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..core.console import Console
-from ..core.report import number, show_table, spread
+from ..core.figures import grouped_bars
+from ..core.report import Target, quotient
 from ..core.rows import OK
-from ..core.targets import Target, quotient
-from .curves import CurveOutcome, CurveRow
+from .curves import CurveOutcome
 from .limits import LimitOutcome, LimitRow
-from .predict import Prediction, predict
-from .steps import StepOutcome, StepRow
+from .steps import StepOutcome
 from .suites import HEADLINE
 
 Outcome = StepOutcome | LimitOutcome | CurveOutcome
@@ -42,7 +40,7 @@ def _targets(outcome: Outcome) -> list[Target]:
         reached = {row.name: r for row in outcome.rows if row.name != "trl" and (r := reach(row)) is not None}
         best = max(reached, key=lambda arm: reached[arm], default="")
         ratio = quotient(reached.get(best), None if trl is None else reach(trl))
-        return [Target(f"{outcome.of} that fits with {best or 'ours'} over TRL's", ratio, LONGER, True)]
+        return [Target(f"the largest {outcome.of} with {best or 'ours'} over TRL's", ratio, LONGER, True)]
     rows = [row for row in outcome.rows if row.name != "trl" and not row.rounding and row.status == OK]
     return [
         Target(f"distance of {row.name}'s curve from TRL's over the noise", outcome.over_noise(row), NOISE, False)
@@ -58,96 +56,6 @@ def reach(row: LimitRow) -> float | None:
     return float(max(row.largest, row.predicted or 0) if open_ended else row.largest)
 
 
-def prediction(outcome: Outcome) -> Prediction | None:
-    """The prediction for a case; ``None`` for shrunk models and for cases that the predictions do not cover."""
-    case = outcome.case
-    known = isinstance(outcome, StepOutcome) and case.precision == "bf16" and not case.compiled and not case.tiny
-    return predict(case) if known else None
-
-
-def predicted_seconds(outcome: Outcome) -> dict[str, float] | None:
-    """By arm."""
-    expected = prediction(outcome)
-    return None if expected is None else {arm: expected.seconds(arm) for arm in expected.heads}
-
-
-def _show_steps(console: Console, outcome: StepOutcome) -> None:
-    expected = prediction(outcome)
-    columns = [
-        "arm",
-        "ms, median (min..max)",
-        "tokens/s",
-        "x TRL",
-        "predicted",
-        "head",
-        "extra GiB",
-        "loss err",
-        "grad err",
-        "",
-    ]
-
-    def cells(row: StepRow) -> list[str]:
-        predicted = expected.speedup(row.name) if expected is not None and row.name in expected.heads else None
-        return [
-            spread(row.median, row.seconds),
-            "-" if row.median is None else f"{outcome.tokens / row.median:.0f}",
-            number(None if row.floor else outcome.speedup(row), ".2f"),
-            number(predicted, ".2f"),
-            number(outcome.head_share(row), ".0%"),
-            number(row.extra_bytes, ".3f", _GIB),
-            number(row.loss_error),
-            number(row.gradient_error),
-            "no loss" if row.floor else "",
-        ]
-
-    title = f"{outcome.case.title}; {outcome.tokens} tokens, {outcome.scored_tokens} scored"
-    show_table(console, title, columns, outcome.rows, cells, _step_notes(outcome))
-
-
-def _step_notes(outcome: StepOutcome) -> Iterator[str]:
-    if outcome.held_bytes is not None:
-        yield f"held between steps: {outcome.held_bytes / _GIB:.2f} GiB"
-    ours = outcome.time("logitless")
-    if outcome.body_flops is not None and ours is not None:  # as torch counts them, on the padded batch
-        total = outcome.body_flops + outcome.head_flops
-        yield (
-            f"padded decoders and the fewest FLOP of a head: {total / 1e12:.3g} TFLOP, of which the head has "
-            f"{100 * outcome.head_flops / total:.0f} %; logitless runs {total / ours / 1e12:.3g} TFLOP/s of it"
-        )
-
-
-def _show_limits(console: Console, outcome: LimitOutcome) -> None:
-    columns = ["arm", f"largest {outcome.of}", "did not fit", "predicted", "peak GiB", "trials", "how it ended"]
-
-    def cells(row: LimitRow) -> list[str]:
-        peak = next((t.peak_bytes for t in row.trials if t.size == row.largest), None)
-        sizes = [number(n, "d") for n in (row.largest, row.failing, row.predicted)]
-        return [*sizes, number(peak, ".2f", _GIB), str(len(row.trials)), row.message]
-
-    title = f"{outcome.case.title}; {outcome.of} within {outcome.limit_bytes / 1e9:.4g} GB"
-    show_table(console, title, columns, outcome.rows, cells)
-
-
-def _show_curves(console: Console, outcome: CurveOutcome) -> None:
-    def cells(row: CurveRow) -> list[str]:
-        ends = (f"{row.losses[0]:.4f}", f"{row.losses[-1]:.4f}") if row.losses else ("-", "-")
-        over = None if row.name == "trl" else outcome.over_noise(row)
-        return [str(len(row.losses)), *ends, number(over, ".2f"), "TRL, rounded otherwise" if row.rounding else ""]
-
-    title = f"{outcome.case.title}; learning rate {outcome.learning_rate:g}; noise {number(outcome.noise)}"
-    show_table(console, title, ["arm", "steps", "first loss", "last loss", "x noise", ""], outcome.rows, cells)
-
-
-def show(console: Console, outcome: Outcome) -> None:
-    """Print the table of a case."""
-    if isinstance(outcome, StepOutcome):
-        _show_steps(console, outcome)
-    elif isinstance(outcome, LimitOutcome):
-        _show_limits(console, outcome)
-    else:
-        _show_curves(console, outcome)
-
-
 def write_figure(path: Path, cases: Iterable[dict[str, Any]], where: str) -> None:
     """Of the cases in the JSON of a suite of steps: each arm's speed over TRL's, and the head's share of a step."""
     from matplotlib.figure import Figure
@@ -156,20 +64,13 @@ def write_figure(path: Path, cases: Iterable[dict[str, Any]], where: str) -> Non
     arms = [arm for arm in dict.fromkeys(r["arm"] for c in cases for r in c["rows"]) if not arm.startswith("body")]
     figure = Figure(figsize=(11, 1.2 + 0.55 * len(cases)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    width = 0.8 / max(1, len(arms))
-    for i, arm in enumerate(arms):
-        for axis, key in ((left, "speedup_over_trl"), (right, "head_share")):
-            points = [(n, r[key]) for n, c in enumerate(cases) for r in c["rows"] if r["arm"] == arm and r[key] is not None]
-            if points:
-                places, values = zip(*points, strict=True)
-                axis.barh([p + i * width - 0.4 for p in places], values, width, label=arm, color=f"C{i}")
-    left.axvline(1.0, color="black", linewidth=0.8)
     labels = [f"{c['model']} {c['method']}\n{c['pairs']} x 2 x {c['length']}, {c['profile']}" for c in cases]
-    left.set_yticks(range(len(cases)), labels, fontsize=7)
+    rows = [{row["arm"]: row for row in c["rows"]} for c in cases]
+    for axis, key in ((left, "speedup_over_trl"), (right, "head_share")):
+        grouped_bars(axis, {arm: [of_case.get(arm, {}).get(key) for of_case in rows] for arm in arms}, labels)
     left.invert_yaxis()
     left.set_xlabel("speed over TRL's step")
     right.set_xlabel("share of the step above the decoders alone")
-    handles = {label: h for axis in (left, right) for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside right upper", fontsize=8, frameon=False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
     figure.suptitle(f"whole training steps, {where}", fontsize=10)
     figure.savefig(path, dpi=130)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,19 +13,20 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..core.console import number, spread
 from ..core.memory import peak_bytes
-from ..core.rows import OK, WRONG, Outcome, Progress, TimedRow, frozen_heap, release_memory, timed, turns
+from ..core.rows import OK, Outcome, Progress, Table, TimedRow, beyond, frozen_heap, release_memory, timed
 from .arms import ARMS, Arm
 from .attention import PADDED
 from .batches import Data
 from .cases import TrainCase, case_batch
+from .predict import Prediction, predict
 from .workbench import Workbench
 
 #: Largest errors of a step against one with an exact head on the same decoder: a few times TRL's. Its fused head rounds
 #: logits to the model's dtype (2e-4 in bfloat16), its CPO trainer also log-probs of sequences (1e-2). Of the loss relative to
 #: the larger of 1 and its size, of gradients the norm of all of them.
-LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 0.05, "bf16-amp": 0.05, "fp16-amp": 0.05}
-GRADIENT_TOLERANCE = {"fp32": 1e-4, "bf16": 0.1, "bf16-amp": 0.1, "fp16-amp": 0.1}
+TOLERANCES = {"fp32": (1e-5, 1e-4), "bf16": (0.05, 0.1), "bf16-amp": (0.05, 0.1), "fp16-amp": (0.05, 0.1)}
 
 
 @dataclass
@@ -32,7 +34,7 @@ class StepRow(TimedRow):
     """One arm on one case; ``extra_bytes`` are above those that exist between steps (weights, reference, optimizer states).
 
     Attributes:
-        loss_error, gradient_error: from the exact head's, see :data:`LOSS_TOLERANCE`; ``None`` for a floor.
+        loss_error, gradient_error: from the exact head's, see :data:`TOLERANCES`; ``None`` for a floor.
         floor: see :class:`~.arms.Arm`.
     """
 
@@ -70,6 +72,46 @@ class StepOutcome(Outcome[StepRow]):
         body = self.time("body:packed" if ARMS[row.name].packed else "body")
         return 1 - body / row.median if body is not None and row.median is not None and not row.floor else None
 
+    @functools.cached_property
+    def prediction(self) -> Prediction | None:
+        """``None`` for shrunk models and for cases that the predictions do not cover."""
+        case = self.case
+        return predict(case) if case.precision == "bf16" and not case.compiled and not case.tiny else None
+
+    @property
+    def title(self) -> str:
+        return f"{self.case.title}; {self.tokens} tokens, {self.scored_tokens} scored"
+
+    def cells(self, row: StepRow) -> dict[str, str]:
+        expected = self.prediction
+        predicted = expected.speedup(row.name) if expected is not None and row.name in expected.heads else None
+        return {
+            "ms, median (min..max)": spread(row.median, row.seconds),
+            "tokens/s": "-" if row.median is None else f"{self.tokens / row.median:.0f}",
+            "x TRL": number(None if row.floor else self.speedup(row), ".2f"),
+            "predicted": number(predicted, ".2f"),
+            "head": number(self.head_share(row), ".0%"),
+            "extra GiB": number(row.extra_bytes, ".3f", 2**30),
+            "loss err": number(row.loss_error),
+            "grad err": number(row.gradient_error),
+            "note": "no loss" if row.floor else "",
+        }
+
+    def notes(self) -> Iterator[str]:
+        if self.held_bytes is not None:
+            yield f"held between steps: {self.held_bytes / 2**30:.2f} GiB"
+        ours = self.time("logitless")
+        if self.body_flops is not None and ours is not None:  # as torch counts them, on the padded batch
+            total = self.body_flops + self.head_flops
+            yield (
+                f"padded decoders and the fewest FLOP of a head: {total / 1e12:.3g} TFLOP, of which the head has "
+                f"{100 * self.head_flops / total:.0f} %; logitless runs {total / ours / 1e12:.3g} TFLOP/s of it"
+            )
+
+    def derived(self) -> dict[str, Any]:
+        expected = self.prediction
+        return {"predicted_seconds": None if expected is None else {arm: expected.seconds(arm) for arm in expected.heads}}
+
     def derived_of(self, row: StepRow) -> dict[str, Any]:
         return {
             "tokens_per_second": None if row.median is None else self.tokens / row.median,
@@ -106,20 +148,15 @@ def step(bench: Workbench, arm: Arm, data: Data) -> Tensor:
     return loss.detach()
 
 
-class _Run:
-    """The rows of a case, and what is done with each."""
+@dataclass
+class _StepTable(Table[StepRow]):
+    """The arms of a case on a batch."""
 
-    def __init__(self, bench: Workbench, data: Data) -> None:
-        self.bench, self.data = bench, data
+    bench: Workbench
+    data: Data
 
-    def guard(self, row: StepRow, action: Callable[[StepRow], None]) -> None:
-        """Run an action unless the row has failed; clean up if it raises or is wrong."""
-        if row.status != OK:
-            return
-        row.guard(lambda: action(row))
-        if row.status != OK:
-            self.bench.optimizer.zero_grad()
-            release_memory(self.bench.device)
+    def free(self, row: StepRow) -> None:
+        self.bench.optimizer.zero_grad()
 
     def backward(self, arm: Arm) -> Tensor:
         """Loss and gradients."""
@@ -129,6 +166,7 @@ class _Run:
         return loss
 
     def check(self, row: StepRow, loss: float, gradients: dict[str, Tensor]) -> None:
+        """Compare loss and gradients with those of the exact head."""
         bench, arm = self.bench, ARMS[row.name]
         with arm.ready(bench):
             found = self.backward(arm)
@@ -138,85 +176,61 @@ class _Run:
         row.loss = found.item()
         row.loss_error = abs(row.loss - loss) / max(1.0, abs(loss))
         row.gradient_error = gradient_error(bench.gradients(), gradients)
-        precision = bench.case.precision
-        limits = (
-            ("loss", row.loss_error, LOSS_TOLERANCE[precision]),
-            ("gradient", row.gradient_error, GRADIENT_TOLERANCE[precision]),
-        )
-        wrong = [f"{name} is off by {e:.2g}, allowed {limit:.2g}" for name, e, limit in limits if not e <= limit]
-        if wrong:
-            row.fail(WRONG, "; ".join(wrong))
+        limits = TOLERANCES[bench.case.precision]
+        row.judge(beyond(("loss", row.loss_error, limits[0]), ("gradient", row.gradient_error, limits[1])))
 
-    def measure(self, row: StepRow) -> None:
+    def memory(self, row: StepRow) -> None:
         with ARMS[row.name].ready(self.bench):
-            row.extra_bytes = peak_bytes(lambda: step(self.bench, ARMS[row.name], self.data), self.bench.device)
+            row.extra_bytes = peak_bytes(lambda: step(self.bench, ARMS[row.name], self.data), self.device)
 
     def time(self, row: StepRow) -> None:
         gc.collect()
         with ARMS[row.name].ready(self.bench):
-            row.seconds.append(timed(lambda: step(self.bench, ARMS[row.name], self.data), self.bench.device)[0])
+            row.seconds.append(timed(lambda: step(self.bench, ARMS[row.name], self.data), self.device)[0])
 
-    def body_flops(self) -> int:
-        """Counted by torch in a step of the decoders alone."""
-        arm = ARMS["body"]
-        with arm.ready(self.bench), FlopCounterMode(display=False) as counter:
-            self.backward(arm)
+    def body_flops(self, row: StepRow | None) -> int | None:
+        """Counted by torch in a step of the decoders alone, if these can run."""
+        if row is None or row.status != OK:
+            return None
+        with ARMS[row.name].ready(self.bench), FlopCounterMode(display=False) as counter:
+            self.backward(ARMS[row.name])
         self.bench.optimizer.zero_grad()
         return int(counter.get_total_flops())
 
 
 def run_steps(
-    case: TrainCase,
-    names: Iterable[str],
-    device: torch.device,
-    *,
-    rounds: int,
-    progress: Progress = lambda text, steps: None,
+    case: TrainCase, names: Iterable[str], device: torch.device, *, rounds: int, progress: Progress = lambda text: None
 ) -> StepOutcome:
     """Check, measure and time every arm of a case.
 
     Args:
         names: of :data:`~.arms.ARMS`, in the order of the table.
         rounds: timed steps of each arm, which take turns.
-        progress: receives what happens next and how many planned steps are done with it; ``planned_steps`` in all.
+        progress: receives what happens next.
     """
-    progress("models and trainer", 1)
+    progress("models and trainer")
     bench = Workbench(case, device)
-    with frozen_heap():
-        return _run_steps(bench, names, rounds, progress)
-
-
-def _run_steps(bench: Workbench, names: Iterable[str], rounds: int, progress: Progress) -> StepOutcome:
-    case, device = bench.case, bench.device
-    data = bench.data(case_batch(case, bench.vocab), exact=True)
     rows = [StepRow(name, floor=ARMS[name].floor) for name in names]
-    outcome = StepOutcome(case, rows, data.lengths, data.batch.tokens, data.batch.scored, head_flops(bench, data))
-    run = _Run(bench, data)
-    for row in rows:
-        run.guard(row, lambda r: r.refuse(ARMS[r.name].why_not(bench)))
-    progress("exact head", 1)
-    bench.use_attention(PADDED)
-    loss = bench.exact_loss(data)
-    bench.backward(loss)
-    exact, gradients = loss.item(), bench.gradients()
-    del loss
-    for row in rows:
-        progress(f"check of {row.name}", 1)
-        run.guard(row, lambda r: run.check(r, exact, gradients))
-    gradients.clear()
-    _make_optimizer_states(bench)
-    body = outcome.row("body")
-    if body is not None and body.status == OK:
-        outcome.body_flops = run.body_flops()
-    release_memory(device)
-    for row in rows:
-        progress(f"memory of {row.name}", 1)
-        run.guard(row, run.measure)
-    if device.type == "cuda":
-        outcome.held_bytes = torch.cuda.memory_allocated()
-    for i, row in turns(rows, rounds):
-        progress(f"round {i + 1} of {rounds}", 1)
-        run.guard(row, run.time)
+    with frozen_heap():
+        data = bench.data(case_batch(case, bench.vocab), exact=True)
+        outcome = StepOutcome(case, rows, data.batch.lengths, data.batch.tokens, data.batch.scored, head_flops(bench, data))
+        table = _StepTable(rows, device, progress, bench, data)
+        table.each("attention", lambda row: row.refuse(ARMS[row.name].why_not(bench)))
+        progress("exact head")
+        bench.use_attention(PADDED)
+        loss = bench.exact_loss(data)
+        bench.backward(loss)
+        exact, gradients = loss.item(), bench.gradients()
+        del loss
+        table.each("check", lambda row: table.check(row, exact, gradients))
+        gradients.clear()
+        _make_optimizer_states(bench)
+        outcome.body_flops = table.body_flops(outcome.row("body"))
+        release_memory(device)
+        table.each("memory", table.memory)
+        if device.type == "cuda":
+            outcome.held_bytes = torch.cuda.memory_allocated()
+        table.turns(rounds, table.time)
     return outcome
 
 
@@ -226,8 +240,3 @@ def _make_optimizer_states(bench: Workbench) -> None:
         parameter.grad = torch.zeros_like(parameter)
     bench.optimizer.step()
     bench.optimizer.zero_grad()
-
-
-def planned_steps(names: Iterable[str], rounds: int) -> int:
-    """How often :func:`run_steps` reports progress."""
-    return 2 + len(list(names)) * (2 + rounds)

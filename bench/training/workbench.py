@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -64,17 +63,14 @@ class Workbench:
         fused = device.type == "cuda"
         # With a learning rate of 0 the optimizer's step takes its time and leaves the weights as they are.
         self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.0, fused=fused)
-        self.scaler = torch.amp.GradScaler(device.type) if case.autocast_dtype == torch.float16 else None
-        self.head = ll.HeadSpec.from_config(self.base.config)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=case.autocast_dtype == torch.float16)
+        self.head, self.module = ll.HeadSpec.from_config(self.base.config), self.method.module()
+        self.vocab: int = self.base.config.vocab_size
         #: Whether logitless's arms run sequences in one row (the arm sets it), and the attention for that.
         self.in_one_row = False
         self.packed_attention = case.attention or in_one_row(device)
         if self.packed_attention == VARLEN:
             register()
-
-    @functools.cached_property
-    def module(self) -> Any:
-        return self.method.module()
 
     def use_attention(self, name: str) -> None:
         """Set the attention of the policy and the reference."""
@@ -98,10 +94,7 @@ class Workbench:
 
     def _sums(self, model: nn.Module, packed: ll.PackedSequences) -> Tensor:
         """(S,) log-probs of sequences, in one row or padded."""
-
-        def sums(at: ll.AtHead) -> Tensor:
-            return ll.sequence_logps(at.hidden, at.weight, at.labels, at.bias, at.head, cu_seqlens=at.cu_seqlens)
-
+        sums = lambda at: ll.sequence_logps(at.hidden, at.weight, at.labels, at.bias, at.head, cu_seqlens=at.cu_seqlens)  # noqa
         return ll.at_head(model, packed, sums, padding_free=self.in_one_row)
 
     def _reference_sums(self, packed: ll.PackedSequences) -> Tensor:
@@ -120,7 +113,7 @@ class Workbench:
         if self.method.every_token:
             found["nll_labels"] = data.every_label
         if self.method.rollouts:
-            old_logps = torch.cat([row[:n] for row, n in zip(data.old_logps, data.lengths, strict=True)])
+            old_logps = torch.cat([row[:n] for row, n in zip(data.old_logps, data.batch.lengths, strict=True)])
             found |= {"advantages": data.advantages, "old_logps": old_logps}
         return found
 
@@ -136,7 +129,6 @@ class Workbench:
         assert every_label is not None
         data = Data(
             batch=batch,
-            device=device,
             packed=ll.pack(batch.sequences, prompt_lengths=batch.prompt_lengths).to(device),
             packed_kl=ll.pack(kl.sequences, prompt_lengths=kl.prompt_lengths).to(device),
             every_label=every_label.to(device),
@@ -169,16 +161,11 @@ class Workbench:
         data.trl = self.method.inputs(self.trainer, batch, data)
         return data
 
-    def hidden(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-        """Hidden states (S, T, H) of the decoder."""
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        states: Tensor = base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        return states
-
     def exact_logps(self, model: Any, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
         """Log-probs (S, T - 1) by a float64 head on the model's own hidden states, differentiable, 0 at ``IGNORE``."""
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
         with self.autocast():
-            hidden = self.hidden(model, ids, mask)[:, :-1]
+            hidden = base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
         targets = labels[:, 1:]
         chosen = targets != IGNORE
         weight = self.base.get_output_embeddings().weight.double()
@@ -199,28 +186,19 @@ class Workbench:
         return self.method.exact(self.exact_logps(self.model, data.ids, data.mask, labels), data)
 
     def backward(self, loss: Tensor) -> None:
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        self.scaler.scale(loss).backward()
 
     def gradients(self) -> dict[str, Tensor]:
         """Unscaled gradients of the trained parameters, removed from the model; parameters without one are left out."""
-        scale = 1.0 if self.scaler is None else 1 / self.scaler.get_scale()
-        found = {n: p.grad.mul_(scale) for n, p in self.model.named_parameters() if p.grad is not None}
+        scale = self.scaler.get_scale()
+        found = {n: p.grad.div_(scale) for n, p in self.model.named_parameters() if p.grad is not None}
         self.optimizer.zero_grad()
         return found
 
     def update(self) -> None:
         """Clip, step, and drop the gradients."""
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
+        self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.parameters, _MAX_GRAD_NORM)
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
-
-    @property
-    def vocab(self) -> int:
-        size: int = self.base.config.vocab_size
-        return size

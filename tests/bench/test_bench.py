@@ -427,16 +427,15 @@ def test_the_policy_suites_have_the_sizes_of_the_headlines():
 
 def test_packed_inputs_are_the_padded_ones_without_padding():
     inputs = make_inputs(Case("policy", "ppo", RAGGED), CPU)
-    assert inputs.rollouts is not None
-    present, packed = inputs.rollouts.present, inputs.rollouts.packed
-    assert packed is not None and packed.rollouts is not None
+    present, packed = inputs.present, inputs.packed
+    assert packed is not None
     assert present.sum(1).tolist() == [4 + n for n in RAGGED.responses]
-    assert packed.rollouts.cu_seqlens.diff().tolist() == present.sum(1).tolist()
+    assert packed.cu_seqlens.diff().tolist() == present.sum(1).tolist()
     assert int(packed.scored.sum()) == int(inputs.scored.sum()) == RAGGED.scored
     assert not inputs.scored[~present].any()
     assert packed.hidden.is_leaf and packed.hidden.requires_grad and packed.weight is inputs.weight
     torch.testing.assert_close(packed.hidden.detach(), inputs.hidden.detach()[present], rtol=0, atol=0)
-    torch.testing.assert_close(packed.rollouts.old_logps, inputs.rollouts.old_logps[present], rtol=0, atol=0)
+    torch.testing.assert_close(packed.old_logps, inputs.old_logps[present], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("logits", ["random", "peaked"])
@@ -445,8 +444,8 @@ def test_no_token_is_near_the_end_of_a_clipping_range(logits):
     case = Case("policy", "dapo", replace(RAGGED, tokens=64, logits=logits))
     inputs = make_inputs(case, CPU)
     logps = compute_reference(case, inputs).logps
-    assert inputs.rollouts is not None and logps is not None
-    ratios = (logps - inputs.rollouts.old_logps)[inputs.scored].exp()
+    assert logps is not None
+    ratios = (logps - inputs.old_logps)[inputs.scored].exp()
     for end in (0.8, 1.2, 1.28):
         assert (ratios / end).log().abs().min() > 0.05
     assert (ratios < 0.8).any() and (ratios > 1.28).any()
@@ -455,13 +454,12 @@ def test_no_token_is_near_the_end_of_a_clipping_range(logits):
 def test_reference_of_a_policy_loss_is_plain_autograd_in_float64():
     case = Case("policy", "dapo-entropy", replace(RAGGED, logits="peaked"))
     inputs = make_inputs(case, CPU)
-    assert inputs.rollouts is not None
     x, w = (t.detach().double().requires_grad_() for t in (inputs.hidden, inputs.weight))
     scored = inputs.scored
     log_p = torch.log_softmax(x[scored] @ w.t(), -1)
     logps = log_p.gather(-1, inputs.labels[scored][:, None])[:, 0]
-    ratios = (logps - inputs.rollouts.old_logps[scored]).exp()
-    a = inputs.rollouts.advantages[scored]
+    ratios = (logps - inputs.old_logps[scored]).exp()
+    a = inputs.advantages[scored]
     loss = -torch.minimum(ratios * a, ratios.clamp(0.8, 1.28) * a).mean()
     loss = loss + ENTROPY_COEF * (log_p.exp() * log_p).sum(-1).mean()
     loss.backward()
@@ -497,11 +495,10 @@ def test_the_flop_of_a_policy_step_are_those_that_torch_counts(train_head):
     case = Case("policy", "dapo-entropy" if train_head else "dapo", RAGGED, train_head=train_head)
     inputs = make_inputs(case, CPU)
     claimed = PROVIDERS["logitless:policy"].build(case, inputs).step().flops
-    assert inputs.rollouts is not None
-    packed = inputs.rollouts.packed
-    assert packed is not None and packed.rollouts is not None
+    packed = inputs.packed
+    assert packed is not None
     module = ll.FusedLinearGRPOLoss(epsilon_high=0.28, entropy_coef=ENTROPY_COEF if train_head else 0.0)
-    arguments = {"advantages": packed.rollouts.advantages, "cu_seqlens": packed.rollouts.cu_seqlens}
+    arguments = {"advantages": packed.advantages, "cu_seqlens": packed.cu_seqlens}
     with FlopCounterMode(display=False) as counter:
         module(packed.hidden, packed.weight, packed.labels, **arguments).loss.backward()
     assert counter.get_total_flops() == claimed == 2 * case.gemms * RAGGED.scored * 32 * 300

@@ -65,7 +65,7 @@ def test_every_arm_computes_the_step_of_an_exact_head(case):
         assert len(row.seconds) == 1 and row.extra_bytes is not None
         if not row.floor:
             assert row.loss_error < 2e-6 and row.gradient_error < 2e-6
-    assert outcome.tokens == sum(outcome.lengths) and 0 < outcome.scored < outcome.tokens
+    assert outcome.tokens == sum(outcome.lengths) and 0 < outcome.scored_tokens < outcome.tokens
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16-amp", "fp16-amp"])
