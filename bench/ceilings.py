@@ -72,8 +72,8 @@ class Ceiling:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        rates = {"bytes_per_second": self.moved / self.seconds, "flops_per_second": self.flops / self.seconds}
-        return {**asdict(self), **{key: value or None for key, value in rates.items()}}
+        rates = {f"{key}_per_second": n / self.seconds or None for key, n in (("bytes", self.moved), ("flops", self.flops))}
+        return {**asdict(self), **rates}
 
 
 def _once(run: Callable[[], object], device: torch.device, wait: int = 0) -> float:

@@ -118,6 +118,6 @@ def _run(options: argparse.Namespace, console: Console) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns the exit status.
 
-    It is 1 where a kernel broke the GPU's context, and 2 for a wrong argument. A provider that fails becomes a row of its table.
+    It is 1 where a kernel broke the GPU's context, 2 for a wrong argument. A provider that fails becomes a row of its table.
     """
     return command.run_command(_parser(), _run, argv)

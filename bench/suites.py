@@ -133,7 +133,7 @@ def _suite(
     quick: Mapping[str, Any],
     providers: tuple[str, ...] = (),
     quick_providers: tuple[str, ...] = (),
-) -> Suite[Case]:
+) -> Suite:
     """A suite with its base shape, and what ``--quick`` changes in it."""
 
     def make(overrides: Mapping[str, Any], is_quick: bool) -> list[Case]:
@@ -162,7 +162,7 @@ _ALL = [
     _suite("policy-gpu", "the same at the size of one H100", _policy_on_gpu, GPU_POLICY, {}, _FOR_POLICY_GPU),
     _suite("gae", "generalized advantage estimation of 1M packed tokens", _each("gae", backward=False), _GAE, {"pairs": 64}),
 ]
-SUITES: dict[str, Suite[Case]] = {suite.name: suite for suite in _ALL}
+SUITES: dict[str, Suite] = {suite.name: suite for suite in _ALL}
 
 
 def default_providers(suite: str, quick: bool) -> list[str]:

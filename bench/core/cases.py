@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 
@@ -15,25 +15,19 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LOGITS = ("random", "peaked")
 IGNORE = -100
 
-C = TypeVar("C")
 
-
-def check_known(of: object, **known: Iterable[str]) -> None:
-    """Raise ``ValueError`` if an attribute of ``of`` is not one of the known names."""
+def check(of: object, least: Mapping[str, int], **known: Iterable[str]) -> None:
+    """Raise ``ValueError`` if an attribute of ``of`` is below its least value, or not one of the known names."""
+    for name, bound in least.items():
+        if getattr(of, name) < bound:
+            raise ValueError(f"{name} must be at least {bound}, got {getattr(of, name)}")
     for name, values in known.items():
         if getattr(of, name) not in values:
             raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(of, name)!r}")
 
 
-def check_least(of: object, **least: int) -> None:
-    """Raise ``ValueError`` if an attribute of ``of`` is less than the given number."""
-    for name, bound in least.items():
-        if getattr(of, name) < bound:
-            raise ValueError(f"{name} must be at least {bound}, got {getattr(of, name)}")
-
-
 @dataclass(frozen=True)
-class Suite(Generic[C]):
+class Suite:
     """A named group of cases.
 
     Attributes:
@@ -45,7 +39,7 @@ class Suite(Generic[C]):
 
     name: str
     help: str
-    make: Callable[[Mapping[str, Any], bool], list[C]]
+    make: Callable[[Mapping[str, Any], bool], list[Any]]
     providers: tuple[str, ...] = ()
     quick_providers: tuple[str, ...] = ()
     base: Any = None
@@ -80,18 +74,13 @@ class Shape:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_least(self, pairs=1, tokens=1, hidden=1, vocab=1)
+        check(self, {"pairs": 1, "tokens": 1, "hidden": 1, "vocab": 1}, dtype=DTYPES, logits=LOGITS)
         if not 0 <= self.masked < 1:
             raise ValueError(f"masked must be in [0, 1), got {self.masked}")
         if not 0 <= self.softcap < math.inf:
             raise ValueError(f"softcap must be a number >= 0 (0: none), got {self.softcap}")
         if not 1 <= self.spread < math.inf:
             raise ValueError(f"spread must be a number >= 1 (1: responses of equal length), got {self.spread}")
-        check_known(self, dtype=DTYPES, logits=LOGITS)
-
-    @property
-    def sequences(self) -> int:
-        return 2 * self.pairs
 
     @property
     def prompt(self) -> int:
@@ -106,9 +95,9 @@ class Shape:
     @property
     def responses(self) -> list[int]:
         """Scored tokens of each sequence, which follow its prompt; from the longest to the shortest."""
-        longest = self.tokens - self.prompt
-        step = (longest - longest / self.spread) / (self.sequences - 1)
-        return [max(1, round(longest - i * step)) for i in range(self.sequences)]
+        longest, sequences = self.tokens - self.prompt, 2 * self.pairs
+        step = (longest - longest / self.spread) / (sequences - 1)
+        return [max(1, round(longest - i * step)) for i in range(sequences)]
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -133,11 +122,7 @@ class Shape:
 
 
 def parse_shape(text: str) -> dict[str, Any]:
-    """``"tokens=512,vocab=32000"`` as values of :class:`Shape`'s fields.
-
-    Raises:
-        ValueError: for an unknown key or a value of the wrong kind; the message lists the known keys.
-    """
+    """``"tokens=512,vocab=32000"`` as values of :class:`Shape`'s fields; ``ValueError`` with the known keys for others."""
     kinds = {f.name: type(getattr(Shape, f.name)) for f in fields(Shape)}
     values: dict[str, Any] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
@@ -162,8 +147,8 @@ class Case:
 
     Attributes:
         suite: the suite that it belongs to.
-        task: ``logps`` (log-probs under an arbitrary upstream gradient), ``nll``, another loss of :mod:`logitless.bench.losses`,
-            ``tile`` (log-probs and gradient of given logits), or ``gae`` (advantages from rewards and values).
+        task: ``logps`` (log-probs under an arbitrary upstream gradient), a loss of :mod:`logitless.bench.losses`, ``tile``
+            (log-probs and gradient of given logits), or ``gae`` (advantages from rewards and values).
         train_head: whether the head's weight has a gradient.
         backward: whether there is a backward pass.
     """

@@ -82,13 +82,8 @@ def run_cases(
 ) -> bool:
     """Run cases until ``time_limit`` seconds after ``start``, at least the first, and print which are left out.
 
-    Args:
-        plan: cases, each with what else ``run`` needs.
-        run: measures, prints and saves.
-        failed: receives an error of the case itself, which no row caused; the next case may run.
-
-    Returns:
-        bool: whether the GPU still works. A run ends where it does not.
+    ``plan``: cases, each with what else ``run`` needs, which measures, prints and saves. ``failed`` receives an error of the
+    case itself, which no row caused. Returns whether the GPU still works; a run ends where it does not.
     """
     done, works = 0, True
     with console.progress(len(plan)) as progress:

@@ -20,10 +20,9 @@ _PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cros
 
 
 def _installed(package: str) -> str | None:
-    try:
+    with contextlib.suppress(PackageNotFoundError):
         return version(package)
-    except PackageNotFoundError:
-        return None
+    return None
 
 
 def _cpu_model() -> str:
@@ -34,10 +33,9 @@ def _cpu_model() -> str:
 
 def _memory() -> int | None:
     """Bytes of this machine."""
-    try:
+    with contextlib.suppress(AttributeError, OSError, ValueError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
+    return None
 
 
 def _cores() -> int | None:

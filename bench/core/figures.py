@@ -31,7 +31,6 @@ def grouped_bars(axis: Any, values: Mapping[str, Sequence[float | None]], labels
         color = mpl.colormaps["tab10"](i % 10)
         placed = axis.barh([y for y, _ in bars], [x for _, x in bars], 0.9 * height, color=color, label=name)
         axis.bar_label(placed, fmt="%.2f", fontsize=7, padding=2)
-    axis.axvline(1, color="black", linewidth=0.8)
     axis.set_yticks([j + (len(values) - 1) * height / 2 for j in range(len(labels))], labels, fontsize=8)
 
 
@@ -63,9 +62,9 @@ def write_lines(path: Path, outcomes: Sequence[CaseOutcome], device: torch.devic
         axis.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=9, frameon=False)
-    case, shape = outcomes[0].case, outcomes[0].case.shape
+    task, shape = outcomes[0].case.task, outcomes[0].case.shape
     sizes = f"{shape.pairs} pairs, H={shape.hidden}, V={shape.vocab}, {shape.dtype}"
-    figure.suptitle(f"{case.task}, {sizes}, {where(device)}", fontsize=10)
+    figure.suptitle(f"{task}, {sizes}, {where(device)}", fontsize=10)
     figure.savefig(path, dpi=130)
 
 
@@ -85,6 +84,7 @@ def write_bars(path: Path, outcomes: Sequence[CaseOutcome], device: torch.device
     ]
     ratios = {name: [None if (row := o.row(name)) is None else o.ratio(row) for o in outcomes] for name in names}
     grouped_bars(axis, ratios, labels)
+    axis.axvline(1, color="black", linewidth=0.8)
     axis.invert_yaxis()
     axis.set_xlabel("time over the bare GEMMs")
     if names:

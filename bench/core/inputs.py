@@ -25,9 +25,9 @@ _FILL_ROWS = 1024
 class Inputs(LossInputs):
     """S sequences of T tokens.
 
-    The log-probabilities of the reference are all equal, so they cancel in a pair and can be moved to the KL term in KTO: Liger,
-    which takes none, then computes the same loss. The log-probs of the policy that sampled are within 0.5 of the policy's: some
-    are beyond the clipping range and none is near its ends, because a rounding must not decide whether a token is clipped.
+    The reference's log-probabilities are all equal, so they cancel in a pair and can be moved to the KL term in KTO: Liger,
+    which takes none, then computes the same loss. Old log-probs are within 0.5 of the policy's: some are beyond the clipping
+    range and none is near its ends, because a rounding must not decide whether a token is clipped.
 
     Attributes:
         hidden: (S, T, H) leaf. weight: (V, H) leaf, with a gradient where the case trains the head.
@@ -49,11 +49,6 @@ class Inputs(LossInputs):
     cu_seqlens: Tensor = UNUSED
     present: Tensor = UNUSED
     packed: Any = None
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        """The tensors whose gradients are wanted."""
-        return [t for t in (self.hidden, self.weight) if t.requires_grad]
 
 
 def _normal(shape: tuple[int, ...], std: float, dtype: torch.dtype, device: torch.device, g: torch.Generator) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -41,8 +42,11 @@ class Memory(NamedTuple):
 def measure(provider: Provider, case: Case, device: torch.device) -> Memory:
     """Run one step in a new process and read its peak."""
     spec = {
-        **{"provider": provider.name, "module": provider.build.__module__, "case": asdict(case)},
-        **{"device": str(device), "threads": torch.get_num_threads()},
+        "provider": provider.name,
+        "module": provider.build.__module__,
+        "case": asdict(case),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
     }
     command = [sys.executable, "-m", __name__, json.dumps(spec)]
     try:
@@ -116,10 +120,8 @@ def _peak_of_cuda(step: Callable[[], object]) -> int:
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     """Extra bytes at the peak of a step that has run before."""
     gc.collect()
-    try:
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # without glibc
         ctypes.CDLL(None).malloc_trim(0)  # else the step could reuse freed memory unseen
-    except (AttributeError, OSError, TypeError):
-        pass  # not glibc
     if device.type == "cuda":
         return _peak_of_cuda(step)
     try:

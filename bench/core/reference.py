@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -90,14 +89,8 @@ def _gae_reference(inputs: Inputs) -> Reference:
     return Reference(0.0, advantages)
 
 
-class Tolerance(NamedTuple):
-    """Errors above these count as wrong: a few times the error of plain PyTorch in that dtype."""
-
-    logps: float
-    gradients: float
-
-
-TOLERANCES = {"bf16": Tolerance(0.15, 0.06), "fp16": Tolerance(0.02, 0.02), "fp32": Tolerance(1e-4, 1e-3)}
+#: Errors of log-probs and gradients above these count as wrong: a few times the error of plain PyTorch in that dtype.
+TOLERANCES = {"bf16": (0.15, 0.06), "fp16": (0.02, 0.02), "fp32": (1e-4, 1e-3)}
 
 
 @dataclass
@@ -146,38 +139,36 @@ def token_error(case: Case, inputs: Inputs, work: Work, reference: Reference) ->
     return (work.token_logps().detach().double() - reference.logps)[inputs.scored].abs().max().item()
 
 
-def _packed_like(result: Result, reference: Reference, inputs: Inputs) -> Reference:
-    """The reference, packed where the result is. A packed provider has no padding to get wrong."""
-    logps, dhidden = reference.logps, reference.dhidden
-    if result.token_logps is not None and result.token_logps.dim() == 1 and logps is not None:
-        logps = logps[inputs.present]
-    if result.dhidden is not None and result.dhidden.dim() == 2 and dhidden is not None:
-        dhidden = dhidden[inputs.present]
-    return replace(reference, logps=logps, dhidden=dhidden)
+def _like(value: Tensor | None, expected: Tensor | None, inputs: Inputs) -> Tensor | None:
+    """The expected tensor, packed where the value is. A packed provider has no padding to get wrong."""
+    packed = value is not None and expected is not None and value.dim() < expected.dim()
+    return expected[inputs.present] if packed and expected is not None else expected
 
 
 def check(case: Case, inputs: Inputs, result: Result, reference: Reference, errors: Errors | None = None) -> Errors:
     """Compare a result with the reference; ``errors`` of an earlier result are kept where they are larger."""
-    tolerance, errors = TOLERANCES[case.shape.dtype], errors or Errors()
-    reference = _packed_like(result, reference, inputs)
+    of_logps, of_gradients = TOLERANCES[case.shape.dtype]
+    errors = errors or Errors()
+    logps = _like(result.token_logps, reference.logps, inputs)
     limits: list[tuple[str, float, float]] = []
     if result.loss is not None:
         error = errors.record("loss", abs(result.loss.item() - reference.loss))
-        limits.append(("loss", error, tolerance.gradients * max(1.0, abs(reference.loss))))
-    if result.token_logps is not None and reference.logps is not None:
+        limits.append(("loss", error, of_gradients * max(1.0, abs(reference.loss))))
+    if result.token_logps is not None and logps is not None:
         scored = inputs.scored if result.token_logps.dim() == 2 else inputs.packed.scored
-        error = (result.token_logps.double() - reference.logps)[scored].abs().max().item()
-        limits.append(("logps", errors.record("token_logps", error), tolerance.logps))
+        error = (result.token_logps.double() - logps)[scored].abs().max().item()
+        limits.append(("logps", errors.record("token_logps", error), of_logps))
     if result.sequence_logps is not None and reference.sequences is not None:
         error = (result.sequence_logps.double() - reference.sequences).abs().max().item()
         # independent roundings of a sequence's tokens add up like a random walk
-        limit = tolerance.logps * math.sqrt(case.shape.tokens)
+        limit = of_logps * math.sqrt(case.shape.tokens)
         limits.append(("sequence logps", errors.record("sequence_logps", error), limit))
     for name in ("dhidden", "dweight") if case.backward else ():
-        value, expected = getattr(result, name), getattr(reference, name)
+        value = getattr(result, name)
+        expected = _like(value, getattr(reference, name), inputs)
         if expected is not None and value is None:
             errors.failed.append(f"{name} is missing")
         elif expected is not None:
-            limits.append((name, errors.record(name, relative_error(value, expected)), tolerance.gradients))
+            limits.append((name, errors.record(name, relative_error(value, expected)), of_gradients))
     errors.failed += beyond(*limits)
     return errors

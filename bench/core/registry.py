@@ -91,10 +91,7 @@ PROVIDERS: dict[str, Provider] = {}
 
 
 def provider(name: str, *, tasks: Iterable[str], **options: Any) -> Callable[[Build], Build]:
-    """Register the decorated function as a provider; ``options`` are those of :class:`Provider`. Nothing else adds one.
-
-    Raises:
-        ValueError: when the name is taken.
+    """Register the decorated function as a provider; ``options`` are those of :class:`Provider`.
 
     Example:
         >>> @provider("mine", tasks={"logps"})

@@ -69,23 +69,10 @@ class Row:
     def fail(self, status: str, message: str) -> None:
         self.status, self.message = status, message
 
-    def guard(self, action: Callable[[], object]) -> None:
-        """Run an action of the row unless the row has failed already; an exception becomes the row's message."""
-        if self.status == OK:
-            try:
-                action()
-            except Exception as error:
-                self.fail(FAILED, shorten(error))
-
-    def refuse(self, reasons: Sequence[str]) -> None:
-        """Become unavailable if there is a reason."""
+    def refuse(self, reasons: Sequence[str], status: str = UNAVAILABLE) -> None:
+        """Fail if there is a reason."""
         if reasons:
-            self.fail(UNAVAILABLE, "; ".join(reasons))
-
-    def judge(self, wrong: Sequence[str]) -> None:
-        """Become wrong if an error is beyond its tolerance."""
-        if wrong:
-            self.fail(WRONG, "; ".join(wrong))
+            self.fail(status, "; ".join(reasons))
 
     def as_dict(self) -> dict[str, Any]:
         values = asdict(self)
@@ -115,11 +102,11 @@ class TimedRow(Row):
         self.seconds, self.extra_bytes = [], None
 
     def as_dict(self) -> dict[str, Any]:
-        return {**super().as_dict(), "median_seconds": self.median}
+        ends = {"min_seconds": min(self.seconds, default=None), "max_seconds": max(self.seconds, default=None)}
+        return {**super().as_dict(), "median_seconds": self.median, **ends}
 
 
 R = TypeVar("R", bound=Row)
-T = TypeVar("T")
 
 
 @dataclass
@@ -175,10 +162,13 @@ class Table(Generic[R]):
         """Free what a row that has failed holds."""
 
     def guard(self, row: R, action: Callable[[R], object]) -> None:
-        """Run an action unless the row has failed already."""
+        """Run an action unless the row has failed already; an exception becomes the row's message."""
         if row.status != OK:
             return
-        row.guard(lambda: action(row))
+        try:
+            action(row)
+        except Exception as error:
+            row.fail(FAILED, shorten(error))
         if row.status != OK:
             self.free(row)
             release_memory(self.device)
@@ -190,10 +180,7 @@ class Table(Generic[R]):
             self.guard(row, action)
 
     def turns(self, rounds: int, action: Callable[[R], object]) -> None:
-        """Rounds in which rows take turns, so that a slow period of the machine affects all of them.
-
-        Every round starts with another row, so that the effect of a neighbour evens out.
-        """
+        """Rounds, in which a slow period of the machine affects all rows; each starts with another, to even out neighbours."""
         for i in range(rounds):
             shift = i % max(1, len(self.rows))
             for row in (*self.rows[shift:], *self.rows[:shift]):
@@ -201,7 +188,7 @@ class Table(Generic[R]):
                 self.guard(row, action)
 
 
-def timed(step: Callable[[], T], device: torch.device) -> tuple[float, T]:
+def timed(step: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     """Seconds and result of a step."""
     synchronize(device)
     start = time.perf_counter()

@@ -17,7 +17,7 @@ from .inputs import Inputs, make_inputs
 from .memory import measure, peak_bytes
 from .reference import Errors, Reference, check, compute_reference, token_error
 from .registry import PROVIDERS, Result, Work
-from .rows import FAILED, OK, Outcome, Progress, Table, TimedRow, frozen_heap, release_memory, shorten, timed
+from .rows import FAILED, OK, WRONG, Outcome, Progress, Table, TimedRow, frozen_heap, release_memory, shorten, timed
 
 #: Kernels of a profile that are kept, those that are printed, and characters of a name: C++ templates have names of pages.
 KEPT, _SHOWN, _NAME = 20, 5, 160
@@ -88,10 +88,6 @@ class ProviderRow(TimedRow):
             parts = sorted(self.predicted_seconds.items(), key=lambda part: -part[1])
             expected = ", ".join(f"{name} {milliseconds(seconds)}" for name, seconds in parts)
             yield f"  predicted {milliseconds(sum(self.predicted_seconds.values()))} ms: {expected}"
-
-    def as_dict(self) -> dict[str, Any]:
-        ends = {"min_seconds": min(self.seconds, default=None), "max_seconds": max(self.seconds, default=None)}
-        return {**super().as_dict(), **ends}
 
 
 @dataclass
@@ -176,7 +172,6 @@ def run_case(
         rounds: timed steps of each provider.
         memory: whether to measure peak memory, on a CPU in processes of their own.
         profiled: whether one more step of ours and of the bare GEMMs runs under torch's profiler, after all that is timed.
-        progress: receives what happens next.
     """
     gc.collect()
     release_memory(device)  # of the case before: the memory processes share the device
@@ -256,7 +251,7 @@ class _CaseTable(Table[ProviderRow]):
         if row.roofline or last is None:
             return
         row.errors = check(self.case, self.inputs, last, self.reference, row.errors)
-        row.judge(row.errors.failed)
+        row.refuse(row.errors.failed, WRONG)
 
     def timed_step(self, row: ProviderRow) -> None:
         self.last.pop(row.name, None)

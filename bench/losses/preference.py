@@ -1,4 +1,4 @@
-"""Preference losses of per-token log-probs (S, T), 0 at ignored positions, in any floating dtype. Chosen sequences come first."""
+"""Preference losses of per-token log-probs (S, T), 0 at ignored positions, in any floating dtype; chosen sequences first."""
 
 from __future__ import annotations
 

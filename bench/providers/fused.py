@@ -95,25 +95,17 @@ def _policy_module(case: Case, inputs: Inputs, **settings: Any) -> Work:
 def _op(case: Case, inputs: Inputs, **settings: Any) -> Work:
     """``linear_logps``, on packed tokens for policy losses."""
     loss_fn, entropic = loss_of(case.task), uses_entropy(case.task)
-    outputs = ("logps", "entropy") if entropic else ("logps",)
+    outputs, shape = ("logps", "entropy") if entropic else ("logps",), case.shape
     inputs = inputs.packed or inputs
+    sizes: dict[str, Any] = {"num_tokens": shape.scored, "hidden_size": shape.hidden, "vocab_size": shape.vocab}
+    trained = {"train_hidden": case.backward, "train_weight": case.backward and case.train_head, "arbitrary_loss": True}
+    of_outputs: dict[str, Any] = {"outputs": outputs, "entropy_gradient": entropic and case.backward}
     with ll.settings(**settings):
-        plan = ll.plan(
-            num_tokens=case.shape.scored,
-            hidden_size=case.shape.hidden,
-            vocab_size=case.shape.vocab,
-            dtype=case.shape.torch_dtype,
-            train_hidden=case.backward,
-            train_weight=case.backward and case.train_head,
-            arbitrary_loss=True,
-            device=inputs.hidden.device,
-            outputs=outputs,
-            entropy_gradient=entropic and case.backward,
-        )
+        plan = ll.plan(dtype=shape.torch_dtype, device=inputs.hidden.device, **sizes, **trained, **of_outputs)
 
     def step() -> Result:
         with ll.settings(**settings):
-            stats = ll.linear_logps(inputs.hidden, inputs.weight, inputs.labels, head=case.shape.head, outputs=outputs)
+            stats = ll.linear_logps(inputs.hidden, inputs.weight, inputs.labels, head=shape.head, outputs=outputs)
             assert stats.logps is not None
             loss = loss_fn(stats.logps, inputs, stats.entropy)
             return finish(loss, inputs, token_logps=stats.logps, **_of_plan(plan))

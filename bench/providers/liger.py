@@ -36,32 +36,27 @@ def _module(task: str, **more: Any) -> Any:
 @provider("liger", tasks=_OPTIONS, why_not=_WHY_NOT)
 def liger(case: Case, inputs: Inputs) -> Work:
     """Liger takes no reference log-probabilities; see :class:`~..core.inputs.Inputs` for how it computes the same loss."""
-    module = _module(case.task)
-    if case.task == "kto":
-        offset = inputs.ref_logps[0] + inputs.kl.clamp(min=0)
-
-        def kto_step() -> Result:
-            out = module(inputs.hidden, inputs.weight, inputs.labels, preference_labels=inputs.desirable, kl=offset)
-            return finish(out[0], inputs)
-
-        return Work(kto_step)
-    # For token_logps only: its loss adds up over sequences of one token, many at a time.
-    by_token = _module(case.task, chunk_size=64)
+    module, kto = _module(case.task), case.task == "kto"
+    offset = inputs.ref_logps[0] + inputs.kl.clamp(min=0)
 
     def sequences(out: Any) -> Tensor:
         return torch.cat([out[1][0], out[1][1]])
 
     def step() -> Result:
+        if kto:
+            out = module(inputs.hidden, inputs.weight, inputs.labels, preference_labels=inputs.desirable, kl=offset)
+            return finish(out[0], inputs)
         out = module(inputs.weight, inputs.hidden, inputs.labels)
         return finish(out[0], inputs, sequence_logps=sequences(out))
 
     def token_logps() -> Tensor:
+        by_token = _module(case.task, chunk_size=64)  # its loss adds up over sequences of one token, many at a time
         labels = inputs.labels.reshape(-1, 1)
         with torch.no_grad():
             out = by_token(inputs.weight.detach(), inputs.hidden.detach().reshape(len(labels), 1, -1), labels)
         return sequences(out).reshape(inputs.labels.shape)
 
-    return Work(step, token_logps)
+    return Work(step, None if kto else token_logps)
 
 
 @provider("liger:policy", tasks={"dapo"}, why_not=_WHY_NOT)

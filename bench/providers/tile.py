@@ -36,9 +36,9 @@ def copy(case: Case, inputs: Inputs) -> Work:
     return Work(step)
 
 
-def _pass(name: str, passes: Passes, case: Case, inputs: Inputs) -> Work:
+def _pass(name: str, case: Case, inputs: Inputs) -> Work:
     """From the tile to log-probs and, in its place, the gradient."""
-    source, labels = _tile(inputs), inputs.labels[inputs.scored]
+    passes, source, labels = _PASSES[name], _tile(inputs), inputs.labels[inputs.scored]
     tile = source.clone()
     x, weight, head = inputs.hidden.detach()[inputs.scored], inputs.weight.detach(), case.shape.head
     options = core_options(512 << 20, frozenset(), "auto", 4, source.device)
@@ -56,10 +56,6 @@ def _pass(name: str, passes: Passes, case: Case, inputs: Inputs) -> Work:
     return Work(step, prepare=lambda: tile.copy_(source))
 
 
-def _register(name: str, passes: Passes) -> None:
-    build = provider(f"pass@{name}", tasks={"tile"}, why_not=needs_backend(name))
-    build(lambda case, inputs: _pass(name, passes, case, inputs))
-
-
-for _name, _of_backend in _PASSES.items():
-    _register(_name, _of_backend)
+for _name in _PASSES:
+    _register = provider(f"pass@{_name}", tasks={"tile"}, why_not=needs_backend(_name))
+    _register(lambda case, inputs, name=_name: _pass(name, case, inputs))

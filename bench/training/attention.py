@@ -60,16 +60,12 @@ def in_one_row(device: torch.device) -> str:
     """The implementation for sequences in one row on a device."""
     if device.type == "cpu":
         return PADDED
-    installed = next((name for name, package in _PACKAGES if importlib.util.find_spec(package)), None)
-    if installed is not None:
-        return installed
-    return VARLEN if _has_varlen() else "flex_attention"
+    for name, package in _PACKAGES:
+        if importlib.util.find_spec(package):
+            return name
+    if importlib.util.find_spec("torch.nn.attention.varlen"):
+        from torch.nn.attention.varlen import varlen_attn
 
-
-def _has_varlen() -> bool:
-    """Whether torch has the function, with a window to make it causal."""
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return False
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "window_size" in inspect.signature(varlen_attn).parameters
+        if "window_size" in inspect.signature(varlen_attn).parameters:  # which makes it causal
+            return VARLEN
+    return "flex_attention"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.cases import check_known, check_least
+from ..core.cases import check
 from .batches import PROFILES, Batch, make_batch
 from .methods import METHODS
 from .models import MODELS
@@ -47,8 +47,8 @@ class TrainCase:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_known(self, model=MODELS, method=METHODS, profile=PROFILES, precision=PRECISIONS)
-        check_least(self, pairs=1, length=16)
+        least = {"pairs": 1, "length": 16}
+        check(self, least, model=MODELS, method=METHODS, profile=PROFILES, precision=PRECISIONS)
 
     @property
     def weights_dtype(self) -> torch.dtype:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core.console import number
-from ..core.rows import OK, Outcome, Progress, Row, release_memory
+from ..core.rows import OK, Outcome, Progress, Row, Table, release_memory
 from .arms import ARMS, Arm
 from .cases import TrainCase, case_batch
 from .models import make_config
@@ -118,13 +118,15 @@ def run_curves(
     progress: Progress = lambda text: None,
 ) -> CurveOutcome:
     """Train from one initialisation on one sequence of batches, once for each arm."""
-    outcome = CurveOutcome(case, [], learning_rate)
     vocab = make_config(case.model, tiny=case.tiny).vocab_size
     arms = {name: ARMS[name] for name in names}
     more = _roundings(vocab) if "trl" in arms else {}
+    rows = [CurveRow(name, rounding=name in more) for name in (*arms, *more)]
 
-    def train(row: CurveRow, arm: Arm) -> None:
-        bench = Workbench(case, device, learning_rate=learning_rate)
+    def train(row: CurveRow) -> None:
+        gc.collect()  # the trainer of the row before contains reference cycles
+        release_memory(device)
+        bench, arm = Workbench(case, device, learning_rate=learning_rate), {**arms, **more}[row.name]
         row.refuse(arm.why_not(bench))
         if row.rounding and not bench.method.fused:
             row.refuse([f"TRL's {type(bench.trainer).__name__} has no fused head with other roundings"])
@@ -134,10 +136,5 @@ def run_curves(
             with arm.ready(bench):
                 row.losses.append(step(bench, arm, data).item())
 
-    for name, arm in {**arms, **more}.items():
-        row = CurveRow(name, rounding=name in more)
-        outcome.rows.append(row)
-        row.guard(functools.partial(train, row, arm))
-        gc.collect()  # the trainer contains reference cycles
-        release_memory(device)
-    return outcome
+    Table(rows, device, progress).each("training", train)
+    return CurveOutcome(case, rows, learning_rate)

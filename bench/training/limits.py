@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
@@ -12,16 +13,15 @@ import torch
 
 from ..core.console import number
 from ..core.memory import peak_bytes
-from ..core.rows import OK, UNAVAILABLE, Outcome, Progress, Row
+from ..core.rows import OK, Outcome, Progress, Row, Table, release_memory
 from .arms import ARMS, Arm
 from .cases import TrainCase, case_batch
 from .steps import step
 from .workbench import Workbench
 
-#: What a size is of (pairs of a batch, or tokens of the longest sequence), what sizes are multiples of, and the power of the
-#: size with which a step's time grows at most.
-GRANULES = {"pairs": 1, "length": 64}
-_GROWTH = {"pairs": 1, "length": 2}
+#: By what grows (pairs of a batch, tokens of the longest sequence): what sizes are multiples of, and the power of the size
+#: with which a step's time grows at most.
+_SIZES = {"pairs": {"granule": 1, "growth": 1}, "length": {"granule": 64, "growth": 2}}
 #: Share of a prediction that is tried: above it the next trial would often fail.
 _CAUTION = 0.97
 _TRIALS = 7
@@ -113,8 +113,10 @@ def search(
     growth: int = 1,
     deadline: float = math.inf,
 ) -> None:
-    """Fill in a row: double once, then try sizes slightly below the prediction, until nothing is left between what fits and what
-    does not, or a step would take more than ``seconds``; its time grows with the power ``growth`` of the size.
+    """Fill in a row: double once, then try sizes slightly below the prediction.
+
+    It ends when nothing is left between what fits and what does not, or when a step would take more than ``seconds``; its time
+    grows with the power ``growth`` of the size.
     """
     size = max(granule, start // granule * granule)
     while True:
@@ -127,10 +129,10 @@ def search(
             row.failing = min(size, row.failing or size)
         row.predicted = extrapolate([t for t in row.trials if t.peak_bytes is not None and t.peak_bytes <= limit], limit)
         low, high = row.largest, row.failing
+        if low is None and size == granule:
+            row.message = "not even the smallest size fits"
+            return
         if low is None:
-            if size == granule:
-                row.message = "not even the smallest size fits"
-                return
             size = max(granule, size // 2 // granule * granule)
             continue
         if high is not None and high - low <= granule:
@@ -171,60 +173,49 @@ def run_limits(
     """Find each arm's limit, starting from the size of the case.
 
     Args:
-        of: ``pairs`` or ``length``.
-        limit_bytes: of torch's allocator on a GPU, which then refuses to hold more; on a CPU of a step's memory above that
-            between steps.
-        seconds: the longest step.
+        of: ``pairs`` or ``length``. seconds: the longest step.
+        limit_bytes: of torch's allocator on a GPU; on a CPU of a step's memory above that between steps.
         deadline: of ``time.monotonic()``, after which nothing further is tried.
     """
-    outcome = LimitOutcome(case, [LimitRow(name) for name in names], of, limit_bytes)
+    rows = [LimitRow(name) for name in names]
     bench = Workbench(case, device)
     warm = bench.data(case_batch(case, bench.vocab, pairs=1, length=64), exact=False)
     start = getattr(case, of)
 
     def find(row: LimitRow) -> None:
         arm = ARMS[row.name]
-        row.refuse(arm.why_not(bench))
+        late = time.monotonic() > deadline
+        row.refuse(["left out: the time limit was reached"] if late else arm.why_not(bench))
         if row.status != OK:
             return
         with arm.ready(bench):
             step(bench, arm, warm)  # optimizer states
         _attempt(bench, arm, of, start)  # compilation at the first size must not count as time of a step
-        sizes = {"start": start, "granule": GRANULES[of], "growth": _GROWTH[of]}
-        search(row, functools.partial(_attempt, bench, arm, of), limit_bytes, **sizes, seconds=seconds, deadline=deadline)
+        attempt = functools.partial(_attempt, bench, arm, of)
+        search(row, attempt, limit_bytes, start=start, **_SIZES[of], seconds=seconds, deadline=deadline)
 
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total))
     try:
-        for row in outcome.rows:
-            progress(f"{of} of {row.name}")
-            if time.monotonic() > deadline:
-                row.fail(UNAVAILABLE, "left out: the time limit was reached")
-            row.guard(functools.partial(find, row))
-            bench.optimizer.zero_grad()
+        Table(rows, device, progress).each(of, find)
     finally:
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0)
-    return outcome
+    return LimitOutcome(case, rows, of, limit_bytes)
 
 
 def _attempt(bench: Workbench, arm: Arm, of: str, size: int) -> Trial:
-    case = replace(bench.case, **{of: size})  # type: ignore[arg-type]
-    on_gpu = bench.device.type == "cuda"
-    start = time.perf_counter()
-    try:
-        data = bench.data(case_batch(case, bench.vocab), exact=False)
+    """One step of a size, from gradients that are cleared."""
+    bench.optimizer.zero_grad()
+    peak, start = None, time.perf_counter()
+    with contextlib.suppress(torch.OutOfMemoryError):
+        data = bench.data(case_batch(replace(bench.case, **{of: size}), bench.vocab), exact=False)  # type: ignore[arg-type]
         with arm.ready(bench):
             start = time.perf_counter()
-            peak: int | None = peak_bytes(lambda: step(bench, arm, data), bench.device)
-            if on_gpu:
+            peak = peak_bytes(lambda: step(bench, arm, data), bench.device)
+            if bench.device.type == "cuda":
                 peak = torch.cuda.max_memory_allocated()
-    except torch.OutOfMemoryError:
-        peak = None
-    if peak is None:
-        bench.optimizer.zero_grad()
     seconds = time.perf_counter() - start
-    if on_gpu:
-        torch.cuda.empty_cache()
+    release_memory(bench.device)
     return Trial(size, peak, seconds)

@@ -29,7 +29,7 @@ class Method:
     """A training method.
 
     Attributes:
-        trainer: makes TRL's trainer from the device, the number of sequences, and keyword arguments: model, ref_model, peft_config.
+        trainer: makes TRL's trainer from device, number of sequences, and the keywords model, ref_model, peft_config.
         inputs: of TRL's ``compute_loss``, on the device.
         module: logitless's loss module.
         exact: the loss from float64 log-probs (S, T - 1), 0 where none are asked for, with plain formulas.

@@ -26,23 +26,12 @@ class ModelSpec:
 
 
 def _sizes(hidden: int, intermediate: int, layers: int, heads: int, key_heads: int, **more: Any) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": key_heads,
-        "tie_word_embeddings": True,
-        **more,
-    }
+    counts = {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": key_heads}
+    return {"hidden_size": hidden, "intermediate_size": intermediate, **counts, "tie_word_embeddings": True, **more}
 
 
-def _rope(theta: float) -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": theta}
-
-
-_QWEN = {"vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_parameters": _rope(1e6)}
-_LLAMA = {"vocab_size": 128256, "rms_norm_eps": 1e-5, "rope_parameters": _rope(5e5)}
+_QWEN = {"vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+_LLAMA = {"vocab_size": 128256, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
 _8B = {"max_position_embeddings": 8192, "tie_word_embeddings": False}
 
 MODELS: dict[str, ModelSpec] = {

@@ -90,15 +90,8 @@ def _plan(case: TrainCase, config: Any, batch: Batch, tokens: int, **options: An
         pairs = [a + b for a, b in zip(sizes[:half], sizes[half:], strict=True)]
         groups = {"group_sizes": sizes if case.method == "kto" else pairs, "margin": case.method in ("dpo", "simpo")}
     trained = {"train_hidden": True, "train_weight": not MODELS[case.model].lora, **groups}
-    return ll.plan(
-        num_tokens=tokens,
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
-        dtype=torch.bfloat16,
-        device="cuda",
-        architecture="sm_90",
-        **{**trained, **options},
-    )
+    sizes: dict[str, Any] = {"num_tokens": tokens, "hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
+    return ll.plan(dtype=torch.bfloat16, device="cuda", architecture="sm_90", **{**sizes, **trained, **options})
 
 
 def predict(case: TrainCase, gpu: Gpu | None = None) -> Prediction:
@@ -106,7 +99,7 @@ def predict(case: TrainCase, gpu: Gpu | None = None) -> Prediction:
     gpu = gpu or constants()["sm_90"]
     config, method, lora = make_config(case.model, tiny=False), METHODS[case.method], bool(MODELS[case.model].lora)
     batch = case_batch(case, config.vocab_size)
-    lengths = [len(s) for s in batch.sequences]
+    lengths = batch.lengths
     scored, (h, v) = batch.scored, (config.hidden_size, config.vocab_size)
     tokens, gemm = scored, 2 * h * v / gpu.bf16_flops  # of one token
     if method.every_token:

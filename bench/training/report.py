@@ -68,6 +68,7 @@ def write_figure(path: Path, cases: Iterable[dict[str, Any]], where: str) -> Non
     rows = [{row["arm"]: row for row in c["rows"]} for c in cases]
     for axis, key in ((left, "speedup_over_trl"), (right, "head_share")):
         grouped_bars(axis, {arm: [of_case.get(arm, {}).get(key) for of_case in rows] for arm in arms}, labels)
+    left.axvline(1, color="black", linewidth=0.8)
     left.invert_yaxis()
     left.set_xlabel("speed over TRL's step")
     right.set_xlabel("share of the step above the decoders alone")

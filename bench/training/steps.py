@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.console import number, spread
 from ..core.memory import peak_bytes
-from ..core.rows import OK, Outcome, Progress, Table, TimedRow, beyond, frozen_heap, release_memory, timed
+from ..core.rows import OK, WRONG, Outcome, Progress, Table, TimedRow, beyond, frozen_heap, release_memory, timed
 from .arms import ARMS, Arm
 from .attention import PADDED
 from .batches import Data
@@ -177,7 +177,7 @@ class _StepTable(Table[StepRow]):
         row.loss_error = abs(row.loss - loss) / max(1.0, abs(loss))
         row.gradient_error = gradient_error(bench.gradients(), gradients)
         limits = TOLERANCES[bench.case.precision]
-        row.judge(beyond(("loss", row.loss_error, limits[0]), ("gradient", row.gradient_error, limits[1])))
+        row.refuse(beyond(("loss", row.loss_error, limits[0]), ("gradient", row.gradient_error, limits[1])), WRONG)
 
     def memory(self, row: StepRow) -> None:
         with ARMS[row.name].ready(self.bench):
@@ -201,13 +201,7 @@ class _StepTable(Table[StepRow]):
 def run_steps(
     case: TrainCase, names: Iterable[str], device: torch.device, *, rounds: int, progress: Progress = lambda text: None
 ) -> StepOutcome:
-    """Check, measure and time every arm of a case.
-
-    Args:
-        names: of :data:`~.arms.ARMS`, in the order of the table.
-        rounds: timed steps of each arm, which take turns.
-        progress: receives what happens next.
-    """
+    """Check, measure and time arms of a case, in the order of ``names``; each has ``rounds`` timed steps."""
     progress("models and trainer")
     bench = Workbench(case, device)
     rows = [StepRow(name, floor=ARMS[name].floor) for name in names]
@@ -224,7 +218,10 @@ def run_steps(
         del loss
         table.each("check", lambda row: table.check(row, exact, gradients))
         gradients.clear()
-        _make_optimizer_states(bench)
+        for parameter in bench.parameters:  # optimizer states exist between steps: they are no memory of the first arm's step
+            parameter.grad = torch.zeros_like(parameter)
+        bench.optimizer.step()
+        bench.optimizer.zero_grad()
         outcome.body_flops = table.body_flops(outcome.row("body"))
         release_memory(device)
         table.each("memory", table.memory)
@@ -232,11 +229,3 @@ def run_steps(
             outcome.held_bytes = torch.cuda.memory_allocated()
         table.turns(rounds, table.time)
     return outcome
-
-
-def _make_optimizer_states(bench: Workbench) -> None:
-    """They exist between steps, so they must not count as memory of the first arm that makes a step."""
-    for parameter in bench.parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    bench.optimizer.step()
-    bench.optimizer.zero_grad()

@@ -18,7 +18,7 @@ _TRAINED = tuple(name for name, arm in ARMS.items() if not arm.floor)
 
 
 @dataclass(frozen=True)
-class TrainSuite(Suite[TrainCase]):
+class TrainSuite(Suite):
     """kind: what is done with the cases: ``steps`` and ``curves``, or the largest ``pairs`` or ``length`` that fits."""
 
     kind: str = "steps"

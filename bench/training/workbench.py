@@ -85,12 +85,9 @@ class Workbench:
     @contextmanager
     def as_reference(self) -> Iterator[Any]:
         """The model to run as the reference, without gradients."""
-        with torch.no_grad():
-            if self.reference is not None:
-                yield self.reference
-            else:
-                with self.model.disable_adapter():
-                    yield self.model
+        apart = self.reference is not None
+        with torch.no_grad(), nullcontext() if apart else self.model.disable_adapter():
+            yield self.reference if apart else self.model
 
     def _sums(self, model: nn.Module, packed: ll.PackedSequences) -> Tensor:
         """(S,) log-probs of sequences, in one row or padded."""
