@@ -119,7 +119,7 @@ def extension(part: str) -> Extension:
         extra_compile_args=flags,
         extra_link_args=link,
         language="c++",
-        depends=["kernels/operators/native.py", *(str(p) for p in (ROOT / "csrc").rglob("*") if p.is_file())],
+        depends=["kernels/operators/schemas.py", *(str(p) for p in (ROOT / "csrc").rglob("*") if p.is_file())],
     )
 
 
@@ -135,7 +135,7 @@ def toolkit_folders(flag: str) -> list[str]:
 
 def schemas_digest() -> str:
     """Of the operators' schemas: a library built for others must not be loaded."""
-    tree = ast.parse((ROOT / "kernels/operators/native.py").read_text())
+    tree = ast.parse((ROOT / "kernels/operators/schemas.py").read_text())
     (value,) = (n.value for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "SCHEMAS")
     return hashlib.sha256(repr(ast.literal_eval(value)).encode()).hexdigest()[:16]
 
@@ -244,7 +244,7 @@ setup(
     package_dir=FOLDERS,
     package_data={
         "logitless": ["py.typed"],
-        "logitless.kernels.planner": ["gpu_constants.json"],
+        "logitless.kernels.cost_model": ["gpu_constants.json"],
         "logitless.kernels.backends.triton.tuning": ["configs.json"],
     },
     ext_modules=extensions() if BUILDS & set(sys.argv) else [],

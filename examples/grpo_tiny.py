@@ -2,10 +2,10 @@
 
     python examples/grpo_tiny.py [--seed 0] [--steps 80] [--loss-type dapo]
 
-The prompt shows a digit, and the response should repeat it: the reward is the share of ``LENGTH`` places that hold it. It rises
-from about 0.07, which is chance, to above 0.9. Everything is as in a large run: sampled groups of responses of different
-lengths, log-probabilities of the policy that sampled and of a reference, group-relative advantages, and several epochs of
-updates on packed sequences.
+The prompt is a digit, and the response should repeat it: the reward is the share of the ``LENGTH`` response tokens that equal
+the digit. It rises from about 0.07, which is chance, to above 0.9. The loop has all parts of a large run: sampled groups of
+responses of different lengths, log-probabilities of the sampling policy and of a reference, group-relative advantages, and
+several epochs of updates on packed sequences.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import logitless as ll
+from logitless.fused.policy.losses.grpo import GRPO_LOSSES
 
 DIGITS, EOS, PAD, BOS = 10, 10, 11, 12
 LENGTH = 8
@@ -42,25 +43,25 @@ def make_model(seed: int) -> LlamaForCausalLM:
 
 
 def make_prompts(count: int) -> Tensor:
-    """Prompts ``[BOS, digit]``. (count, 2)."""
+    """Random prompts ``[BOS, digit]``. (count, 2)."""
     return torch.stack((torch.full((count,), BOS), torch.randint(DIGITS, (count,))), dim=1)
 
 
 @torch.no_grad()
 def sample(model: LlamaForCausalLM, prompts: Tensor) -> list[Tensor]:
-    """A response to each prompt, prompt included, up to and with the end-of-sequence token."""
+    """Sample a response to each prompt. Returns prompt and response, up to and including the end-of-sequence token."""
     model.eval()
     rows = model.generate(
         prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=LENGTH, do_sample=True, top_k=0, use_cache=True
     )
     model.train()
     ended = (rows[:, 2:] == EOS).cumsum(dim=1)
-    lengths = 2 + ((ended - (rows[:, 2:] == EOS).long()) == 0).sum(dim=1)  # what follows the first EOS is padding
+    lengths = 2 + ((ended - (rows[:, 2:] == EOS).long()) == 0).sum(dim=1)  # tokens after the first EOS are padding
     return [row[:length] for row, length in zip(rows, lengths.tolist(), strict=True)]
 
 
 def reward(sequence: Tensor) -> float:
-    """The share of the places after the prompt that repeat its digit."""
+    """The number of response tokens that repeat the prompt's digit, divided by ``LENGTH``."""
     return float((sequence[2:] == sequence[1]).sum()) / LENGTH
 
 
@@ -76,7 +77,7 @@ def train(
     beta: float = 0.001,
     verbose: bool = True,
 ) -> list[float]:
-    """Returns the mean reward of each step's samples."""
+    """Train the policy. Returns the mean reward of the samples of each step."""
     model = make_model(seed)
     reference = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
@@ -100,7 +101,7 @@ def train(
                 old = ll.model_logps(model, packed).logps
                 ref = ll.model_logps(reference, packed).logps
             batches.append((packed, {"advantages": advantages[part], "old_logps": old, "ref_logps": ref}))
-        # of all micro-batches together: tokens for losses that average over tokens, sequences for the others
+        # counted over all micro-batches: tokens for losses that average over tokens, sequences for the others
         items = sum(int(p.mask.sum()) for p, _ in batches)
         items = items if loss.aggregation == "token-mean" else len(sequences)
         for _ in range(epochs):
@@ -120,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--loss-type", default="dapo", choices=ll.GRPO_LOSSES)
+    parser.add_argument("--loss-type", default="dapo", choices=GRPO_LOSSES)
     args = parser.parse_args()
     history = train(args.seed, args.steps, args.loss_type)
     last = history[-5:]

@@ -2,9 +2,9 @@
 
     python examples/ppo_tiny.py [--seed 0] [--steps 80]
 
-The task is that of grpo_tiny.py, to repeat the prompt's digit; the reward rises from about 0.07 to above 0.8. Here a value
-function on the policy's hidden states takes the place of groups: rewards of tokens carry the KL penalty, advantages and returns
-come from GAE, and each epoch of updates trains policy and value function on minibatches of packed sequences.
+The task is that of grpo_tiny.py: repeat the prompt's digit. The reward rises from about 0.07 to above 0.8. A value function on
+the policy's hidden states replaces the groups. The KL penalty is part of the token rewards, GAE computes advantages and
+returns, and each epoch of updates trains policy and value function on minibatches of packed sequences.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def train(
     kl_coef: float = 0.001,
     verbose: bool = True,
 ) -> list[float]:
-    """Returns the mean reward of each step's samples."""
+    """Train policy and value function. Returns the mean reward of the samples of each step."""
     model = make_model(seed)
     reference = copy.deepcopy(model).eval().requires_grad_(False)
     value_head = nn.Linear(model.config.hidden_size, 1)
@@ -44,8 +44,8 @@ def train(
     def values_of(hidden: Tensor) -> Tensor:
         return value_head(hidden)[:, 0]
 
-    def score(at: ll.AtHead) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and values of the policy that sampled."""
+    def score(at: ll.models.AtHead) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and values of the sampling policy."""
         logps = ll.linear_logps(at.hidden, at.weight, at.labels, at.bias, at.head).logps
         assert logps is not None
         return logps, values_of(at.hidden)
@@ -63,14 +63,14 @@ def train(
             with torch.no_grad():
                 old_logps, old_values = ll.at_head(model, packed, score)
                 ref_logps = ll.model_logps(reference, packed).logps
-            shaped = ll.kl_shaped_rewards(rewards[part], old_logps, ref_logps, kl_coef=kl_coef, **where)
+            shaped = ll.rl.kl_shaped_rewards(rewards[part], old_logps, ref_logps, kl_coef=kl_coef, **where)
             advantages, returns = ll.gae(shaped, old_values, gamma=1.0, lam=0.95, **where)
-            advantages = ll.masked_whiten(advantages, where["mask"])
+            advantages = ll.rl.masked_whiten(advantages, where["mask"])
             batches.append((packed, where, old_logps, old_values, advantages, returns))
         for _ in range(epochs):
             for packed, where, old_logps, old_values, advantages, returns in batches:
 
-                def losses(at: ll.AtHead, batch=(where, old_logps, old_values, advantages, returns)):
+                def losses(at: ll.models.AtHead, batch=(where, old_logps, old_values, advantages, returns)):
                     where, old_logps, old_values, advantages, returns = batch
                     policy = policy_loss(
                         at.hidden, at.weight, at.labels, at.bias, at.head,

@@ -1,164 +1,208 @@
-"""The engine: runs any loss over the log-prob core, by the schedule that the planner chose.
+"""The engine: computes a loss and its gradients by the schedule that the planner chose.
 
-A step scores the tokens of some groups, asks the loss for one coefficient a token (``c = dLoss / dlogps``, by autograd on
-small tensors), and turns the finished gradient tile into ``dX`` and ``dW``. The order of these three is the schedule.
+A step scores the tokens of some groups, asks the loss for one coefficient per token (``c = dLoss / dlogps``, by autograd on
+small tensors), and turns the finished gradient tile into ``dX`` and ``dW``. The schedule is the order of these three.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from logitless.kernels.backends.registry import Backend, get_backend
+from logitless.kernels.backends.interface import Backend
+from logitless.kernels.backends.registry import get_backend
+from logitless.kernels.core.autograd import once_differentiable
+from logitless.kernels.core.checks import compute_dtype
 from logitless.kernels.core.dtypes import accumulate_dtype, tile_dtype
 from logitless.kernels.core.stats import RowStats
-from logitless.kernels.linear_logps import once_differentiable
-from logitless.kernels.planner.plan import DEFERRED_SCALE, FORWARD_ONLY, RECOMPUTE, Plan, Step, plan
-from logitless.kernels.tile.head_gradient import HeadGradient, scaled_to_dtype
-from logitless.kernels.tile.rows import gather_rows, scatter_rows
+from logitless.kernels.planner.plan import Plan, plan
+from logitless.kernels.planner.steps import DEFERRED_SCALE, FORWARD_ONLY, GRADIENT_IN_FORWARD, RECOMPUTE, Step
+from logitless.kernels.tile.head_gradient import HeadGradient
+from logitless.kernels.tile.rows import gather_rows
 
-from .job import Job
-
-
-def run(job: Job, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, report_only: bool = False) -> tuple[Tensor, Any]:
-    """The loss of a job (0-dim, differentiable in hidden (P, H), weight (V, H) and bias (V,)) and its report."""
-    grads = torch.is_grad_enabled() and not report_only
-    needs = tuple(grads and t is not None and t.requires_grad for t in (hidden, weight, bias))
-    box: list[Any] = []
-    loss = _FusedLoss.apply(hidden, weight, bias, job, needs, box)
-    return loss, box[0]
+from .job import Job, Report
+from .scored_tokens import ScoredTokens
 
 
-class _Runner:
-    """Carries out the steps of a plan."""
+def run(job: Job[Report]) -> tuple[Tensor, Report]:
+    """The loss of a job (0-dim, differentiable in hidden, weight and bias) and its report.
+
+    The forward pass finishes the gradients up to the upstream one, without autograd; then the loss is attached to them.
+    """
+    call = job.call
+    hidden = call.hidden.to(compute_dtype(call.hidden)).reshape(-1, call.hidden.shape[-1])
+    grads = torch.is_grad_enabled()
+    needs = tuple(grads and t is not None and t.requires_grad for t in (hidden, call.weight, call.bias))
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        tokens = job.scored_tokens()
+        the_plan = plan(
+            num_tokens=len(tokens),
+            hidden_size=hidden.shape[1],
+            vocab_size=len(call.weight),
+            group_sizes=None if job.token_groups else tokens.group_sizes,
+            dtype=hidden.dtype,
+            weight_dtype=call.weight.dtype,
+            train_hidden=needs[0],
+            train_weight=needs[1],
+            train_bias=needs[2],
+            margin=job.margin is not None,
+            device=hidden.device,
+            outputs=job.outputs | job.loss_outputs | {"logps"},
+            token_groups=job.token_groups,
+            entropy_gradient=job.entropy_gradient and any(needs),
+        )
+        work = _Work(job, tokens, the_plan, hidden, needs)
+        schedules = work.schedules()
+        for step in the_plan.steps:
+            schedules[step.schedule](step)
+            work.fresh = False
+        report = work.evaluation.report(the_plan, work.stats, work.acc)
+    loss: Tensor = _FinishedGradients.apply(hidden, call.weight, call.bias, work)
+    return loss, report
+
+
+@functools.cache
+def eagerly(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compiler.disable``, at the first call: as a decorator it would add a second to every import of the package."""
+    return torch.compiler.disable(fn)
+
+
+class _Work:
+    """The state of a call while its plan is carried out: one method per schedule, which adds a step to the loss and gradients.
+
+    Attributes:
+        dhidden: (N, H) gradient of the scored tokens' hidden states.
+        head_gradient: of weight and bias.
+        fresh: whether ``head_gradient`` holds nothing yet.
+        stats: the job's ``outputs``, (N,) each.
+    """
 
     def __init__(
         self,
-        job: Job,
+        job: Job[Any],
+        tokens: ScoredTokens,
         the_plan: Plan,
-        backend: Backend,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        needs: tuple[bool, bool, bool],
+        hidden: Tensor,  # (P, H)
+        needs: tuple[bool, ...],  # whether hidden, weight and bias need a gradient
     ) -> None:
-        self.job, self.plan, self.backend = job, the_plan, backend
-        self.hidden, self.weight, self.bias, self.needs = hidden, weight, bias, needs
-        acc = accumulate_dtype(hidden.dtype)
-        wide = acc if hidden.device.type == "mps" else torch.float64
-        self.evaluation = job.evaluation(wide, hidden.device)
-        n = len(job.entries.rows)
+        self.job, self.call, self.tokens, self.needs = job, job.call, tokens, needs
+        self.hidden, self.weight, self.bias, self.head = hidden, job.call.weight, job.call.bias, job.call.head
+        self.options, self.accumulate = the_plan.options, the_plan.accumulate
+        self.backend: Backend = get_backend(the_plan.backend)
+        self.evaluation = job.evaluation(tokens, self.backend.elementwise)
+        self.acc = accumulate_dtype(hidden.dtype)
         self.head_gradient = self._new_head_gradient() if needs[1] or needs[2] else None
-        self.dhidden: Tensor | None = None
-        if needs[0] and not self._scoring_makes_dhidden():
-            self.dhidden = torch.empty((n, hidden.shape[1]), dtype=acc, device=hidden.device)
         self.second: HeadGradient | None = None
-        self.fresh = True  # nothing is in head_gradient yet
-        self.tokens: dict[str, Tensor] = {
-            name: torch.empty(n, dtype=torch.bool if name == "is_top1" else acc, device=hidden.device) for name in job.outputs
+        self.fresh = True
+        self.dhidden: Tensor | None = None
+        deferred = any(step.schedule == DEFERRED_SCALE for step in the_plan.steps)
+        if needs[0] and not (deferred and self.head_gradient is None):  # otherwise scoring makes it
+            self.dhidden = torch.empty((len(tokens), hidden.shape[1]), dtype=self.acc, device=hidden.device)
+        self.stats = {
+            name: torch.empty(len(tokens), dtype=torch.bool if name == "is_top1" else self.acc, device=hidden.device)
+            for name in job.outputs
+        }
+
+    def schedules(self) -> dict[str, Callable[[Step], None]]:
+        """The method of each schedule."""
+        return {
+            FORWARD_ONLY: self._forward_only,
+            GRADIENT_IN_FORWARD: self._gradient_in_forward,
+            DEFERRED_SCALE: self._deferred_rows if self.head_gradient is None else self._deferred_margin,
+            RECOMPUTE: self._recompute,
         }
 
     def _new_head_gradient(self) -> HeadGradient:
         return HeadGradient(
-            self.weight,
-            self.bias,
-            need_weight=self.needs[1],
-            need_bias=self.needs[2],
-            accumulate=self.plan.accumulate,
+            self.weight, self.bias, need_weight=self.needs[1], need_bias=self.needs[2], accumulate=self.accumulate
         )
 
-    def _scoring_makes_dhidden(self) -> bool:
-        """With a frozen head, where the loss needs the log-probabilities alone."""
-        return self.head_gradient is None and any(s.schedule == DEFERRED_SCALE for s in self.plan.steps)
+    def _inputs(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Hidden states (n, H) and labels (n,) of some tokens."""
+        x = gather_rows(self.hidden, self.tokens.rows[start:stop], in_order=False)
+        return x, self.tokens.labels[start:stop]
 
-    def run(self) -> None:
-        for step in self.plan.steps:
-            if step.schedule == FORWARD_ONLY:
-                self._forward_only(step)
-            elif step.schedule == RECOMPUTE:
-                self._recompute(step)
-            elif step.schedule == DEFERRED_SCALE and self.head_gradient is None:
-                self._deferred_rows(step)
-            elif step.schedule == DEFERRED_SCALE:
-                self._deferred_margin(step)
-            else:
-                self._gradient_in_forward(step)
-            self.fresh = False
-
-    def _score(self, start: int, stop: int, x: Tensor, **kwargs: Any) -> RowStats:
-        stats: RowStats = self.backend.score(
-            x, self.weight, self.bias, self.job.entries.labels[start:stop], self.job.head, self.plan.options, **kwargs
-        )
-        for name, values in self.tokens.items():
+    def _keep(self, start: int, stop: int, stats: RowStats) -> None:
+        for name, values in self.stats.items():
             values[start:stop] = getattr(stats, name)
-        return stats
 
     def _reference(self, start: int, stop: int) -> Tensor | None:
-        ref = self.job.reference
+        """Log-probabilities of some tokens under the reference (n,), if its states were given."""
+        ref = self.call.reference.states
         if ref is None:
             return None
-        entries = self.job.entries
-        x = gather_rows(ref.hidden, entries.rows[start:stop], in_order=False)
-        options = self.plan.options.without_outputs()
-        stats = self.backend.score(x, ref.weight, ref.bias, entries.labels[start:stop], self.job.head, options)
-        return stats.logps
-
-    def _x(self, start: int, stop: int) -> Tensor:
-        return gather_rows(self.hidden, self.job.entries.rows[start:stop], in_order=False)
+        x = gather_rows(ref.hidden, self.tokens.rows[start:stop], in_order=False)
+        labels, options = self.tokens.labels[start:stop], self.options.without_outputs()
+        return self.backend.score(x, ref.weight, ref.bias, labels, self.head, options).logps
 
     def _dhidden(self, start: int, stop: int) -> Tensor | None:
         return None if self.dhidden is None else self.dhidden[start:stop]
 
-    def _tile(self, rows: int) -> Tensor:
+    def _new_tile(self, rows: int) -> Tensor:
         dtype = tile_dtype(self.hidden.dtype, self.hidden.device)
         return torch.empty((rows, len(self.weight)), dtype=dtype, device=self.hidden.device)
 
     def _forward_only(self, step: Step) -> None:
-        stats = self._score(step.start, step.stop, self._x(step.start, step.stop))
-        self.evaluation.coefficients(step, stats, self._reference(step.start, step.stop), False)
+        start, stop = step.start, step.stop
+        x, labels = self._inputs(start, stop)
+        stats = self.backend.score(x, self.weight, self.bias, labels, self.head, self.options)
+        self._keep(start, stop, stats)
+        self.evaluation.coefficients(step, stats, self._reference(start, stop), False)
 
     def _deferred_rows(self, step: Step) -> None:
-        """Frozen head: dX up to one factor a row needs no tile; the factor comes once the loss is known."""
-        stats = self._score(step.start, step.stop, self._x(step.start, step.stop), unit_dhidden=True)
-        c = self.evaluation.coefficients(step, stats, self._reference(step.start, step.stop), True)
+        """Frozen head: dX up to one factor per row needs no tile; the factor is known once the loss is."""
+        start, stop = step.start, step.stop
+        x, labels = self._inputs(start, stop)
+        stats = self.backend.score(x, self.weight, self.bias, labels, self.head, self.options, unit_dhidden=True)
+        self._keep(start, stop, stats)
+        c = self.evaluation.coefficients(step, stats, self._reference(start, stop), True)
         assert c.logps is not None and stats.unit_dhidden is not None
         self.dhidden = stats.unit_dhidden.mul_(c.logps[:, None])
 
     def _gradient_in_forward(self, step: Step) -> None:
-        x, tile = self._x(step.start, step.stop), self._tile(step.num_tokens)
-        stats = self._score(step.start, step.stop, x, tile=tile)
-        c = self.evaluation.coefficients(step, stats, self._reference(step.start, step.stop), True)
+        """All tokens of the step in one tile, which becomes the gradient."""
+        start, stop = step.start, step.stop
+        x, labels = self._inputs(start, stop)
+        tile = self._new_tile(step.num_tokens)
+        stats = self.backend.score(x, self.weight, self.bias, labels, self.head, self.options, tile=tile)
+        self._keep(start, stop, stats)
+        c = self.evaluation.coefficients(step, stats, self._reference(start, stop), True)
         self.backend.tile_gradients(
             x,
             self.weight,
-            self.job.entries.labels[step.start : step.stop],
+            labels,
             tile,
             stats,
             c.logps,
-            self.job.head,
-            self.plan.options,
-            dhidden=self._dhidden(step.start, step.stop),
+            self.head,
+            self.options,
+            dhidden=self._dhidden(start, stop),
             head_gradient=self.head_gradient,
             entropy_coefficients=c.entropy,
         )
 
     def _recompute(self, step: Step) -> None:
-        x = self._x(step.start, step.stop)
-        stats = self._score(step.start, step.stop, x)
-        c = self.evaluation.coefficients(step, stats, self._reference(step.start, step.stop), True)
+        """Scored without a tile; the logits are computed again once the coefficients are known."""
+        start, stop = step.start, step.stop
+        x, labels = self._inputs(start, stop)
+        stats = self.backend.score(x, self.weight, self.bias, labels, self.head, self.options)
+        self._keep(start, stop, stats)
+        c = self.evaluation.coefficients(step, stats, self._reference(start, stop), True)
         self.backend.recompute_gradients(
             x,
             self.weight,
             self.bias,
-            self.job.entries.labels[step.start : step.stop],
+            labels,
             stats,
             c.logps,
             c.entropy,
-            self.job.head,
-            self.plan.options,
-            dhidden=self._dhidden(step.start, step.stop),
+            self.head,
+            self.options,
+            dhidden=self._dhidden(start, stop),
             head_gradient=self.head_gradient,
         )
 
@@ -174,22 +218,23 @@ class _Runner:
         unit = self._unit_coefficients(step)
         collected: list[RowStats] = []
         references: list[Tensor | None] = []
-        whole_tile = self._tile(min(step.rows, step.num_tokens))
+        whole_tile = self._new_tile(min(step.rows, step.num_tokens))
         for start in range(step.start, step.stop, step.rows):
             stop = min(start + step.rows, step.stop)
-            x, tile = self._x(start, stop), whole_tile[: stop - start]
-            stats = self._score(start, stop, x, tile=tile)
+            x, labels = self._inputs(start, stop)
+            tile = whole_tile[: stop - start]
+            stats = self.backend.score(x, self.weight, self.bias, labels, self.head, self.options, tile=tile)
+            self._keep(start, stop, stats)
             references.append(self._reference(start, stop))
-            u = unit[start - step.start : stop - step.start].to(stats.logps.dtype)
             self.backend.tile_gradients(
                 x,
                 self.weight,
-                self.job.entries.labels[start:stop],
+                labels,
                 tile,
                 stats,
-                u,
-                self.job.head,
-                self.plan.options,
+                unit[start - step.start : stop - step.start].to(stats.logps.dtype),
+                self.head,
+                self.options,
                 dhidden=self._dhidden(start, stop),
                 head_gradient=target,
             )
@@ -217,82 +262,53 @@ class _Runner:
 
     def _unit_coefficients(self, step: Step) -> Tensor:
         """d margin / d logps of the step's pair: the weight of each token, negative for the rejected sequence. (n,)."""
-        entries, span = self.job.entries, slice(step.start, step.stop)
-        (pair,) = entries.groups[step.first_group : step.last_group]
-        sequences = entries.sequences[span]
+        tokens, span = self.tokens, slice(step.start, step.stop)
+        (pair,) = tokens.groups[step.first_group : step.last_group]
+        sequences = tokens.sequences[span]
         unit = torch.where(sequences == pair[0], 1.0, -1.0).double()
-        if entries.weights is not None:
-            unit = unit * entries.weights[span]
-        if entries.counted is not None:  # tokens of the NLL alone are not in the margin
-            unit = torch.where(entries.counted[span], unit, 0)
+        if tokens.weights is not None:
+            unit = unit * tokens.weights[span]
+        if tokens.counted is not None:  # tokens of the NLL alone are not in the margin
+            unit = torch.where(tokens.counted[span], unit, 0)
         if self.job.margin == "mean":
-            sizes = entries.counted_sizes()
+            sizes = tokens.counted_sizes()
             for s in pair:
                 unit = torch.where(sequences == s, unit / max(1, sizes[s]), unit)
         return unit
 
 
-class _FusedLoss(torch.autograd.Function):
-    """Runs the plan in the forward pass and keeps finished gradients for the backward pass."""
+class _FinishedGradients(torch.autograd.Function):
+    """Hands the finished gradients, scaled by the upstream one, to autograd."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        job: Job,
-        needs: tuple[bool, bool, bool],
-        box: list[Any],
-    ) -> Tensor:
-        entries = job.entries
-        the_plan = plan(
-            num_tokens=len(entries.rows),
-            hidden_size=hidden.shape[1],
-            vocab_size=len(weight),
-            group_sizes=None if job.token_groups else entries.group_sizes,
-            dtype=hidden.dtype,
-            weight_dtype=weight.dtype,
-            train_hidden=needs[0],
-            train_weight=needs[1],
-            train_bias=needs[2],
-            margin=job.margin is not None,
-            device=hidden.device,
-            outputs=job.outputs | job.loss_outputs | {"logps"},
-            token_groups=job.token_groups,
-            entropy_gradient=job.entropy_gradient and any(needs),
-        )
-        with torch.autocast(hidden.device.type, enabled=False):
-            runner = _Runner(job, the_plan, get_backend(the_plan.backend), hidden, weight, bias, needs)
-            runner.run()
-        evaluation, acc = runner.evaluation, accumulate_dtype(hidden.dtype)
-        box.append(evaluation.report(the_plan, runner.tokens, acc))
-        head = runner.head_gradient
-        ctx.needs, ctx.distinct = needs, entries.nll is None
-        ctx.shape, ctx.dtype, ctx.device = hidden.shape, hidden.dtype, hidden.device
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work) -> Tensor:
+        ctx.needs, ctx.distinct = work.needs, work.tokens.nll is None
+        ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
         ctx.head_dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        ctx.elementwise = work.backend.elementwise
+        head = work.head_gradient
         ctx.save_for_backward(
-            runner.dhidden,
-            entries.rows,
+            work.dhidden,
+            work.tokens.rows,
             None if head is None else head.weight,
             None if head is None else head.bias,
         )
-        return evaluation.loss.to(acc)
+        return work.evaluation.loss.to(work.acc)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, rows, dweight, dbias = ctx.saved_tensors
-        # Without retain_graph the saved gradients die here, so scaling them in place saves a copy of the weight's size.
+        # Without retain_graph the saved gradients are freed after this, so scaling them in place saves a copy of dW.
         keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
         dh = dw = db = None
         if ctx.needs[0]:
-            dh = scatter_rows(ctx.shape, ctx.dtype, rows, dhidden, factor=grad, distinct=ctx.distinct)
+            dh = ctx.elementwise.scatter_rows(ctx.shape, ctx.dtype, rows, dhidden, factor=grad, distinct=ctx.distinct)
         if ctx.needs[1]:
             if dweight.dtype == ctx.head_dtypes[0] and not grad.is_cuda and float(grad) == 1.0:
                 dw = dweight.clone() if keep_graph else dweight
             else:
-                dw = scaled_to_dtype(dweight, grad, ctx.head_dtypes[0], in_place=not keep_graph)
+                dw = ctx.elementwise.scaled_to_dtype(dweight, grad, ctx.head_dtypes[0], in_place=not keep_graph)
         if ctx.needs[2]:
             db = (dbias * grad).to(ctx.head_dtypes[1])
-        return dh, dw, db, None, None, None
+        return dh, dw, db, None

@@ -1,7 +1,8 @@
-"""The scored tokens of a batch, in the order in which the engine works through them: group by group, largest group first."""
+"""The scored tokens of a batch, in the order in which the engine processes them: group by group, largest group first."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor
 
 from logitless.kernels.core.checks import check_label_range
-from logitless.kernels.sequence_logps import sequence_index
+from logitless.kernels.tile.segments import sequence_index
+
+from .call import LossCall
 
 
-@dataclass
-class Entries:
+@dataclass(frozen=True)
+class ScoredTokens:
     """N scored tokens, sorted by group, then sequence, then position.
 
     Attributes:
@@ -40,12 +43,25 @@ class Entries:
     group_sizes: list[int]
     sequence_sizes: list[int]
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
     def counted_sizes(self) -> list[int]:
         """Counted tokens of each sequence."""
         if self.counted is None:
             return self.sequence_sizes
         counts = torch.bincount(self.sequences[self.counted], minlength=len(self.sequence_sizes))
         return [int(c) for c in counts.tolist()]
+
+    def sequences_of(self, first_group: int, last_group: int) -> tuple[list[int], Tensor]:
+        """The sequences of groups ``first_group:last_group``, and where each starts and ends among their tokens, (s + 1,)."""
+        sequences = [s for group in self.groups[first_group:last_group] for s in group]
+        ends = itertools.accumulate(self.sequence_sizes[s] for s in sequences)
+        return sequences, torch.tensor([0, *ends], device=self.device)
 
 
 def sequence_of_position(labels: Tensor, bounds: list[int] | None) -> tuple[Tensor, int]:
@@ -56,18 +72,16 @@ def sequence_of_position(labels: Tensor, bounds: list[int] | None) -> tuple[Tens
     return sequence_index(bounds, labels.device), len(bounds) - 1
 
 
-def make_entries(
-    labels: Tensor,  # (S, T), or packed (N,)
-    bounds: list[int] | None,
+def find_scored_tokens(
+    call: LossCall,
     groups: Sequence[Sequence[int]],
-    vocab_size: int,
-    ignore_index: int,
     token_weights: Tensor | None = None,  # like labels
     nll_labels: Tensor | None = None,  # like labels
     nll_sequences: Sequence[int] = (),
-) -> Entries:
-    """Find the scored tokens and sort them. Reads their number back from the device: once, and nothing else."""
-    where, num_sequences = sequence_of_position(labels, bounds)
+) -> ScoredTokens:
+    """Find the scored tokens and sort them. Copies their number to the host: the one synchronisation of a call."""
+    labels, vocab_size, ignore_index = call.labels, len(call.weight), call.ignore_index
+    where, num_sequences = sequence_of_position(labels, call.bounds)
     flat = labels.reshape(-1).long()
     scored = flat != ignore_index
     check_label_range(flat, scored, vocab_size, ignore_index)
@@ -111,7 +125,7 @@ def make_entries(
     weights = None
     if token_weights is not None:
         weights = token_weights.reshape(-1)[rows].double()
-    return Entries(
+    return ScoredTokens(
         rows=rows,
         labels=values,
         sequences=sequences,
@@ -126,7 +140,7 @@ def make_entries(
 
 
 def merge_groups(groups_of_terms: Sequence[Sequence[Sequence[int]]]) -> list[list[int]]:
-    """Groups that share a sequence become one. Sequences keep the order in which they come up."""
+    """Join groups that share a sequence. Sequences keep the order in which they first appear."""
     parent: dict[int, int] = {}
 
     def find(s: int) -> int:

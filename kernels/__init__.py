@@ -1,12 +1,12 @@
 """Log-prob kernels and operators: spec, plan, op, backends, and the float64 reference beside them.
 
-This folder is the package ``logitless.kernels``. It knows no loss; ``fused/`` builds those on it.
+This folder is the package ``logitless.kernels``. Losses are in ``fused/``, which builds on it.
 """
 
 if __name__ == "kernels":
-    # Python runs in the repository root and somebody (transformers does) asks for the PyPI package ``kernels``. Hand
+    # Python runs in the repository root and a library (such as transformers) imports the PyPI package ``kernels``. Hand
     # over to it if it is installed; else look like the bare folder that this would be without an __init__.py, which
-    # transformers knows from a real package.
+    # transformers can tell from a real package.
     import sys
     from importlib.machinery import PathFinder
     from importlib.util import module_from_spec

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from .backends.triton.compat import why_no_triton
 from .core.checks import check_tensor, check_token_weights, checked_offsets
 from .core.head_spec import HeadSpec
 from .core.settings import current_settings
 from .linear_logps import linear_logps
+from .tile import segments
 
 
 def shift(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,43 +92,10 @@ def sequence_logps(
     return sums if reduction == "sum" else sums / lengths.clamp(min=1)
 
 
-class _SegmentSum(torch.autograd.Function):
-    @staticmethod
-    def forward(values: Tensor, offsets: Tensor) -> Tensor:
-        if values.device.type != "cpu" and current_settings().backend != "torch" and not why_no_triton():
-            from .backends.triton import rows
-
-            return rows.segment_sum(values, offsets)
-        # its checks would synchronise
-        sums = torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0, unsafe=True)
-        return sums.to(values.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        values, offsets = inputs
-        ctx.save_for_backward(offsets)
-        ctx.tokens = len(values)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (offsets,) = ctx.saved_tensors
-        return torch.repeat_interleave(grad, offsets.diff(), output_size=ctx.tokens), None
-
-
 def segment_sum(
     values: Tensor,  # (N,)
     offsets: Tensor,  # (S + 1,) int64, rising from 0 to N
 ) -> Tensor:
-    """Sums (S,) of ``values[offsets[j]:offsets[j + 1]]`` in the values' dtype, differentiable.
-
-    Added in float64 and in a fixed order, on every device: the same bits in every run, which ``index_add`` does not give
-    on a GPU.
-    """
-    sums: Tensor = _SegmentSum.apply(values, offsets)
-    return sums
-
-
-def sequence_index(bounds: list[int], device: torch.device) -> Tensor:
-    """The sequence of each packed token. bounds: S + 1 values -> (N,)."""
-    lengths = torch.tensor([b - a for a, b in zip(bounds, bounds[1:], strict=False)], dtype=torch.long, device="cpu")
-    return torch.repeat_interleave(lengths).to(device)
+    """Sums (S,) of ``values[offsets[j]:offsets[j + 1]]`` in the values' dtype, differentiable; for functions without a plan."""
+    backend = current_settings().backend
+    return segments.segment_sum(values, offsets, lambda v, o: torch.ops.logitless.segment_sum(v, o, backend))

@@ -3,12 +3,13 @@
 from logitless.fused.models.at_head import AtHead, at_head, model_loss
 from logitless.fused.models.model_logps import model_logps, why_not_padding_free
 from logitless.fused.models.packing import PackedSequences, pack, unpack
+from logitless.fused.policy.base import FusedLinearPolicyLoss, PolicyOutput
 from logitless.fused.policy.importance import importance_sampling_ratio
 from logitless.fused.policy.loss import PolicyLoss, PolicyLossResult, Tokens
 from logitless.fused.policy.losses.grpo import GRPO_LOSSES
-from logitless.fused.policy.modules import FusedLinearGRPOLoss, FusedLinearPolicyLoss, FusedLinearPPOLoss, PolicyOutput
-from logitless.fused.preference.base import FusedLinearLoss, KTOOutput, PreferenceOutput
-from logitless.fused.preference.loss import Loss, LossResult, Pairs, Sequences
+from logitless.fused.policy.modules import FusedLinearGRPOLoss, FusedLinearPPOLoss
+from logitless.fused.preference.base import FusedLinearPreferenceLoss, KTOOutput, PreferenceOutput
+from logitless.fused.preference.loss import Pairs, PreferenceLoss, PreferenceLossResult, Sequences
 from logitless.fused.preference.losses.dpo import DPO_LOSSES
 from logitless.fused.preference.losses.kto import KTO_LOSSES
 from logitless.fused.preference.losses.simple import CPO_LOSSES
@@ -62,16 +63,14 @@ __all__ = [
     "FusedLinearGRPOLoss",
     "FusedLinearIPOLoss",
     "FusedLinearKTOLoss",
-    "FusedLinearLoss",
     "FusedLinearMultiObjectiveLoss",
     "FusedLinearORPOLoss",
     "FusedLinearPPOLoss",
     "FusedLinearPolicyLoss",
+    "FusedLinearPreferenceLoss",
     "FusedLinearSimPOLoss",
     "HeadSpec",
     "KTOOutput",
-    "Loss",
-    "LossResult",
     "MultiObjectiveOutput",
     "Objective",
     "PackedSequences",
@@ -80,6 +79,8 @@ __all__ = [
     "PolicyLoss",
     "PolicyLossResult",
     "PolicyOutput",
+    "PreferenceLoss",
+    "PreferenceLossResult",
     "PreferenceOutput",
     "RewardModelOutput",
     "Sequences",

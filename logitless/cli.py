@@ -54,7 +54,7 @@ def _environment(device: torch.device) -> str:
     import triton
 
     from logitless.bench.core.environment import driver_version
-    from logitless.kernels.backends.triton.tuning.tune import device_name
+    from logitless.kernels.backends.triton.tuning.problem import device_name
 
     driver = f"driver {driver_version() or 'unknown'}" if device.type == "cuda" else "no driver"
     versions = f"Triton {triton.__version__}, torch {torch.__version__}"
@@ -91,7 +91,8 @@ def _tune(options: argparse.Namespace) -> int:
     import torch
 
     from logitless.bench.core.console import make_console
-    from logitless.kernels.backends.registry import Call, get_backend
+    from logitless.kernels.backends.interface import Call
+    from logitless.kernels.backends.registry import get_backend
 
     start, console = time.monotonic(), make_console()
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -101,7 +102,8 @@ def _tune(options: argparse.Namespace) -> int:
         print(f"logitless tune cannot run: {'; '.join(reasons)}", file=sys.stderr)
         return 1
     from logitless.kernels.backends.triton.tuning.export import export, tune
-    from logitless.kernels.backends.triton.tuning.tune import Problem, bucket, compilers
+    from logitless.kernels.backends.triton.tuning.problem import Problem, bucket
+    from logitless.kernels.backends.triton.tuning.search import compilers
 
     shapes = list(dict.fromkeys((bucket(s.tokens), s.hidden, s.vocab, bool(s.softcap)) for s in options.shape))
     deadline = None if options.time_limit is None else start + options.time_limit

@@ -68,15 +68,15 @@ def _devices() -> dict[str, Any]:
 def _backends() -> dict[str, str]:
     from logitless import available_backends
     from logitless.kernels.backends.triton.tuning.configs import autotuning, cache_folder
-    from logitless.kernels.operators import native
+    from logitless.kernels.operators import loading
 
     states = {
         name: "available" if not reasons else "unavailable: " + "; ".join(reasons)
         for name, reasons in available_backends().items()
     }
-    if not native.why_no_cpu_extension():
-        gemm = "bfloat16 by" if native.has_bf16_gemm() else "no bfloat16 by"
-        states["cpu"] += f" ({native.cpu_instruction_set()}; {gemm} oneDNN's small GEMM)"
+    if not loading.why_no_cpu_extension():
+        gemm = "bfloat16 by" if loading.has_bf16_gemm() else "no bfloat16 by"
+        states["cpu"] += f" ({loading.cpu_instruction_set()}; {gemm} oneDNN's small GEMM)"
     if states["triton"] == "available":
         chosen = f"measured once, cached in {cache_folder()}" if autotuning() else "from the table, LOGITLESS_AUTOTUNE is not 1"
         states["triton"] += f" (configurations {chosen})"
@@ -84,7 +84,7 @@ def _backends() -> dict[str, str]:
 
 
 def report() -> dict[str, Any]:
-    """Everything that a bug report needs, by section. A section that fails says so instead of failing the report."""
+    """Everything that a bug report needs, by section. A section that fails is reported as failed; the others are kept."""
     sections: dict[str, Any] = {
         "python": f"{sys.version.split()[0]} on {platform.platform()}",
         "packages": {"logitless": _version(), **{d: _package(d, m) for d, m in PACKAGES.items()}},

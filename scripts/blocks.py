@@ -1,4 +1,4 @@
-"""Parts of Markdown files that scripts write: what stands between ``<!-- name -->`` and ``<!-- /name -->``."""
+"""Generated blocks of Markdown files: the text between ``<!-- name -->`` and ``<!-- /name -->``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_block(path: Path, name: str, text: str) -> None:
-    """Put the text in place of what the block holds; an error where the file has no such block, or several."""
+    """Replace the content of the block. Raises ``SystemExit`` unless the file has exactly one such block."""
     block = f"<!-- {name} -->\n{text}\n<!-- /{name} -->"
     after, count = re.subn(rf"<!-- {name} -->.*<!-- /{name} -->", lambda _: block, path.read_text(), flags=re.S)
     if count != 1:

@@ -81,7 +81,7 @@ def readable(name: str) -> str:
         if letter == "(" and depth == 0:
             name = name[:i]
             break
-    return re.sub(r"\([\w:]+\)", "", name).replace("logitless::cuda::", "")
+    return re.sub(r"\([\w:]+\)", "", name).replace("logitless::cuda::", "").replace("logitless::", "")
 
 
 def parse(report: str) -> dict[tuple[str, str], Usage]:

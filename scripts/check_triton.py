@@ -31,7 +31,7 @@ import triton
 from logitless.bench.compile_report import Usage, as_dict, compile_all, markdown, shared_limit, targets, why_not
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGET = ROOT / "tests" / "compile" / "budget.json"
+BUDGET = ROOT / "tests" / "triton" / "budget.json"
 DOCS = ROOT / "docs" / "triton-resources.md"
 #: Registers are handed out in steps of this many per thread, so a budget between two steps would promise nothing.
 REGISTER_STEP = 8
@@ -58,7 +58,7 @@ def as_budget(found: Sequence[Usage]) -> dict[str, Any]:
 
 def needs(usage: Usage) -> list[str]:
     """Instructions that a GEMM of the logits must contain, whatever the budget says."""
-    if not usage.kernel.startswith(("score_", "gradient_")) or "stages" not in usage.configuration:
+    if not usage.kernel.startswith(("score_", "recompute_")) or "stages" not in usage.configuration:
         return []
     wanted = [{80: "mma", 90: "wgmma", 100: "tcgen05"}[usage.architecture]]
     if "tma" in usage.configuration.split(", "):
@@ -111,10 +111,11 @@ def write_docs(found: Sequence[Usage]) -> None:
     DOCS.write_text(
         "# Resources of the Triton kernels\n\n"
         f"One program of each kernel, compiled ahead of time with Triton {triton.__version__} by\n"
-        "`python scripts/check_triton.py --docs`. `logitless bench --suite compile` prints it for the installed version.\n"
-        "Names say kernel, variant, operands and block sizes (tokens x vocabulary entries x hidden dimensions of a block).\n"
-        "`unaligned`: operands whose rows do not start at multiples of 16 bytes. Spill bytes are what a thread's instructions\n"
-        "store. `tma`, `wgmma` and `tcgen05` are units of Hopper and Blackwell, read from the PTX.\n\n" + markdown(found)
+        "`python scripts/check_triton.py --docs`. `logitless bench --suite compile` prints the same table for the installed\n"
+        "version. A name consists of kernel, variant, operand dtypes and block size (tokens x vocabulary entries x hidden\n"
+        "dimensions). `unaligned` operands have rows that do not start at multiples of 16 bytes. Spill bytes are the\n"
+        "bytes of a thread's spill stores, as `ptxas -v` counts them. `tma`, `wgmma` and `tcgen05` are units of Hopper and\n"
+        "Blackwell; the column is read from the PTX.\n\n" + markdown(found)
     )
 
 

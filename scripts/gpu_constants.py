@@ -1,4 +1,4 @@
-"""The cost model's constants of the GPU at hand, from measurements: an entry of kernels/planner/gpu_constants.json.
+"""The cost model's constants of the GPU at hand, from measurements: an entry of kernels/cost_model/gpu_constants.json.
 
     python scripts/gpu_constants.py bench/results/gpu-DEVICE/cuda-ceilings.json [bench/results/triton-timings.json] [--write]
 
@@ -31,11 +31,11 @@ from typing import Any
 
 import torch
 
-from logitless.kernels.backends.registry import Call
-from logitless.kernels.planner.cost import predict
-from logitless.kernels.planner.gpu_constants import Gpu, load_constants
+from logitless.kernels.backends.interface import Call
+from logitless.kernels.cost_model.costs import predict
+from logitless.kernels.cost_model.gpu_constants import Gpu, load_constants
 
-FILE = Path(__file__).resolve().parent.parent / "kernels" / "planner" / "gpu_constants.json"
+FILE = Path(__file__).resolve().parent.parent / "kernels" / "cost_model" / "gpu_constants.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 

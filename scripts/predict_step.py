@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from blocks import write_block
 
-from logitless.kernels.backends.registry import Call
-from logitless.kernels.planner.cost import predict
-from logitless.kernels.planner.gpu_constants import constants
+from logitless.kernels.backends.interface import Call
+from logitless.kernels.cost_model.costs import predict
+from logitless.kernels.cost_model.gpu_constants import constants
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
 TOKENS, HIDDEN, VOCAB = 8192, 4096, 151_936

@@ -1,10 +1,10 @@
-"""Write README's tables and pictures from the files of measurements.
+"""Write the tables and pictures of README.md from measurement files.
 
     python scripts/readme_figures.py [bench/out] [--gpu bench/results/gpu-DEVICE]
 
-The folder is that of a ``make bench`` run, for the headline; without it the headline stays. The block on GPUs is always made
-anew: of ``cuda-gpu.json`` in the folder that ``--gpu`` names, by default the last of bench/results/gpu-*; without any it
-says so.
+The positional argument is the output folder of ``make bench``; without it the headline table is left unchanged. The GPU block
+is always rewritten, from ``cuda-gpu.json`` in the folder that ``--gpu`` names (default: the last of bench/results/gpu-*).
+Without such a file the block states that nothing has been measured on a GPU.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ from blocks import write_block
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {
-    "gemm": "the three GEMMs alone, on scored tokens",
+    "gemm": "the three bare GEMMs, scored tokens only",
     "torch": "plain PyTorch",
-    "torch-scored": "plain PyTorch on scored tokens",
-    "torch-compile": "the same under torch.compile, on scored tokens",
+    "torch-scored": "plain PyTorch, scored tokens only",
+    "torch-compile": "plain PyTorch under torch.compile, scored tokens only",
     "trl": "TRL's fused head + its loss",
     "liger": "Liger `chunked_loss`",
     "logitless": "**logitless**, loss module",
     "logitless:op": "logitless, `linear_logps` + loss",
 }
-#: Columns of the table on GPUs: how many times as long as logitless each takes.
+#: Columns of the GPU table: time of each provider over the time of logitless.
 PEERS = {"trl": "TRL", "liger": "Liger", "cce": "CCE", "torch": "torch", "torch-compile": "torch.compile"}
 NOTHING = (
-    "On a GPU nothing has been measured yet; [bench/results/PENDING.md](bench/results/PENDING.md) has the commands that do."
+    "On GPUs, nothing has been measured yet. [bench/results/PENDING.md](bench/results/PENDING.md) lists the commands to run."
 )
 
 
 def _rows(case: dict[str, Any]) -> dict[str, Any]:
-    """Those with figures, by provider."""
+    """Rows that were measured, by provider."""
     return {row["provider"]: row for row in case["rows"] if row["status"] == "ok"}
 
 
 def table(run: dict[str, Any]) -> str:
-    """The headline case as Markdown."""
+    """The headline table as Markdown."""
     (case,) = (c for c in run["cases"] if c["suite"] == "dpo" and c["task"] == "dpo")
     rows = _rows(case)
     shape, versions, machine = case["shape"], run["environment"]["versions"], run["environment"]["machine"]
     lines = [
-        f"DPO forward + backward, trained head, {shape['dtype']}, H={shape['hidden']}, V={shape['vocab']}, "
-        f"{case['scored_tokens']} scored of {2 * shape['pairs'] * shape['tokens']} tokens, {machine['cores']} cores "
+        f"DPO, forward and backward, trainable head, {shape['dtype']}, H={shape['hidden']}, V={shape['vocab']}, "
+        f"{case['scored_tokens']} of {2 * shape['pairs'] * shape['tokens']} tokens scored, on {machine['cores']} cores "
         f"({machine['cpu']}), torch {versions['torch'].split('+')[0]}, TRL {versions['trl']}, "
-        f"Liger {versions['liger-kernel']}, one interleaved run:",
+        f"Liger {versions['liger-kernel']}, all in one interleaved run:",
         "",
         "| | ms, median | x GEMMs | extra MiB | max logp error | dX error | dW error |",
         "|---|---|---|---|---|---|---|",
@@ -84,7 +84,7 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def gpu_table(folder: Path, picture: str) -> str:
-    """The suite ``gpu`` as Markdown, and how many targets of all suites in the folder are met."""
+    """The results of suite ``gpu`` as Markdown, and how many targets of all suites in the folder are met."""
     run = json.loads((folder / "cuda-gpu.json").read_text())
     environment = run["environment"]
     versions, gpu = (
@@ -102,10 +102,10 @@ def gpu_table(folder: Path, picture: str) -> str:
     ]
     lines = [
         f"DPO on one {gpu['name']}, {run['cases'][0]['shape']['dtype']}, driver {gpu['driver'] or 'unknown'}, {used}, "
-        f"commit {(environment['commit'] or 'unknown')[:10]}, {environment['time'][:10]}; each row one interleaved run. "
-        '"x GEMMs" is the time of logitless over that of the bare GEMMs, "x TRL" and the following are times over that of '
-        "logitless. "
-        f"{met.count(True)} of {len(met) - met.count(None)} targets are met, in all suites.",
+        f"commit {(environment['commit'] or 'unknown')[:10]}, {environment['time'][:10]}; each row is one interleaved run. "
+        '"x GEMMs" is the time of logitless divided by the time of the bare GEMMs. "x TRL" and the columns after it are the '
+        "time of that implementation divided by the time of logitless. "
+        f"Over all suites, {met.count(True)} of {len(met) - met.count(None)} targets are met.",
         "",
         f"![time over the bare GEMMs]({picture})",
         "",
@@ -124,12 +124,12 @@ def gpu_table(folder: Path, picture: str) -> str:
         cells += [_cell(rows[name]["median_seconds"] / median if name in rows else None, ".2f") for name in PEERS]
         cells += [_cell(None if extra is None else extra / 2**30, ".2f"), _cell(ours["errors"]["token_logps"], ".1e")]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", f"Raw figures, of the other losses too: [bench/results/{folder.name}](bench/results/{folder.name})."]
+    lines += ["", f"Raw results, including the other losses: [bench/results/{folder.name}](bench/results/{folder.name})."]
     return "\n".join(lines)
 
 
 def gpu_picture(run: dict[str, Any], path: Path) -> None:
-    """Time over the bare GEMMs, a panel a mode, a group of bars a shape."""
+    """Time over the bare GEMMs: one panel per mode, one group of bars per shape."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -153,9 +153,9 @@ def gpu_picture(run: dict[str, Any], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> None:
-    parser = argparse.ArgumentParser(description="README's tables and pictures from the files of measurements.")
-    parser.add_argument("folder", type=Path, nargs="?", help="of a run of make bench")
-    parser.add_argument("--gpu", type=Path, help="with cuda-gpu.json; default: the last of bench/results/gpu-*")
+    parser = argparse.ArgumentParser(description="Write the tables and pictures of README.md from measurement files.")
+    parser.add_argument("folder", type=Path, nargs="?", help="output folder of make bench")
+    parser.add_argument("--gpu", type=Path, help="folder with cuda-gpu.json; default: the last of bench/results/gpu-*")
     options = parser.parse_args(argv)
     readme, folder = root / "README.md", options.gpu
     if options.folder is not None:

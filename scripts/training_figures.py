@@ -1,6 +1,6 @@
-"""Write README's table of training steps and docs/training.png from the files of `make bench-gpu-train`.
+"""Write the training-step tables of README.md and docs/training.png from the output of `make bench-gpu-train`.
 
-Usage: training_figures.py [FOLDER], by default the one in bench/results whose name starts with gpu-.
+Usage: training_figures.py [FOLDER]; the default is the folder of bench/results whose name starts with gpu-.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from blocks import write_block
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTHING = "Nothing has been measured on a GPU yet: `make bench-gpu-train` does it."
+NOTHING = "Training steps have not been measured on a GPU yet; `make bench-gpu-train` measures them."
 ARMS = {"trl+patch": "`patch()`", "logitless": "loss module", "logitless:packed": "loss module, padding-free"}
 
 
@@ -26,7 +26,7 @@ def _figure(value: float | None, form: str, unit: str = "") -> str:
 
 
 def step_lines(document: dict[str, Any]) -> list[str]:
-    """One line a case: TRL's step, ours as so many times its speed, and what the head takes of a step before and after."""
+    """One table row per case: TRL's speed, our speed relative to it, and the share and memory of the head for both."""
     heads = [*ARMS.values(), "head, TRL", "head, ours", "GiB of a step, TRL", "ours"]
     lines = [f"| model, method, batch | TRL, tokens/s | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
     for case in document["cases"]:
@@ -48,12 +48,12 @@ def step_lines(document: dict[str, Any]) -> list[str]:
 
 
 def limit_lines(document: dict[str, Any]) -> list[str]:
-    """One sentence a case."""
+    """One sentence per case."""
     lines = []
     for case in document["cases"]:
         rows = _rows(case)
         found = [
-            f"{arm} {row['largest']} (by its memory {row['predicted']})"
+            f"{arm} {row['largest']} ({row['predicted']} by extrapolating its memory)"
             if row["cut_short"] and row["predicted"]
             else f"{arm} {row['largest']}"
             for arm, row in rows.items()
@@ -63,27 +63,27 @@ def limit_lines(document: dict[str, Any]) -> list[str]:
         ratio = case["targets"][0]["value"]
         lines.append(
             f"{case['model']} {case['method']} with gradient checkpointing in {case['limit_bytes'] / 1e9:g} GB, {what}: "
-            f"{', '.join(found)}; the best of ours over TRL's {_figure(ratio, '.2f', 'x')}."
+            f"{', '.join(found)}; our best over TRL's: {_figure(ratio, '.2f', 'x')}."
         )
     return lines
 
 
 def curve_lines(document: dict[str, Any]) -> list[str]:
-    """One sentence a case."""
+    """One sentence per case."""
     lines = []
     for case in document["cases"]:
         rows = {arm: row for arm, row in _rows(case).items() if row["distance_over_noise"] is not None and not row["rounding"]}
         steps = max((len(row["losses"]) for row in rows.values()), default=0)
         found = ", ".join(f"{arm} {row['distance_over_noise']:.2f}" for arm, row in rows.items())
         lines.append(
-            f"Losses of {steps} steps of {case['model']} {case['method']}, mean distance from TRL's over what another rounding "
-            f"of TRL's own head changes: {found}."
+            f"Losses of {steps} steps of {case['model']} {case['method']}: mean distance from TRL's losses, divided by the "
+            f"change that another rounding of TRL's own head causes: {found}."
         )
     return lines
 
 
 def block(folder: Path | None) -> str:
-    """What stands in README."""
+    """The training block of README.md."""
     documents = {}
     for path in sorted(folder.glob("*-training-*.json")) if folder is not None else ():
         document = json.loads(path.read_text())
@@ -95,7 +95,7 @@ def block(folder: Path | None) -> str:
     where = machine["gpu"]["name"] if machine["gpu"] else f"CPU ({machine['cpu']}), shrunk models"
     parts = [
         f"Whole training steps, {where}, torch {versions['torch']}, TRL {versions['trl']}, transformers "
-        f"{versions['transformers']}, commit {(environment['commit'] or 'unknown')[:10]}; each table one interleaved run:"
+        f"{versions['transformers']}, commit {(environment['commit'] or 'unknown')[:10]}; each table is one interleaved run:"
     ]
     for suite in ("steps", "grid", "options"):
         if suite in documents:
@@ -107,7 +107,7 @@ def block(folder: Path | None) -> str:
 
 
 def write(folder: Path | None, readme: Path, picture: Path) -> None:
-    """Fill the block of the README between its marks, and draw the picture where there are steps to draw."""
+    """Write the block of the README, and draw the picture if training steps were measured."""
     made = block(folder)
     steps = next(iter(sorted(folder.glob("*-training-steps.json"))), None) if folder is not None else None
     if steps is not None:

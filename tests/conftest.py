@@ -28,19 +28,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 DEVICE = os.environ.get("LOGITLESS_TEST_DEVICE", "")
 #: What LOGITLESS_TEST_BACKEND and the parameters of the modules with EVERY_BACKEND choose from.
 _CANDIDATES = ("torch", "cuda", "triton") if DEVICE.startswith("cuda") else ("cpu", "torch")
-_ENDS_THE_PROCESS = "on a GPU a failed assertion ends the process; tests/gpu/test_limits.py looks at one in a child"
-_NAMES_THE_CPU = "asks for the CPU by name"
-#: Tests that stay on the CPU, with the reason; where it is not the whole test, a part of the parameters' id.
-ON_THE_CPU_ONLY = {
-    "test_bad_input_is_an_error_that_names_the_argument": {"labels must be": _ENDS_THE_PROCESS, "is on meta": _NAMES_THE_CPU},
-    "test_a_bad_or_unused_argument_is_an_error_that_names_it": {"nll_labels|": _ENDS_THE_PROCESS, "is on meta": _NAMES_THE_CPU},
-    "test_compiled_code_checks_cu_seqlens_when_it_runs": {"": _ENDS_THE_PROCESS},
-    "test_a_margin_that_is_none_is_refused_where_it_would_matter": {"": _ENDS_THE_PROCESS},
-    "test_autocast_computes_in_its_dtype_and_keeps_gradient_dtypes": {"": _NAMES_THE_CPU},
-    "test_autocast_keeps_parameter_dtypes": {"": _NAMES_THE_CPU},
-    "test_fp16_gradient_tiles_survive_where_gemms_take_fp16": {"": "is about GPUs, on a CPU"},
-    "test_examples_of_the_page_on_losses_run": {"": "runs what a page says on a CPU"},
-}
 
 
 def _drawn_on_the_cpu(draw: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -100,13 +87,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not DEVICE:
-        return
-    for item in items:
-        function = getattr(item, "originalname", None) or item.name
-        for part, reason in ON_THE_CPU_ONLY.get(function, {}).items():
-            if part in item.name:
-                item.add_marker(pytest.mark.skip(reason=reason))
+    for item in items if DEVICE else ():
+        for marker in item.iter_markers("cpu_only"):
+            item.add_marker(pytest.mark.skip(reason=marker.args[0]))
 
 
 @pytest.fixture(autouse=True)

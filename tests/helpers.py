@@ -9,6 +9,10 @@ from torch import Tensor
 
 import logitless as ll
 
+#: Reasons of the marker ``cpu_only``.
+ENDS_THE_PROCESS = "on a GPU a failed assertion ends the process; tests/gpu/test_limits.py checks one in a child process"
+NAMES_THE_CPU = "names the CPU"
+
 
 @dataclass
 class Case:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logitless.kernels.backends.registry import Call, get_backend
+from logitless.kernels.backends.interface import Call
+from logitless.kernels.backends.registry import get_backend
 
 from ..core.cases import Case
 from ..core.inputs import Inputs

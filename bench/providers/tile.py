@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import torch
 
-import logitless as ll
-from logitless.kernels.backends.native.passes import NATIVE_PASSES
-from logitless.kernels.backends.torch.passes import TORCH_PASSES, Logits, Passes, combine, target_logit_and_slope
-from logitless.kernels.planner.plan import core_options
+from logitless.kernels.backends.registry import get_backend
+from logitless.kernels.backends.torch.passes import Logits
+from logitless.kernels.core.blocking import core_options
+from logitless.kernels.tile.sums import combine
+from logitless.kernels.tile.targets import target_logit_and_slope
 
 from ..core.cases import Case
 from ..core.inputs import Inputs
 from ..core.registry import Result, Work, provider
 from .common import needs_backend
 
-#: The passes of each backend; backends with GEMMs in their kernels have none to time alone.
-_PASSES: dict[str, Passes] = {"cpu": NATIVE_PASSES, "cuda": NATIVE_PASSES, "torch": TORCH_PASSES}
+#: Backends whose passes over a tile are separate; the others have them in the kernels of their GEMMs.
+_BACKENDS = ("cpu", "cuda", "torch")
 
 
 def _tile(inputs: Inputs) -> torch.Tensor:
@@ -38,7 +39,7 @@ def copy(case: Case, inputs: Inputs) -> Work:
 
 def _pass(name: str, case: Case, inputs: Inputs) -> Work:
     """From the tile to log-probs and, in its place, the gradient."""
-    passes, source, labels = _PASSES[name], _tile(inputs), inputs.labels[inputs.scored]
+    passes, source, labels = get_backend(name).elementwise, _tile(inputs), inputs.labels[inputs.scored]
     tile = source.clone()
     x, weight, head = inputs.hidden.detach()[inputs.scored], inputs.weight.detach(), case.shape.head
     options = core_options(512 << 20, frozenset(), "auto", 4, source.device)
@@ -47,8 +48,7 @@ def _pass(name: str, case: Case, inputs: Inputs) -> Work:
 
     def step() -> Result:
         zy, k, slope = target_logit_and_slope(raw.clone(), head)  # it works in place
-        with ll.settings(backend=name):
-            part = passes.scan_block(logits, head, options, tile, tile, zy, k, labels, 0, len(weight))
+        part = passes.scan_block(logits, head, options, tile, tile, zy, k, labels, 0, len(weight))
         stats, _ = combine([part], zy, k, slope, len(weight))
         logps = torch.zeros(inputs.labels.shape, dtype=stats.logps.dtype, device=source.device)
         return Result(token_logps=logps.masked_scatter(inputs.scored, stats.logps))
@@ -56,6 +56,6 @@ def _pass(name: str, case: Case, inputs: Inputs) -> Work:
     return Work(step, prepare=lambda: tile.copy_(source))
 
 
-for _name in _PASSES:
+for _name in _BACKENDS:
     _register = provider(f"pass@{_name}", tasks={"tile"}, why_not=needs_backend(_name))
     _register(lambda case, inputs, name=_name: _pass(name, case, inputs))

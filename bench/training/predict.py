@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import logitless as ll
-from logitless.kernels.planner.gpu_constants import Gpu, constants
+from logitless.kernels.cost_model.gpu_constants import Gpu, constants
 
 from .batches import Batch
 from .cases import TrainCase, case_batch

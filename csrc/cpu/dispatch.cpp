@@ -2,15 +2,9 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "logitless/cpu/types.h"
+#include "logitless/cpu/kernels.h"
 
-namespace logitless {
-
-extern const Kernels kernels_generic;
-#if defined(__x86_64__)
-extern const Kernels kernels_avx512_bf16, kernels_avx512, kernels_avx2;
-#endif
-
+namespace logitless::cpu {
 namespace {
 
 const Kernels& choose() {
@@ -21,11 +15,11 @@ const Kernels& choose() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16") && allowed(kernels_avx512_bf16)) return kernels_avx512_bf16;
-  if (avx512 && allowed(kernels_avx512)) return kernels_avx512;
-  if (avx2 && allowed(kernels_avx2)) return kernels_avx2;
+  if (avx512 && __builtin_cpu_supports("avx512bf16") && allowed(avx512_bf16::table)) return avx512_bf16::table;
+  if (avx512 && allowed(avx512::table)) return avx512::table;
+  if (avx2 && allowed(avx2::table)) return avx2::table;
 #endif
-  return kernels_generic;
+  return generic::table;
 }
 
 }  // namespace
@@ -35,4 +29,4 @@ const Kernels& kernels() {
   return chosen;
 }
 
-}  // namespace logitless
+}  // namespace logitless::cpu

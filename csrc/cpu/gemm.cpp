@@ -5,14 +5,16 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <exception>
 
 #include "gemm.h"
+#include "logitless/cpu/platform.h"
 
-namespace logitless {
+namespace logitless::cpu {
 
 void run_parallel(int64_t count, Task fn, void* context) {
-  // Tasks are handed out one by one: an even split would wait for the slowest core, and results do not depend on who does what.
+  // Tasks are handed out one by one: an even split would wait for the slowest core. Results do not depend on the split.
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
@@ -34,7 +36,7 @@ void small_gemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64
 void release_gemm() { at::native::cpublas::brgemm_release(true); }
 
 bool has_small_gemm() {
-  // The library only says so by throwing. A product that a bf16 result could not hold shows that it keeps float32.
+  // The library reports a lack of support by an exception. A product that bfloat16 cannot hold shows that C is float32.
   static const bool works = [] {
     alignas(64) uint16_t a[4] = {0x3f80, 0x3b80, 0, 0}, b[2 * 16] = {};  // 1, 2^-8
     alignas(64) float c[16] = {};
@@ -60,4 +62,4 @@ bool has_small_gemm() { return false; }
 
 #endif
 
-}  // namespace logitless
+}  // namespace logitless::cpu

@@ -1,8 +1,11 @@
+// What the kernels take from PyTorch. See logitless/cpu/platform.h for the meaning of each.
 #pragma once
 
-#include "logitless/cpu/types.h"
+#include <cstdint>
 
-namespace logitless {
+#include "logitless/cpu/platform.h"
+
+namespace logitless::cpu {
 
 void run_parallel(int64_t count, Task fn, void* context);
 int64_t num_threads();
@@ -13,4 +16,4 @@ void small_gemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64
                 const uint16_t* b, float* c);
 void release_gemm();
 
-}  // namespace logitless
+}  // namespace logitless::cpu

@@ -1,5 +1,10 @@
 #include "logitless/cuda/finish_tile.cuh"
 
+#include "logitless/cuda/launch.cuh"
+#include "logitless/cuda/platform.cuh"
+#include "logitless/dtype.h"
+#include "logitless/ops.h"
+
 namespace logitless::cuda {
 
 void launch(const FinishTile& op, cudaStream_t stream) {

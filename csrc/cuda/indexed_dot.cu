@@ -1,5 +1,10 @@
 #include "logitless/cuda/indexed_dot.cuh"
 
+#include "logitless/cuda/launch.cuh"
+#include "logitless/cuda/platform.cuh"
+#include "logitless/dtype.h"
+#include "logitless/ops.h"
+
 namespace logitless::cuda {
 
 void launch(const IndexedDot& op, cudaStream_t stream) {

@@ -1,5 +1,10 @@
 #include "logitless/cuda/scale.cuh"
 
+#include "logitless/cuda/launch.cuh"
+#include "logitless/cuda/platform.cuh"
+#include "logitless/dtype.h"
+#include "logitless/ops.h"
+
 namespace logitless::cuda {
 
 void launch(const ScaleScatter& op, cudaStream_t stream) {

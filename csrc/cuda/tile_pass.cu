@@ -1,6 +1,11 @@
 // Kernels of tile_pass for the types of logits that GEMMs make: float32 on request, or the model's own.
 #include "logitless/cuda/tile_pass.cuh"
 
+#include "logitless/cuda/launch.cuh"
+#include "logitless/cuda/platform.cuh"
+#include "logitless/dtype.h"
+#include "logitless/ops.h"
+
 namespace logitless::cuda {
 
 void launch(const TilePass& op, cudaStream_t stream) {

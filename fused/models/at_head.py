@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from logitless.kernels.core.head_spec import HeadSpec
 
-from ..policy.modules import FusedLinearPolicyLoss, PolicyOutput
-from ..preference.base import FusedLinearLoss, KTOOutput, PreferenceOutput
+from ..policy.base import FusedLinearPolicyLoss, PolicyOutput
+from ..preference.base import FusedLinearPreferenceLoss, KTOOutput, PreferenceOutput
 from ..preference.modules import FusedLinearKTOLoss
 from ..preference.objectives import FusedLinearMultiObjectiveLoss, MultiObjectiveOutput
 from .model_logps import HeadCall, run_packed
@@ -112,12 +112,14 @@ def model_loss(
 
 
 @overload
-def model_loss(model: nn.Module, loss: FusedLinearLoss, packed: PackedSequences, **options: Any) -> PreferenceOutput: ...
+def model_loss(
+    model: nn.Module, loss: FusedLinearPreferenceLoss, packed: PackedSequences, **options: Any
+) -> PreferenceOutput: ...
 
 
 def model_loss(
     model: nn.Module,
-    loss: FusedLinearLoss | FusedLinearPolicyLoss,
+    loss: FusedLinearPreferenceLoss | FusedLinearPolicyLoss,
     packed: PackedSequences,
     *,
     head: HeadSpec | None = None,
@@ -148,7 +150,7 @@ def model_loss(
         >>> model_loss(model, FusedLinearDPOLoss(), packed, ref_logps=torch.tensor([-9.0, -5.0])).chosen_logps.shape
         torch.Size([1])
     """
-    if not isinstance(loss, (FusedLinearLoss, FusedLinearPolicyLoss)):
+    if not isinstance(loss, (FusedLinearPreferenceLoss, FusedLinearPolicyLoss)):
         raise TypeError(
             f"loss must be a loss module such as FusedLinearDPOLoss or FusedLinearGRPOLoss, got {type(loss).__name__}"
         )

@@ -1,13 +1,15 @@
-"""Corrects for a rollout engine whose log-probabilities are not those of the trainer."""
+"""Importance weights that correct for a rollout engine whose log-probabilities differ from the trainer's."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from logitless.kernels.sequence_logps import segment_sum
+from logitless.kernels.backends.registry import choose_elementwise
 
-from ..preference.base import check_choice, check_number
+from ..checks import check_choice, check_number
 from ..rl.gae import Segments, check_float, check_like
 
 #: What ``mode`` may be, as TRL names them.
@@ -15,7 +17,7 @@ IMPORTANCE_SAMPLING_MODES = ("token_truncate", "token_mask", "sequence_truncate"
 
 
 def check_clip(clip_min: float | None, clip_max: float | None, mode: str, prefix: str = "") -> None:
-    """Bounds of the ratio that make sense together, or an error that names them."""
+    """Bounds of the ratio must fit together and the mode; errors name them."""
     check_choice(prefix + "mode", mode, IMPORTANCE_SAMPLING_MODES)
     for name, value in (("clip_min", clip_min), ("clip_max", clip_max)):
         if value is not None:
@@ -39,16 +41,16 @@ def importance_sampling_ratio(
 ) -> Tensor:
     """Truncated or masked importance weights ``exp(old_logps - sampling_logps)``, as TRL 1.16 computes them for vLLM.
 
-    The trainer recomputes the log-probabilities of what a rollout engine sampled; the two differ by kernels and precision.
-    The weight multiplies each token's loss: pass it to a policy loss as ``importance_sampling_ratio``.
+    The trainer recomputes the log-probabilities of the tokens that a rollout engine sampled; the two differ by kernels and
+    precision. The weight multiplies each token's loss: pass it to a policy loss as ``importance_sampling_ratio``.
 
     Args:
-        old_logps: by the trainer, before any update; padded ``[S, T]``, or packed ``[N]`` with ``cu_seqlens``.
-        sampling_logps: by the engine. NaN where it has none: no correction.
+        old_logps: the trainer's, before any update; padded ``[S, T]``, or packed ``[N]`` with ``cu_seqlens``.
+        sampling_logps: the engine's; NaN where it has none, for no correction.
         cu_seqlens: int32 or int64, where each packed sequence starts and ends.
-        mask: the tokens that count. Whatever stands at the others changes nothing.
-        mode: ``"token_..."`` for one weight a token, ``"sequence_..."`` for one a sequence, the product of its tokens';
-            ``"..._truncate"`` clamps weights to the range, ``"..._mask"`` makes those outside of it 0.
+        mask: the tokens that count. Values at the others are ignored.
+        mode: ``"token_..."`` for one weight per token, ``"sequence_..."`` for one per sequence, the product over its tokens;
+            ``"..._truncate"`` clamps weights to the range, ``"..._mask"`` sets those outside of it to 0.
         clip_min, clip_max: the range; ``None`` for no bound.
 
     Returns:
@@ -68,12 +70,27 @@ def importance_sampling_ratio(
     check_like("sampling_logps", sampling_logps, old_logps, "old_logps")
     check_clip(clip_min, clip_max, mode)
     segments = Segments.of("old_logps", old_logps, cu_seqlens, mask)
+    add = choose_elementwise(old_logps.device, "segment_sum").segment_sum
+    return importance_weights(old_logps, sampling_logps, segments, mode=mode, clip_min=clip_min, clip_max=clip_max, add=add)
+
+
+def importance_weights(
+    old_logps: Tensor,
+    sampling_logps: Tensor,
+    segments: Segments,
+    *,
+    mode: str,
+    clip_min: float | None,
+    clip_max: float | None,
+    add: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """:func:`importance_sampling_ratio` without its checks. ``add``: a backend's ``segment_sum``."""
     dtype = torch.promote_types(old_logps.dtype, torch.float32)
     wide = torch.float32 if old_logps.device.type == "mps" else torch.float64
     difference = segments.pack(old_logps).to(wide) - segments.pack(sampling_logps).to(wide)
     difference = torch.nan_to_num(difference, nan=0.0)
     if mode.startswith("sequence_"):
-        difference = segment_sum(difference, segments.offsets)
+        difference = add(difference, segments.offsets)
     ratio = difference.exp()
     if mode.endswith("_truncate"):
         ratio = ratio.clamp(clip_min, clip_max)

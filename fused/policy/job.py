@@ -1,33 +1,42 @@
-"""A policy loss as the engine's job: tokens in, one coefficient a token out."""
+"""A policy loss as the engine's job: the loss function gets log-probabilities of tokens, autograd one coefficient for each."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from logitless.kernels.backends.interface import ElementWise
 from logitless.kernels.core.stats import RowStats
-from logitless.kernels.planner.plan import Plan, Step
+from logitless.kernels.planner.plan import Plan
+from logitless.kernels.planner.steps import Step
 
 from ..job import Coefficients, Job
-from ..preference.job import check_leaves
+from ..results import check_leaves, check_returned
+from ..scored_tokens import ScoredTokens, find_scored_tokens
+from .aggregation import Aggregation, check_num_items
+from .inputs import InputOptions, PolicyInputs, TokenInputs
 from .loss import PolicyLoss, PolicyLossResult, Tokens
+
+#: What the entropies are multiplied by in the bonus: the weights of the losses; one over the batch's scored tokens; the same
+#: over those of the loss function's ``bonus_mask``.
+BonusWeights = Literal["losses", "token-mean", "masked-mean"]
 
 
 @dataclass
 class PolicyReport:
-    """What came of a call besides the loss; detached, (N,) each, in the order of the entries.
+    """What a call computed besides the loss; detached, (N,) each, in the order of ``tokens``.
 
     Attributes:
         logps, old_logps: log-probabilities under the policy, and those that it was compared with.
         metrics: of the loss function.
-        bonus_mask: bool; ``None``: all.
     """
 
     plan: Plan
+    tokens: ScoredTokens
     logps: Tensor
     old_logps: Tensor
     ref_logps: Tensor | None
@@ -35,28 +44,25 @@ class PolicyReport:
     metrics: dict[str, Tensor]
 
 
-@dataclass
-class PolicyJob(Job):
-    """One policy loss over the tokens of a batch; all tensors are in the order of the entries.
+@dataclass(frozen=True)
+class PolicyJob(Job[PolicyReport]):
+    """One policy loss over the tokens of a batch.
 
     Attributes:
         loss: the loss function.
-        weights: (N,) what a token's loss is multiplied by.
-        inputs: (N,) tensors; ``advantages`` and, where given, ``old_logps`` and ``ref_logps`` among them.
-        sequence_inputs: (S,) tensors, by sequence.
+        inputs: advantages, log-probabilities and what else was given.
+        input_options: how to read them.
+        aggregation: how the losses of tokens become one number.
         entropy_coef: weight of the entropy bonus.
-        bonus_weights: (N,) of a token's entropy in the bonus; ``None``: their mean over the loss's ``bonus_mask``, times
-            ``bonus_share``.
-        bonus_share: of this call in the batch; a number or 0-dim.
+        bonus_weights: see :data:`BonusWeights`.
     """
 
     loss: PolicyLoss
-    weights: Tensor
-    inputs: Mapping[str, Tensor]
-    sequence_inputs: Mapping[str, Tensor]
+    inputs: PolicyInputs
+    input_options: InputOptions
+    aggregation: Aggregation
     entropy_coef: float
-    bonus_weights: Tensor | None
-    bonus_share: float | Tensor
+    bonus_weights: BonusWeights
 
     @property
     def loss_outputs(self) -> frozenset[str]:  # type: ignore[override]
@@ -70,35 +76,48 @@ class PolicyJob(Job):
     def entropy_gradient(self) -> bool:  # type: ignore[override]
         return self.loss.entropy_gradient or self.entropy_coef != 0
 
-    def evaluation(self, wide: torch.dtype, device: torch.device) -> PolicyEvaluation:
-        return PolicyEvaluation(self, wide, device)
+    def scored_tokens(self) -> ScoredTokens:
+        sequences = range(self.call.num_sequences)
+        return find_scored_tokens(self.call, [sequences] if self.loss.group == "batch" else [[s] for s in sequences])
+
+    def evaluation(self, tokens: ScoredTokens, elementwise: ElementWise) -> PolicyEvaluation:
+        num_items = check_num_items(self.aggregation.num_items, any_scored=len(tokens) > 0)
+        aggregation = Aggregation(self.aggregation.name, self.aggregation.max_length, num_items)
+        inputs = self.inputs.gather(self.call, tokens, self.input_options, elementwise.segment_sum)
+        return PolicyEvaluation(self, tokens, inputs, aggregation, elementwise.segment_sum)
+
+
+@dataclass
+class _Part:
+    """What one step leaves for the report, (n,) each; detached."""
+
+    logps: Tensor
+    old_logps: Tensor
+    ref_logps: Tensor | None
+    entropies: Tensor | None
+    metrics: dict[str, Tensor]
 
 
 class PolicyEvaluation:
-    """Evaluates the loss on the tokens of one step and keeps what came of them. See :class:`Evaluates`."""
+    """Evaluates the loss on the tokens of one step and keeps the results. See :class:`~logitless.fused.job.Evaluation`."""
 
-    def __init__(self, job: PolicyJob, wide: torch.dtype, device: torch.device) -> None:
-        self.job, self.wide = job, wide
-        self.loss = torch.zeros((), dtype=wide, device=device)
-        self.parts: list[dict[str, Tensor]] = []
-        self.first_of = [0, *itertools.accumulate(map(len, job.entries.groups))]  # sequences before each group
-        sizes = torch.tensor([job.entries.sequence_sizes[s] for group in job.entries.groups for s in group], device="cpu")
-        self.ends = torch.nn.functional.pad(sizes.cumsum(0).long(), (1, 0))  # in the order of the entries
+    def __init__(
+        self,
+        job: PolicyJob,
+        tokens: ScoredTokens,
+        inputs: TokenInputs,
+        aggregation: Aggregation,
+        add: Callable[[Tensor, Tensor], Tensor],  # a backend's segment_sum
+    ) -> None:
+        self.job, self.tokens, self.inputs, self.add = job, tokens, inputs, add
+        self.wide = job.call.wide_dtype
+        self.loss = torch.zeros((), dtype=self.wide, device=tokens.device)
+        self.parts: list[_Part] = []
+        self.weights = aggregation.token_weights(tokens, self.wide)
+        self.share = aggregation.share(tokens, self.wide)
 
-    def _offsets(self, step: Step) -> tuple[list[int], Tensor]:
-        """The sequences of the step, and where each starts and ends among its tokens."""
-        groups = self.job.entries.groups
-        before = self.first_of[step.first_group]
-        sequences = [s for group in groups[step.first_group : step.last_group] for s in group]
-        offsets = self.ends[before : before + len(sequences) + 1] - step.start
-        return sequences, offsets.to(self.loss.device)
-
-    def coefficients(self, step: Step, stats: RowStats, ref_token_logps: Tensor | None, needs_grad: bool) -> Coefficients:
+    def coefficients(self, step: Step, stats: RowStats, ref_logps: Tensor | None, needs_grad: bool) -> Coefficients:
         job, span = self.job, slice(step.start, step.stop)
-        sequences, offsets = ([], None) if job.token_groups else self._offsets(step)
-        inputs = {name: value[span].to(self.wide) for name, value in job.inputs.items()}
-        for name, value in job.sequence_inputs.items():
-            inputs[name] = value[torch.tensor(sequences, dtype=torch.long, device=value.device)].to(self.wide)
         with torch.enable_grad():
             logps = stats.logps.to(self.wide).requires_grad_(needs_grad)
             entropies = None if stats.entropy is None else stats.entropy.to(self.wide)
@@ -107,23 +126,13 @@ class PolicyEvaluation:
             if entropies is not None:
                 seen = entropies.detach().requires_grad_(needs_grad)
                 bonus = entropies.detach().requires_grad_(needs_grad and job.entropy_coef != 0)
-            ref = inputs.pop("ref_logps", None if ref_token_logps is None else ref_token_logps.to(self.wide))
-            old = inputs.pop("old_logps", None)
-            tokens = Tokens(
-                logps=logps,
-                old_logps=logps.detach() if old is None else old,
-                advantages=inputs.pop("advantages"),
-                ref_logps=ref,
-                entropies=seen,
-                inputs=inputs,
-                offsets=offsets,
-            )
+            tokens = self._tokens(step, logps, seen, ref_logps)
             result = job.loss(tokens)
             _check_result(result, len(logps))
             check_leaves(result.losses, [logps] if seen is None else [logps, seen])
             if needs_grad and not result.losses.requires_grad:
                 raise ValueError("the loss function's losses do not depend on tokens.logps, or were detached from them")
-            total = (result.losses * job.weights[span]).sum()
+            total = (result.losses * self.weights[span]).sum()
             if job.entropy_coef != 0:
                 assert bonus is not None
                 total = total - job.entropy_coef * (bonus * self._bonus_weights(result, span)).sum()
@@ -138,47 +147,72 @@ class PolicyEvaluation:
                 if entropies is not None and job.entropy_gradient:
                     gradients[1] = sum((g for g in (of_seen, of_bonus) if g is not None), torch.zeros_like(entropies))
         self.loss += total.detach()
-        kept = {"logps": tokens.logps, "old_logps": tokens.old_logps, "ref_logps": ref, "entropies": entropies}
-        part = {name: value.detach() for name, value in kept.items() if value is not None}
-        part |= {"metrics/" + name: value.detach() for name, value in result.metrics.items()}
-        self.parts.append(part)
+        metrics = {name: value.detach() for name, value in result.metrics.items()}
+        self.parts.append(_Part(logps.detach(), tokens.old_logps, tokens.ref_logps, entropies, metrics))
         return Coefficients(*(None if g is None else g.to(stats.logps.dtype) for g in gradients))
 
-    def _bonus_weights(self, result: PolicyLossResult, span: slice) -> Tensor:
-        if self.job.bonus_weights is not None:
-            weights = self.job.bonus_weights[span]
-            return weights if result.bonus_mask is None else weights * result.bonus_mask
-        # a mask that is known only now, over the whole batch: the loss is of group "batch"
-        assert result.bonus_mask is not None
-        mask = result.bonus_mask.to(self.wide)
-        return mask / mask.sum().clamp(min=1) * self.job.bonus_share
+    def _tokens(self, step: Step, logps: Tensor, entropies: Tensor | None, ref_logps: Tensor | None) -> Tokens:
+        """What the loss function gets. ``ref_logps`` (n,): where the reference's states were scored."""
+        given, wide, span = self.inputs, self.wide, slice(step.start, step.stop)
 
-    def report(self, plan: Plan, tokens: dict[str, Tensor], dtype: torch.dtype) -> PolicyReport:
-        if any(part.keys() != self.parts[0].keys() for part in self.parts):
+        def part(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[span].to(wide)
+
+        inputs = {name: value[span].to(wide) for name, value in given.others.items()}
+        offsets = None
+        if not self.job.token_groups:
+            sequences, offsets = self.tokens.sequences_of(step.first_group, step.last_group)
+            for name, value in given.of_sequences.items():
+                inputs[name] = value[torch.tensor(sequences, dtype=torch.long, device=value.device)].to(wide)
+        old_logps, ref = part(given.old_logps), part(given.ref_logps)
+        return Tokens(
+            logps=logps,
+            old_logps=logps.detach() if old_logps is None else old_logps,
+            advantages=given.advantages[span].to(wide),
+            ref_logps=ref_logps.to(wide) if ref is None and ref_logps is not None else ref,
+            entropies=entropies,
+            inputs=inputs,
+            offsets=offsets,
+            add=self.add,
+        )
+
+    def _bonus_weights(self, result: PolicyLossResult, span: slice) -> Tensor:
+        if self.job.bonus_weights == "masked-mean":  # the mask covers the whole batch: the loss is of group "batch"
+            assert result.bonus_mask is not None
+            mask = result.bonus_mask.to(self.wide)
+            return mask / mask.sum().clamp(min=1) * self.share
+        weights = self.weights[span]
+        if self.job.bonus_weights == "token-mean":
+            weights = torch.full_like(weights, 1 / max(1, len(self.tokens))) * self.share
+        return weights if result.bonus_mask is None else weights * result.bonus_mask
+
+    def report(self, plan: Plan, stats: dict[str, Tensor], dtype: torch.dtype) -> PolicyReport:
+        names = self.parts[0].metrics.keys()
+        if any(part.metrics.keys() != names for part in self.parts):
             raise ValueError("the loss function returned other metrics for one part of the batch than for another")
-        joined = {name: torch.cat([part[name] for part in self.parts]) for name in self.parts[0]}
-        metrics = {name.removeprefix("metrics/"): value for name, value in joined.items() if name.startswith("metrics/")}
-        named = {name: joined[name].to(dtype) if name in joined else None for name in ("ref_logps", "entropies")}
-        if "entropy" in tokens:
-            named["entropies"] = tokens["entropy"]
+
+        def joined(values: list[Any]) -> Tensor | None:
+            return None if values[0] is None else torch.cat(values).to(dtype)
+
+        logps, old_logps = (torch.cat([getattr(p, name) for p in self.parts]).to(dtype) for name in ("logps", "old_logps"))
         return PolicyReport(
-            plan, joined["logps"].to(dtype), joined["old_logps"].to(dtype), named["ref_logps"], named["entropies"], metrics
+            plan=plan,
+            tokens=self.tokens,
+            logps=logps,
+            old_logps=old_logps,
+            ref_logps=joined([p.ref_logps for p in self.parts]),
+            entropies=stats.get("entropy", joined([p.entropies for p in self.parts])),
+            metrics={name: torch.cat([p.metrics[name] for p in self.parts]) for name in names},
         )
 
 
 def _check_result(result: PolicyLossResult, count: int) -> None:
-    """What a loss function returned: one value a token, in tensors."""
+    """What a loss function returned: one value per token, in tensors."""
     mask = result.bonus_mask
     if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != (count,)):
         what = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"the loss function returned bonus_mask as {what}; it must be bool with one value a token: ({count},)")
-    named: dict[str, object] = {"losses": result.losses}
-    named.update({f"metrics[{name!r}]": value for name, value in result.metrics.items()})
-    for name, value in named.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"the loss function returned {name} of type {type(value).__name__}; it must be a torch.Tensor")
-        if tuple(value.shape) != (count,) or not value.is_floating_point():
-            raise ValueError(
-                f"the loss function returned {name} of shape {tuple(value.shape)} and {value.dtype}; it must be floating point "
-                f"with one value a token: ({count},)"
-            )
+        raise ValueError(
+            f"the loss function returned bonus_mask as {what}; it must be bool with one value per token: ({count},)"
+        )
+    metrics = {f"metrics[{name!r}]": value for name, value in result.metrics.items()}
+    check_returned(result.losses, metrics, count, "token")

@@ -1,4 +1,4 @@
-"""What a policy loss sees: tokens, their log-probabilities under the policies involved, and the totals of the whole batch."""
+"""What a policy-loss function receives and returns: tokens with their log-probabilities, and one loss for each."""
 
 from __future__ import annotations
 
@@ -9,30 +9,29 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from logitless.kernels.sequence_logps import segment_sum
+from logitless.kernels.tile.segments import segment_sum
 
 Group = Literal["token", "sequence", "batch"]
-#: What a caller may pass for a loss function besides advantages and log-probabilities of policies.
+#: Optional arguments of a call that a loss function may read.
 OPTIONAL_INPUTS = ("sampling_logps", "importance_sampling_ratio")
-#: How the losses of tokens become one number; see :class:`logitless.FusedLinearPolicyLoss`.
-AGGREGATIONS = ("token-mean", "sequence-mean", "sequence-mean-token-sum", "fixed-length")
 
 
 @dataclass
 class Tokens:
-    """Some scored tokens of the batch: whole sequences, all of them, or (for a token loss) any. All tensors are float64 on
-    CPUs and GPUs; n tokens of s sequences.
+    """Some scored tokens of the batch: whole sequences or, for a token loss, any. n tokens of s sequences; all tensors are
+    float64 on CPUs and GPUs.
 
     Attributes:
         logps: (n,) log-probabilities under the policy; carry the gradient.
-        old_logps: (n,) those under the policy that sampled (or before this round of updates); equal to ``logps``, detached,
-            where none were given.
+        old_logps: (n,) those under the policy that sampled (or before this round of updates); ``logps``, detached, if none
+            were given.
         advantages: (n,).
         ref_logps: (n,) those under the reference, or ``None``.
         entropies: (n,) entropy of the policy at each token, or ``None``; carry a gradient if the loss declares it.
-        inputs: what the caller passed besides: (n,) for each token, or (s,) for each sequence.
+        inputs: further arguments by name, (n,) per token or (s,) per sequence.
         offsets: (s + 1,) int64, where each sequence starts and ends among the n tokens; ``None`` for a token loss, whose
-            sequences may be cut anywhere.
+            sequences may be divided anywhere.
+        add: a backend's ``segment_sum``.
     """
 
     logps: Tensor
@@ -42,10 +41,11 @@ class Tokens:
     entropies: Tensor | None
     inputs: Mapping[str, Tensor]
     offsets: Tensor | None
+    add: Callable[[Tensor, Tensor], Tensor] = field(repr=False)
 
     def _offsets(self) -> Tensor:
         if self.offsets is None:
-            raise ValueError("sequences may be cut anywhere in a loss of group='token': declare group='sequence'")
+            raise ValueError("a loss of group='token' does not get whole sequences: declare group='sequence'")
         return self.offsets
 
     @property
@@ -55,7 +55,7 @@ class Tokens:
 
     def sequence_sum(self, values: Tensor) -> Tensor:
         """Sums over each sequence, differentiable. (n,) -> (s,)."""
-        return segment_sum(values, self._offsets())
+        return segment_sum(values, self._offsets(), self.add)
 
     def sequence_mean(self, values: Tensor) -> Tensor:
         """Means over each sequence, 0 of one without tokens. (n,) -> (s,)."""
@@ -68,13 +68,14 @@ class Tokens:
 
 @dataclass
 class PolicyLossResult:
-    """What a policy-loss function returns when it has more to say than its losses.
+    """What a policy-loss function returns if it has metrics or a bonus mask besides its losses.
 
     Attributes:
         losses: (n,) the loss at each token, before aggregation.
-        metrics: (n,) tensors by name; detached by the engine, and averaged over the tokens of the batch.
-        bonus_mask: (n,) bool, the tokens whose entropy counts for the entropy bonus; ``None``: all. What the bonus is divided
-            by does not change.
+        metrics: (n,) tensors by name; detached by the engine, and averaged over the tokens of the batch. The names must not
+            depend on the data.
+        bonus_mask: (n,) bool, the tokens whose entropy counts for the entropy bonus; ``None``: all. The bonus is divided by
+            the same number as without a mask.
     """
 
     losses: Tensor
@@ -84,17 +85,18 @@ class PolicyLossResult:
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """A policy-loss function and what the engine must know about it.
+    """A loss function and its properties that the engine depends on.
 
     Args:
-        fn: takes :class:`Tokens`, returns one loss a token or a :class:`PolicyLossResult`. Plain differentiable torch.
+        fn: takes :class:`Tokens`, returns one loss per token or a :class:`PolicyLossResult`. Plain differentiable torch. It is
+            called with no tokens if none is scored.
         group: which tokens' coefficients depend on each other: none (``"token"``), those of a ``"sequence"``, or all
             (``"batch"``).
         needs_reference: whether the loss is undefined without reference log-probabilities.
         uses_reference: whether ``fn`` reads ``ref_logps``.
         uses_entropy: whether ``fn`` reads ``entropies``.
         entropy_gradient: whether its losses depend on ``entropies`` differentiably.
-        reads: which of :data:`OPTIONAL_INPUTS` it finds in ``inputs``; others are errors.
+        reads: which of :data:`OPTIONAL_INPUTS` ``fn`` reads from ``inputs``; passing others is an error.
     """
 
     fn: Callable[[Tokens], Tensor | PolicyLossResult]
@@ -116,24 +118,3 @@ class PolicyLoss:
     def __call__(self, tokens: Tokens) -> PolicyLossResult:
         result = self.fn(tokens)
         return result if isinstance(result, PolicyLossResult) else PolicyLossResult(result)
-
-
-def token_weights(
-    aggregation: str,
-    sequences: Tensor,  # (N,) sequence of each token
-    lengths: list[int],  # scored tokens of each sequence
-    num_items: float | Tensor | None,
-    max_length: int | None,
-) -> Tensor:
-    """What each token's loss is multiplied by in the sum that is the loss. (N,) float64."""
-    wide = torch.float32 if sequences.device.type == "mps" else torch.float64
-    items: float | Tensor = len(sequences) if aggregation == "token-mean" else len(lengths)
-    if num_items is not None:
-        items = num_items.to(sequences.device, wide) if isinstance(num_items, Tensor) else num_items
-    each = torch.ones(len(sequences), dtype=wide, device=sequences.device)
-    if aggregation == "sequence-mean":
-        each = each / torch.tensor(lengths, dtype=wide, device=sequences.device).clamp(min=1)[sequences]
-    elif aggregation == "fixed-length":
-        assert max_length is not None
-        each = each / max_length
-    return each / (items if isinstance(items, Tensor) else max(1, items))

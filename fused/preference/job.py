@@ -1,28 +1,96 @@
-"""Evaluates losses on the log-probabilities of some tokens, and asks autograd for the coefficient of each."""
+"""Preference losses as the engine's job: log-probabilities of tokens become those of sequences, and losses of these."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from logitless.kernels.backends.interface import ElementWise
 from logitless.kernels.core.stats import RowStats
-from logitless.kernels.operators import native
-from logitless.kernels.planner.plan import Plan, Step
-from logitless.kernels.sequence_logps import segment_sum
+from logitless.kernels.planner.plan import Plan
+from logitless.kernels.planner.steps import Step
+from logitless.kernels.tile.segments import segment_sum
 
-from ..job import Coefficients, Job, Report, Term
-from .loss import LossResult, Margin, Pairs, Sequences, Totals
+from ..job import Coefficients, Job
+from ..results import check_leaves, check_returned
+from ..scored_tokens import ScoredTokens, find_scored_tokens, merge_groups
+from .loss import Margin, Pairs, PreferenceLoss, PreferenceLossResult, Sequences, Totals
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss over some of the batch's sequences.
+
+    Attributes:
+        loss: the loss.
+        sequences: which sequences; for pair losses the chosen ones, then the rejected ones.
+        weight: factor of this term in the sum.
+        ref_logps: (len(sequences),), where the caller has them.
+        inputs: tensors with one value per sequence of this term, or one for all.
+    """
+
+    loss: PreferenceLoss
+    sequences: tuple[int, ...]
+    weight: float = 1.0
+    ref_logps: Tensor | None = None
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def groups(self) -> list[list[int]]:
+        s = self.sequences
+        if self.loss.group == "sequence":
+            return [[i] for i in s]
+        half = len(s) // 2
+        pairs = [[s[i], s[half + i]] for i in range(half)]
+        return pairs if self.loss.group == "pair" else [[i for pair in pairs for i in pair]]
+
+    @property
+    def num_units(self) -> int:
+        """Number of sequences or pairs, over which the loss is averaged."""
+        return len(self.sequences) if self.loss.group == "sequence" else len(self.sequences) // 2
+
+    @property
+    def nll_sequences(self) -> tuple[int, ...]:
+        """The sequences whose tokens the NLL term is over: the chosen ones, or all of a sequence loss."""
+        return self.sequences[: self.num_units]
+
+    def members(self, units: Sequence[int]) -> list[int]:
+        """Where the sequences of some units stand in ``sequences``: chosen ones, then rejected ones."""
+        rejected = [] if self.loss.group == "sequence" else [u + self.num_units for u in units]
+        return [*units, *rejected]
 
 
 @dataclass
-class PreferenceJob(Job):
-    """Objectives over sequences and pairs."""
+class PreferenceReport:
+    """What a call computed besides the loss; detached. S sequences, N tokens in the order of ``tokens``."""
+
+    plan: Plan
+    tokens: ScoredTokens
+    logps: Tensor  # (S,)
+    lengths: Tensor  # (S,)
+    ref_logps: Tensor | None  # (S,), where the reference's states were scored
+    results: list[PreferenceLossResult]  # one per term, in the order of its units
+    stats: dict[str, Tensor]  # (N,) each
+
+
+@dataclass(frozen=True)
+class PreferenceJob(Job[PreferenceReport]):
+    """A weighted sum of losses over sequences and pairs.
+
+    Attributes:
+        terms: the losses.
+        token_weights: like ``labels``; weight of each token in its sequence's log-probability.
+        nll_labels: like ``labels``; labels of the NLL term where they differ.
+        reweight: returns the weights of the scored tokens (N,) that take the place of ``token_weights``.
+    """
 
     terms: Sequence[Term]
+    token_weights: Tensor | None = None
+    nll_labels: Tensor | None = None
+    reweight: Callable[[ScoredTokens], Tensor | None] | None = None
 
     @property
     def margin(self) -> Margin | None:  # type: ignore[override]
@@ -32,85 +100,150 @@ class PreferenceJob(Job):
     def loss_outputs(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset({"log_sum_sq_probs"} if any(t.loss.uses_confidence for t in self.terms) else ())
 
-    def evaluation(self, wide: torch.dtype, device: torch.device) -> Evaluation:
-        return Evaluation(self, wide, device)
+    def scored_tokens(self) -> ScoredTokens:
+        groups = merge_groups([term.groups for term in self.terms])
+        nll_sequences = [s for term in self.terms if term.loss.uses_nll for s in term.nll_sequences]
+        tokens = find_scored_tokens(self.call, groups, self.token_weights, self.nll_labels, nll_sequences)
+        return tokens if self.reweight is None else replace(tokens, weights=self.reweight(tokens))
+
+    def evaluation(self, tokens: ScoredTokens, elementwise: ElementWise) -> PreferenceEvaluation:
+        return PreferenceEvaluation(self, tokens, elementwise)
 
 
-class Evaluation:
-    """Evaluates the terms on the sequences of one step and keeps the results."""
+@dataclass
+class _Sums:
+    """What the tokens of a step add up to, for each of its sequences: (s,) each. See :class:`Sequences`."""
 
-    def __init__(self, job: PreferenceJob, wide: torch.dtype, device: torch.device) -> None:
-        self.job, self.wide, self.device = job, wide, device
-        entries, num_sequences = job.entries, len(job.entries.sequence_sizes)
-        self.loss = torch.zeros((), dtype=wide, device=device)
-        self.logps = torch.zeros(num_sequences, dtype=wide, device=device)
-        self.lengths = torch.zeros(num_sequences, dtype=wide, device=device)
-        self.ref_logps = torch.zeros_like(self.logps) if job.reference is not None else None
-        self.parts: list[list[tuple[list[int], LossResult]]] = [[] for _ in job.terms]
-        self.confidence = any(t.loss.uses_confidence for t in job.terms)
-        nll_sizes = entries.sequence_sizes
-        if entries.nll is not None:
-            nll_sizes = torch.bincount(entries.sequences[entries.nll], minlength=num_sequences).tolist()
-        self.totals = []
-        self.index_of_group: list[dict[int, int]] = []
-        for term in job.terms:
-            unit_leaders = term.sequences[: term.num_units]
-            self.totals.append(Totals(term.num_units, sum(nll_sizes[s] for s in term.nll_sequences)))
-            self.index_of_group.append({s: i for i, s in enumerate(unit_leaders)})
+    sequences: list[int]
+    logps: Tensor
+    lengths: Tensor
+    nll_sums: Tensor
+    ref_logps: Tensor | None
+    confidence: Tensor | None
 
-    def coefficients(self, step: Step, stats: RowStats, ref_token_logps: Tensor | None, needs_grad: bool) -> Coefficients:
-        """See :class:`Evaluates`."""
-        entries, span = self.job.entries, slice(step.start, step.stop)
-        sequences = [s for group in entries.groups[step.first_group : step.last_group] for s in group]
-        ends = itertools.accumulate(entries.sequence_sizes[s] for s in sequences)
-        offsets = torch.tensor([0, *ends], device=self.device)
 
-        def sums(values: Tensor) -> Tensor:
-            return segment_sum(values, offsets)  # tokens of a sequence are neighbours
+class PreferenceEvaluation:
+    """Evaluates the terms on the sequences of one step and keeps the results. See :class:`~logitless.fused.job.Evaluation`."""
 
-        def part(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[span]
+    def __init__(self, job: PreferenceJob, tokens: ScoredTokens, elementwise: ElementWise) -> None:
+        self.job, self.tokens, self.elementwise = job, tokens, elementwise
+        self.wide, self.device = job.call.wide_dtype, tokens.device
+        num_sequences = len(tokens.sequence_sizes)
+        self.loss = torch.zeros((), dtype=self.wide, device=self.device)
+        self.logps = torch.zeros(num_sequences, dtype=self.wide, device=self.device)
+        self.lengths = torch.zeros_like(self.logps)
+        self.ref_logps = None if job.call.reference.states is None else torch.zeros_like(self.logps)
+        self.parts: list[list[tuple[list[int], PreferenceLossResult]]] = [[] for _ in job.terms]
+        self.confidence = any(term.loss.uses_confidence for term in job.terms)
+        nll_sizes = tokens.sequence_sizes
+        if tokens.nll is not None:
+            nll_sizes = torch.bincount(tokens.sequences[tokens.nll], minlength=num_sequences).tolist()
+        self.totals = [Totals(t.num_units, sum(nll_sizes[s] for s in t.nll_sequences)) for t in job.terms]
+        self.unit_of = [{s: i for i, s in enumerate(term.sequences[: term.num_units])} for term in job.terms]
 
-        counted, nll, weights = part(entries.counted), part(entries.nll), part(entries.weights)
-        if sequences and self._is_closed_form():
-            return Coefficients(self._closed_form(sequences, offsets, stats.logps, weights, ref_token_logps, needs_grad))
-        factor = None if counted is None else counted.to(self.wide)
-        if weights is not None:  # tokens of the NLL alone may have any weight, or none
-            factor = weights.to(self.wide) if counted is None else torch.where(counted, weights.to(self.wide), 0)
+    def coefficients(self, step: Step, stats: RowStats, ref_logps: Tensor | None, needs_grad: bool) -> Coefficients:
+        tokens, span = self.tokens, slice(step.start, step.stop)
+        sequences, offsets = tokens.sequences_of(step.first_group, step.last_group)
+        weights = None if tokens.weights is None else tokens.weights[span]
+        if sequences and self._has_closed_form():
+            return Coefficients(self._closed_form(sequences, offsets, stats.logps, weights, ref_logps, needs_grad))
         with torch.enable_grad():
             leaf = stats.logps.to(self.wide).requires_grad_(needs_grad)
-            logps = sums(_weighted(leaf, factor))
-            nll_sums = sums(-leaf if nll is None else torch.where(nll, -leaf, 0))
-            lengths = sums(torch.ones_like(leaf) if counted is None else counted.to(self.wide)).detach()
-            ref = None
-            if ref_token_logps is not None:
-                ref = sums(_weighted(ref_token_logps.to(self.wide), factor))
-            confidence = None
-            if self.confidence:
-                assert stats.log_sum_sq_probs is not None
-                aligned = leaf.detach() - stats.log_sum_sq_probs.to(self.wide)
-                aligned = aligned if counted is None else torch.where(counted, aligned, 0)
-                confidence = sums(aligned) / lengths.clamp(min=1)
-            total = self._terms(sequences, logps, lengths, nll_sums, ref, confidence, leaf)
+            sums = self._sums(step, sequences, offsets, leaf, weights, ref_logps, stats.log_sum_sq_probs)
+            total = sums.logps[:0].sum()  # 0, with a graph
+            for number in range(len(self.job.terms)):
+                share = self._term(number, sums, leaf)
+                total = total if share is None else total + share
             gradient = None
             if needs_grad:
                 (gradient,) = torch.autograd.grad(total, leaf, allow_unused=True)
                 gradient = torch.zeros_like(leaf) if gradient is None else gradient
         index = torch.tensor(sequences, dtype=torch.long, device=self.device)
-        self.logps[index] = logps.detach()
-        self.lengths[index] = lengths
-        if ref is not None and self.ref_logps is not None:
-            self.ref_logps[index] = ref
+        self.logps[index] = sums.logps.detach()
+        self.lengths[index] = sums.lengths
+        if sums.ref_logps is not None and self.ref_logps is not None:
+            self.ref_logps[index] = sums.ref_logps
         self.loss += total.detach()
         return Coefficients(None if gradient is None else gradient.to(stats.logps.dtype))
 
-    def _is_closed_form(self) -> bool:
-        """Whether the compiled operators know the only loss, and all it looks at."""
-        entries, (term, *others) = self.job.entries, self.job.terms
+    def _sums(
+        self,
+        step: Step,
+        sequences: list[int],
+        offsets: Tensor,  # (s + 1,)
+        logps: Tensor,  # (n,) of the step's tokens, as are the next three
+        weights: Tensor | None,
+        ref_logps: Tensor | None,
+        log_sum_sq_probs: Tensor | None,
+    ) -> _Sums:
+        tokens, wide, span = self.tokens, self.wide, slice(step.start, step.stop)
+        counted = None if tokens.counted is None else tokens.counted[span]
+        nll = None if tokens.nll is None else tokens.nll[span]
+
+        def add(values: Tensor) -> Tensor:
+            return segment_sum(values, offsets, self.elementwise.segment_sum)  # tokens of a sequence are neighbours
+
+        factor = None if counted is None else counted.to(wide)
+        if weights is not None:  # tokens of the NLL alone may have any weight, or none
+            factor = weights.to(wide) if counted is None else torch.where(counted, weights.to(wide), 0)
+        lengths = add(torch.ones_like(logps) if counted is None else counted.to(wide)).detach()
+        confidence = None
+        if self.confidence:
+            assert log_sum_sq_probs is not None
+            aligned = logps.detach() - log_sum_sq_probs.to(wide)
+            aligned = aligned if counted is None else torch.where(counted, aligned, 0)
+            confidence = add(aligned) / lengths.clamp(min=1)
+        return _Sums(
+            sequences=sequences,
+            logps=add(_weighted(logps, factor)),
+            lengths=lengths,
+            nll_sums=add(-logps if nll is None else torch.where(nll, -logps, 0)),
+            ref_logps=None if ref_logps is None else add(_weighted(ref_logps.to(wide), factor)),
+            confidence=confidence,
+        )
+
+    def _term(self, number: int, sums: _Sums, leaf: Tensor) -> Tensor | None:
+        """The share of the loss that a term has in the units of a step; ``None`` if the step has none of them."""
+        term, unit_of = self.job.terms[number], self.unit_of[number]
+        units = sorted(unit_of[s] for s in sums.sequences if s in unit_of)
+        if not units and term.num_units:
+            return None  # a batch without units is evaluated all the same: it has the metrics of any other
+        members = term.members(units)
+        local = {s: i for i, s in enumerate(sums.sequences)}
+        here = torch.tensor([local[term.sequences[m]] for m in members], dtype=torch.long, device=self.device)
+        there = torch.tensor(members, dtype=torch.long, device=self.device)
+        inputs = {}
+        for name, value in term.inputs.items():
+            value = value[there] if value.dim() == 1 and len(value) == len(term.sequences) else value
+            inputs[name] = value.to(self.wide) if value.is_floating_point() else value
+        ref = None if sums.ref_logps is None else sums.ref_logps[here]
+        kind = Sequences if term.loss.group == "sequence" else Pairs
+        result = term.loss(
+            kind(
+                logps=sums.logps[here],
+                lengths=sums.lengths[here],
+                nll_sums=sums.nll_sums[here],
+                ref_logps=ref if term.ref_logps is None else term.ref_logps[there].to(self.wide),
+                confidence=None if sums.confidence is None else sums.confidence[here],
+                inputs=inputs,
+                totals=self.totals[number],
+            )
+        )
+        rewards = {"chosen_rewards": result.chosen_rewards, "rejected_rewards": result.rejected_rewards}
+        others = {name: value for name, value in rewards.items() if value is not None}
+        others |= {f"metrics[{name!r}]": value for name, value in result.metrics.items()}
+        check_returned(result.losses, others, len(units), "group, that is one loss per pair or per sequence")
+        check_leaves(result.losses, [leaf])
+        self.parts[number].append((units, result.detach()))
+        return result.losses.sum() * (term.weight / max(1, term.num_units))
+
+    def _has_closed_form(self) -> bool:
+        """Whether the backend computes the only loss by a function of the margin, and the loss reads nothing else."""
+        tokens, (term, *others) = self.tokens, self.job.terms
         form = term.loss.closed_form
-        same = form is not None and form.fn is term.loss.fn and form.margin == term.loss.margin
-        plain = same and not others and entries.counted is None and entries.nll is None
-        return plain and set(term.inputs) <= {"ref_logps"} and self.wide == torch.float64 and native.serves(self.device)
+        if form is None or others or term.inputs or self.elementwise.pair_margins is None or self.wide != torch.float64:
+            return False
+        return form.fn is term.loss.fn and form.margin == term.loss.margin and tokens.counted is None and tokens.nll is None
 
     def _closed_form(
         self,
@@ -121,33 +254,33 @@ class Evaluation:
         ref_token_logps: Tensor | None,  # (n,)
         needs_grad: bool,
     ) -> Tensor | None:
-        """dLoss / dlogps of the step's tokens (n,), by one operator."""
+        """dLoss / dlogps of the step's tokens (n,), in one launch."""
         (term,) = self.job.terms
         form, mean = term.loss.closed_form, term.loss.margin == "mean"
-        assert form is not None
-        units = [self.index_of_group[0][s] for s in sequences[::2]]
+        assert form is not None and self.elementwise.pair_margins is not None
+        units = [self.unit_of[0][s] for s in sequences[::2]]
         index = torch.tensor(sequences, dtype=torch.long, device=self.device)
         lengths = offsets.diff().to(self.wide)
         ref = None
         if ref_token_logps is not None:
             wide = None if weights is None else weights.to(self.wide)
-            ref = segment_sum(_weighted(ref_token_logps.to(self.wide), wide), offsets)
+            ref = self.elementwise.segment_sum(_weighted(ref_token_logps.to(self.wide), wide), offsets)
             assert self.ref_logps is not None
             self.ref_logps[index] = ref
-        if "ref_logps" in term.inputs:
+        if term.ref_logps is not None:
             there = [m for u in units for m in (u, u + term.num_units)]
-            ref = term.inputs["ref_logps"][torch.tensor(there, device=self.device)].to(self.wide)
+            ref = term.ref_logps[torch.tensor(there, device=self.device)].to(self.wide)
         compared = ref if ref is None or not mean else ref / lengths.clamp(min=1)
         new = torch.empty(3 * len(units), dtype=self.wide, device=self.device)
         losses, values = new[: len(units)], new[len(units) :]
         coefficients = torch.empty_like(logps) if needs_grad else None
         scale = term.weight / term.num_units
-        torch.ops.logitless.pair_loss(
+        self.elementwise.pair_margins(
             logps,
             None if weights is None else weights.double(),
             offsets,
             compared,
-            native.PAIR_LOSSES.index(form.kind),
+            form.function,
             mean,
             form.beta,
             form.gamma,
@@ -161,127 +294,39 @@ class Evaluation:
         self.logps[index] = values * lengths if mean else values
         self.lengths[index] = lengths
         self.loss += losses.sum() * scale
-        self.parts[0].append((units, LossResult(losses, rewards[::2], rewards[1::2])))
+        self.parts[0].append((units, PreferenceLossResult(losses, rewards[::2], rewards[1::2])))
         return coefficients
 
-    def _terms(
-        self,
-        sequences: list[int],
-        logps: Tensor,
-        lengths: Tensor,
-        nll_sums: Tensor,
-        ref: Tensor | None,
-        confidence: Tensor | None,
-        leaf: Tensor,
-    ) -> Tensor:
-        local = {s: i for i, s in enumerate(sequences)}
-        total = logps[:0].sum()  # 0, with a graph
-        for number, term in enumerate(self.job.terms):
-            leaders = self.index_of_group[number]
-            units = sorted(leaders[s] for s in sequences if s in leaders)
-            if not units:
-                continue
-            members = units if term.loss.group == "sequence" else units + [u + term.num_units for u in units]
-            here = torch.tensor([local[term.sequences[m]] for m in members], device=self.device)
-            there = torch.tensor(members, device=self.device)
-            inputs = {
-                name: (value[there] if value.dim() == 1 and len(value) == len(term.sequences) else value)
-                for name, value in term.inputs.items()
-            }
-            inputs = {n: v.to(self.wide) if v.is_floating_point() else v for n, v in inputs.items()}
-            kind = Sequences if term.loss.group == "sequence" else Pairs
-            batch = kind(
-                logps=logps[here],
-                lengths=lengths[here],
-                nll_sums=nll_sums[here],
-                ref_logps=inputs.pop("ref_logps", None if ref is None else ref[here]),
-                confidence=None if confidence is None else confidence[here],
-                inputs=inputs,
-                totals=self.totals[number],
-            )
-            result = term.loss(batch)
-            _check_result(result, len(units))
-            check_leaves(result.losses, [leaf])
-            total = total + result.losses.sum() * (term.weight / term.num_units)
-            self.parts[number].append((units, _detached(result)))
-        return total
-
-    def report(self, plan: Plan, tokens: dict[str, Tensor], dtype: torch.dtype) -> Report:
-        """See :class:`Evaluates`; the results of each term have its units back in the caller's order."""
-        return Report(
+    def report(self, plan: Plan, stats: dict[str, Tensor], dtype: torch.dtype) -> PreferenceReport:
+        return PreferenceReport(
             plan=plan,
+            tokens=self.tokens,
             logps=self.logps.to(dtype),
             lengths=self.lengths.to(dtype),
             ref_logps=None if self.ref_logps is None else self.ref_logps.to(dtype),
-            results=[_in_order(parts, self.wide, self.device) for parts in self.parts],
-            tokens=tokens,
+            results=[_in_order(parts, self.device) for parts in self.parts],
+            stats=stats,
         )
 
 
 def _weighted(logps: Tensor, factor: Tensor | None) -> Tensor:
-    """``logps * factor`` with 0 where the factor is 0, whatever stands there. Each (n,)."""
+    """``logps * factor``, and 0 where the factor is 0, even if ``logps`` is infinite or NaN there. Each (n,)."""
     return logps if factor is None else torch.where(factor != 0, logps * factor, 0)
 
 
-def _check_result(result: LossResult, count: int) -> None:
-    """What a loss function returned: one value a group, in tensors."""
-    named: dict[str, object] = {"losses": result.losses}
-    for name in ("chosen_rewards", "rejected_rewards"):
-        if getattr(result, name) is not None:
-            named[name] = getattr(result, name)
-    named.update({f"metrics[{name!r}]": value for name, value in result.metrics.items()})
-    for name, value in named.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"the loss function returned {name} of type {type(value).__name__}; it must be a torch.Tensor")
-        if tuple(value.shape) != (count,) or not value.is_floating_point():
-            raise ValueError(
-                f"the loss function returned {name} of shape {tuple(value.shape)} and {value.dtype}; it must be floating point "
-                f"with one value a group, that is one loss a pair or one loss a sequence: ({count},)"
-            )
+def _in_order(parts: list[tuple[list[int], PreferenceLossResult]], device: torch.device) -> PreferenceLossResult:
+    """The results of all steps, joined and in the order of the units."""
+    units = [u for some, _ in parts for u in some]
+    inverse = torch.argsort(torch.tensor(units, dtype=torch.long, device=device))
+    results = [result for _, result in parts]
 
-
-def check_leaves(losses: Tensor, leaves: Sequence[Tensor]) -> None:
-    """Only statistics of tokens get gradients: a parameter inside of a loss function would be left out silently."""
-    seen, todo = set(), [losses.grad_fn] if losses.grad_fn is not None else []
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and not any(variable is leaf for leaf in leaves):
-            raise ValueError(
-                f"the loss function uses a tensor of shape {tuple(variable.shape)} that requires a gradient, which it would "
-                "not get: detach it, or write the loss with linear_logps or sequence_logps"
-            )
-        todo += [parent for parent, _ in node.next_functions if parent is not None]
-
-
-def _detached(result: LossResult) -> LossResult:
-    def d(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.detach()
-
-    return LossResult(
-        result.losses.detach(),
-        d(result.chosen_rewards),
-        d(result.rejected_rewards),
-        {k: v.detach() for k, v in result.metrics.items()},
-    )
-
-
-def _in_order(parts: list[tuple[list[int], LossResult]], dtype: torch.dtype, device: torch.device) -> LossResult:
-    if not parts:
-        return LossResult(torch.zeros(0, dtype=dtype, device=device))
-    inverse = torch.argsort(torch.tensor([u for units, _ in parts for u in units], device=device))
-
-    def gather(values: list[Tensor | None]) -> Tensor | None:
+    def joined(values: Iterable[Tensor | None]) -> Tensor | None:
         present = [v for v in values if v is not None]
         return torch.cat(present)[inverse] if present else None
 
-    results = [r for _, r in parts]
-    losses = gather([r.losses for r in results])
-    assert losses is not None
-    metrics = {name: torch.cat([r.metrics[name] for r in results])[inverse] for name in results[0].metrics}
-    return LossResult(
-        losses, gather([r.chosen_rewards for r in results]), gather([r.rejected_rewards for r in results]), metrics
+    return PreferenceLossResult(
+        torch.cat([r.losses for r in results])[inverse],
+        joined(r.chosen_rewards for r in results),
+        joined(r.rejected_rewards for r in results),
+        {name: torch.cat([r.metrics[name] for r in results])[inverse] for name in results[0].metrics},
     )

@@ -1,4 +1,4 @@
-"""What a loss function sees: log-probabilities of some sequences or pairs, and the totals of the whole batch."""
+"""What a preference-loss function receives and returns: log-probabilities of sequences or pairs, and one loss for each."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Margin = Literal["sum", "mean"]
 
 @dataclass(frozen=True)
 class Totals:
-    """Of the whole batch, whatever part of it a loss function is looking at.
+    """Sizes of the whole batch, whichever part of it a loss function is called with.
 
     Attributes:
-        num_groups: pairs (sequences for a sequence loss); the engine averages over them.
+        num_groups: pairs (sequences for a sequence loss). The engine averages over them.
         num_nll_tokens: tokens that count for the NLL term: all scored tokens of the chosen sequences (of all sequences for
             a sequence loss), or those of ``nll_labels``.
     """
@@ -29,7 +29,7 @@ class Totals:
 
 @dataclass
 class Sequences:
-    """Some sequences of the batch. All tensors are (s,) and float64 on CPUs and GPUs; ``logps`` carries the gradient.
+    """Some sequences of the batch. All tensors are (s,), float64 on CPUs and GPUs; ``logps`` carries the gradient.
 
     Attributes:
         logps: weighted sum of the log-probabilities of the scored tokens.
@@ -37,8 +37,8 @@ class Sequences:
         nll_sums: sum of ``-logp`` over the tokens of the NLL term, unweighted.
         ref_logps: the reference's ``logps``, or ``None``.
         confidence: mean over scored tokens of ``logp - log(sum_v p_v^2)``, detached; ``None`` unless the loss declares it.
-        inputs: what the caller passed for each sequence (``desirable`` ...) or for all of them (``kl``), by name.
-        totals: of the whole batch.
+        inputs: further arguments by name, per sequence (``desirable`` ...) or for all of them (``kl``).
+        totals: sizes of the whole batch.
     """
 
     logps: Tensor
@@ -56,7 +56,7 @@ class Sequences:
 
     @property
     def reference(self) -> Tensor:
-        """``ref_logps``, or 0 where the loss runs without a reference."""
+        """``ref_logps``, or 0 if the loss runs without a reference."""
         return torch.zeros_like(self.logps) if self.ref_logps is None else self.ref_logps
 
     def token_mean_nll(self) -> Tensor:
@@ -105,13 +105,13 @@ class Pairs(Sequences):
 
 
 @dataclass
-class LossResult:
-    """What a loss function returns when it has more to say than its losses.
+class PreferenceLossResult:
+    """What a loss function returns if it has rewards or metrics besides its losses.
 
     Attributes:
-        losses: one value a group, (p,) or (s,); the engine averages over the groups of the batch.
-        chosen_rewards, rejected_rewards: (p,), or for a sequence loss ``rewards`` in ``metrics``; detached by the engine.
-        metrics: further values, one a group, averaged like the losses.
+        losses: one value per group, (p,) or (s,); the engine averages over the groups of the batch.
+        chosen_rewards, rejected_rewards: (p,); a sequence loss puts ``rewards`` into ``metrics``. Detached by the engine.
+        metrics: further values by name, one per group, averaged like the losses. The names must not depend on the data.
     """
 
     losses: Tensor
@@ -119,46 +119,53 @@ class LossResult:
     rejected_rewards: Tensor | None = None
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
+    def detach(self) -> PreferenceLossResult:
+        """The same without a graph."""
+        rewards = [None if r is None else r.detach() for r in (self.chosen_rewards, self.rejected_rewards)]
+        return PreferenceLossResult(self.losses.detach(), *rewards, {name: t.detach() for name, t in self.metrics.items()})
+
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """A loss of a pair's margin that the compiled operators know: losses and coefficients in one launch, without autograd.
+    """The same loss as a scalar function of the pair's margin: backends may compute losses and derivatives in one launch.
 
-    The margin is the difference of chosen and rejected, per token for ``margin="mean"``; rewards are ``beta`` times each of
-    them, minus its reference.
+    The margin is the difference of chosen and rejected, per token for ``margin="mean"``. Rewards are ``beta`` times each of
+    them minus its reference.
 
     Attributes:
-        fn, margin: the loss function that this stands for, under that margin.
-        kind: one of ``logitless.kernels.operators.native.PAIR_LOSSES``.
-        beta, gamma, label_smoothing: numbers of that loss.
+        fn, margin: the loss function that this replaces, and its margin.
+        function: ``"log_sigmoid"``, ``"hinge"`` or ``"square"``, see
+            :class:`~logitless.kernels.backends.interface.ElementWise`.
+        beta, gamma, label_smoothing: its parameters.
     """
 
-    fn: Callable[..., Tensor | LossResult]
+    fn: Callable[..., Tensor | PreferenceLossResult]
     margin: Margin
-    kind: str
+    function: str
     beta: float
     gamma: float = 0.0
     label_smoothing: float = 0.0
 
 
 @dataclass(frozen=True)
-class Loss:
-    """A loss function and what the engine must know about it.
+class PreferenceLoss:
+    """A loss function and its properties that the engine depends on.
 
     Args:
         fn: takes :class:`Pairs` (``group="pair"`` and ``"batch"``) or :class:`Sequences` (``group="sequence"``), returns
-            one loss a group or a :class:`LossResult`. Plain differentiable torch; the engine asks autograd for the rest.
+            one loss per group or a :class:`PreferenceLossResult`. Plain differentiable torch; autograd differentiates it.
+            It is called with no pairs if the batch has none.
         group: which sequences' coefficients depend on each other: ``"pair"``, ``"sequence"``, or ``"batch"`` for all.
-        margin: set when a pair's loss depends on its log-probabilities only through the difference of chosen and rejected
-            ``"sum"`` or ``"mean"``; a pair that exceeds the memory budget then still needs no second pass.
+        margin: ``"sum"`` or ``"mean"`` if a pair's loss depends on its log-probabilities only through that difference of
+            chosen and rejected. A pair that exceeds the memory budget then needs no second pass.
         needs_reference: whether the loss is undefined without reference log-probabilities.
         uses_nll: whether ``fn`` reads ``nll_sums`` (``nll_labels`` is an error otherwise).
         uses_confidence: whether ``fn`` reads ``confidence``.
-        optional_reference: whether ``fn`` can do with a reference and without.
-        closed_form: the same loss for the compiled operators; not used with another ``fn`` or ``margin`` than its own.
+        optional_reference: whether ``fn`` works with and without a reference.
+        closed_form: the same loss for the compiled operators; ignored if ``fn`` or ``margin`` is not its own.
     """
 
-    fn: Callable[..., Tensor | LossResult]
+    fn: Callable[..., Tensor | PreferenceLossResult]
     group: Group = "pair"
     margin: Margin | None = None
     needs_reference: bool = False
@@ -177,6 +184,10 @@ class Loss:
         if self.margin is not None and self.group != "pair":
             raise ValueError(f"margin={self.margin!r} needs group='pair', got group={self.group!r}")
 
-    def __call__(self, batch: Sequences) -> LossResult:
-        result = self.fn(batch)
-        return result if isinstance(result, LossResult) else LossResult(result)
+    @property
+    def uses_reference(self) -> bool:
+        return self.needs_reference or self.optional_reference
+
+    def __call__(self, sequences: Sequences) -> PreferenceLossResult:
+        result = self.fn(sequences)
+        return result if isinstance(result, PreferenceLossResult) else PreferenceLossResult(result)

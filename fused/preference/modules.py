@@ -10,24 +10,18 @@ from torch import Tensor, nn
 
 from logitless.kernels.core.head_spec import HeadSpec
 
-from ..job import Term
-from ..scored_tokens import Entries
-from .base import (
-    FusedLinearLoss,
-    KTOOutput,
-    _Batch,
-    check_bool,
-    check_choice,
-    check_number,
-    check_per_sequence,
-    sequence_output,
-)
+from ..call import LossCall
+from ..checks import check_bool, check_choice, check_data, check_number, check_per_sequence
+from ..engine import eagerly, run
+from ..scored_tokens import ScoredTokens
+from .base import FusedLinearPreferenceLoss, KTOOutput, check_token_arguments, kto_output
+from .job import Term
 from .losses import dpo as dpo_family
 from .losses import kto as kto_family
 from .losses import simple
 
 
-class FusedLinearDPOLoss(FusedLinearLoss):
+class FusedLinearDPOLoss(FusedLinearPreferenceLoss):
     """DPO and its variants on hidden states: https://huggingface.co/papers/2305.18290.
 
     Conventions and defaults are those of TRL 1.16's ``DPOTrainer``, except that ``label_smoothing`` of ``"sigmoid"`` gives
@@ -129,17 +123,17 @@ class FusedLinearDPOLoss(FusedLinearLoss):
         )
         self._configure(loss, metrics=metrics, ignore_index=ignore_index)
 
-    def token_weights(self, entries: Entries) -> None:
+    def token_weights(self, tokens: ScoredTokens) -> Tensor | None:
         """LD-DPO, https://huggingface.co/papers/2409.06411: ``ld_alpha`` beyond the length that both responses share."""
         if self.ld_alpha is None:
-            return
-        sizes = entries.counted_sizes()
+            return tokens.weights
+        sizes = tokens.counted_sizes()
         half = len(sizes) // 2
         shorter = [min(sizes[i % half], sizes[i % half + half]) for i in range(len(sizes))]
-        shared = torch.tensor(shorter, device=entries.ranks.device)
-        within = entries.ranks < shared[entries.sequences]
-        ld = within.double() + self.ld_alpha * (~within).double()  # torch.where of two numbers would round them to float32
-        entries.weights = ld if entries.weights is None else entries.weights * ld
+        shared = torch.tensor(shorter, device=tokens.device)
+        within = tokens.ranks < shared[tokens.sequences]
+        weights = within.double() + self.ld_alpha * (~within).double()  # torch.where of two numbers would round them to float32
+        return weights if tokens.weights is None else tokens.weights * weights
 
 
 class FusedLinearIPOLoss(FusedLinearDPOLoss):
@@ -157,7 +151,7 @@ class FusedLinearIPOLoss(FusedLinearDPOLoss):
         super().__init__(beta, "ipo", length_normalize=length_normalize, metrics=metrics, ignore_index=ignore_index)
 
 
-class FusedLinearSimPOLoss(FusedLinearLoss):
+class FusedLinearSimPOLoss(FusedLinearPreferenceLoss):
     """SimPO, https://huggingface.co/papers/2405.14734: ``-logsig(beta * (mean logp difference) - gamma)``.
 
     Args:
@@ -192,7 +186,7 @@ class FusedLinearSimPOLoss(FusedLinearLoss):
         self._configure(loss, metrics=metrics, ignore_index=ignore_index, mean_logps=True)
 
 
-class FusedLinearCPOLoss(FusedLinearLoss):
+class FusedLinearCPOLoss(FusedLinearPreferenceLoss):
     """CPO, https://huggingface.co/papers/2401.08417: a loss of the log-prob margin plus ``cpo_alpha`` times the chosen NLL.
 
     Args:
@@ -229,7 +223,7 @@ class FusedLinearCPOLoss(FusedLinearLoss):
         self._configure(loss, metrics=metrics, ignore_index=ignore_index, mean_logps=loss_type == "ipo")
 
 
-class FusedLinearORPOLoss(FusedLinearLoss):
+class FusedLinearORPOLoss(FusedLinearPreferenceLoss):
     """ORPO, https://huggingface.co/papers/2403.07691: token-mean NLL of the chosen minus ``beta * logsig(log-odds ratio)``.
 
     Pass ``nll_labels`` to take the NLL over prompt and response, as TRL does.
@@ -245,7 +239,7 @@ class FusedLinearORPOLoss(FusedLinearLoss):
         self._configure(loss, metrics=metrics, ignore_index=ignore_index, mean_logps=True)
 
 
-class FusedLinearKTOLoss(FusedLinearLoss):
+class FusedLinearKTOLoss(FusedLinearPreferenceLoss):
     """KTO, https://huggingface.co/papers/2402.01306, on single sequences that are desirable or not.
 
     Args:
@@ -285,6 +279,7 @@ class FusedLinearKTOLoss(FusedLinearLoss):
         """Check ``desirable`` and ``kl``; errors name them with the prefix."""
         inputs = {"desirable": check_per_sequence(prefix + "desirable", desirable, count, device, boolean=True)}
         name = prefix + "kl"
+        check_data(name, kl)
         if self.loss_type != "kto":
             if kl is not None:
                 raise ValueError(f"{name} is not used by loss_type={self.loss_type!r}; it must be None")
@@ -314,18 +309,18 @@ class FusedLinearKTOLoss(FusedLinearLoss):
         cu_seqlens: Tensor | None = None,
         token_weights: Tensor | None = None,
     ) -> KTOOutput:
-        """Compute the loss; arguments as in :meth:`FusedLinearLoss.forward`, and
+        """Compute the loss; arguments as in :meth:`FusedLinearPreferenceLoss.forward`, and
 
         Args:
             desirable: whether each sequence is desirable. Bool.
             kl: mean log-ratio of the KL pairs; detached, and clamped at 0 from below, here. For ``"kto"`` only. A Python number
-                must be finite. A tensor is not looked at, which would wait for its device: its NaN becomes the loss's.
+                must be finite. The value of a tensor is not checked, which would synchronise: if it is NaN, so is the loss.
         """
-        batch = _Batch.check(self, hidden, weight, labels, bias, head, cu_seqlens, token_weights, None)
-        inputs = self.inputs(desirable, kl, batch.num_sequences, hidden.device)
-        reference = batch.reference(self.loss, ref_logps, ref_hidden, ref_weight, ref_bias)
-        if reference.logps is not None:
-            inputs["ref_logps"] = reference.logps
-        term = Term(self.loss, tuple(range(batch.num_sequences)), 1.0, inputs)
-        loss, report, entries = batch.run([term], reference.states, self.metrics)
-        return sequence_output(loss, report, entries, term, self.metrics)
+        call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index).with_reference(
+            ref_logps, ref_hidden, ref_weight, ref_bias, uses=True, needs=True
+        )
+        check_token_arguments(call, token_weights, None, uses_nll=False)
+        inputs = self.inputs(desirable, kl, call.num_sequences, hidden.device)
+        term = Term(self.loss, tuple(range(call.num_sequences)), ref_logps=call.reference.logps, inputs=inputs)
+        loss, report = eagerly(run)(self._job(call, [term], token_weights, None))
+        return kto_output(loss, report, term, metrics=self.metrics)

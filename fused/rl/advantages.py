@@ -12,7 +12,7 @@ from torch import Tensor
 from logitless.kernels.core.checks import check_tensor
 from logitless.kernels.sequence_logps import segment_sum
 
-from ..preference.base import check_bool, check_choice, check_number
+from ..checks import check_bool, check_choice, check_number
 from .gae import Segments, check_float, check_like, check_one_each, check_rate, gae
 from .kl import KL_ESTIMATORS, kl_estimate
 from .masked import masked_whiten

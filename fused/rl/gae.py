@@ -8,15 +8,10 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from logitless.kernels.backends.triton.compat import why_no_triton
+from logitless.kernels.backends.registry import choose_elementwise
 from logitless.kernels.core.checks import check_tensor, checked_offsets
-from logitless.kernels.core.settings import current_settings
-
-#: Tokens of a block of the scan. For 1M tokens, one of each block are 125 KB of float64, which stay in a cache.
-BLOCK = 64
 
 
 class GAE(NamedTuple):
@@ -189,70 +184,7 @@ def gae(
     if last_values is not None:
         check_one_each("last_values", last_values, segments.count, rewards.device)
     dtype = torch.promote_types(rewards.dtype, torch.float32)
-    if rewards.device.type != "cpu" and current_settings().backend != "torch" and not why_no_triton():
-        from logitless.kernels.backends.triton import gae as kernels
-
-        flat = None if last_values is None else last_values.contiguous()
-        pair = kernels.gae(rewards.reshape(-1), values.reshape(-1), segments.bounds, segments.mask, gamma, decay, flat, dtype)
-        return GAE(*(t.view(rewards.shape) for t in pair))
-    r, v = segments.pack(rewards), segments.pack(values)
-    if len(v) == 0:
-        return GAE(*(torch.zeros(rewards.shape, dtype=dtype, device=rewards.device) for _ in range(2)))
-    wide = torch.float32 if v.device.type == "mps" else torch.float64  # which has no float64
-    filled, last = segments.last
-    if last_values is not None:
-        r = r.to(wide, copy=True)
-        r[last] += gamma * last_values[filled].to(wide)
-    ends = torch.zeros(len(v), dtype=torch.bool, device=v.device)
-    ends[last] = True
-    return GAE(*(segments.unpack(t) for t in _scan(r, v, ends, gamma, decay, wide, dtype)))
-
-
-def _scan(
-    rewards: Tensor,  # (N,), at least one
-    values: Tensor,  # (N,)
-    ends: Tensor,  # (N,) bool, the last tokens of segments
-    gamma: float,
-    decay: float,
-    wide: torch.dtype,  # to compute in
-    dtype: torch.dtype,  # of the results
-) -> tuple[Tensor, Tensor]:
-    """Advantages and returns, each (N,).
-
-    Blocks of consecutive tokens are scanned side by side, one token of each at a time. Their first tokens are a sequence of
-    the same kind, which is scanned likewise. What follows a block then enters up to the first end in it. A select, not a
-    product with 0, keeps segments apart: a NaN in one must not reach another. A product and a sum are rounded one by one,
-    since a fused operation would depend on where a number stands in memory.
-    """
-    n = len(values)
-    block = min(BLOCK, 1 << math.isqrt(n - 1).bit_length())  # a power of 2 above the square root
-    count = -(-n // block)
-
-    def side_by_side(tokens: Tensor, fill: float) -> Tensor:  # (block, count)
-        padded = F.pad(tokens, (0, count * block - n), value=fill) if count * block != n else tokens
-        return padded.view(count, block).t().contiguous()
-
-    r, v, closed = side_by_side(rewards, 0), side_by_side(values, 0), side_by_side(ends, True)
-    y = torch.empty((block, count), dtype=wide, device=v.device)
-    term, following = torch.empty_like(y[0]), torch.zeros_like(y[0])
-    following[:-1] = v[0, 1:]
-    for i in reversed(range(block)):
-        torch.mul(following, gamma, out=y[i])
-        if i + 1 < block:
-            y[i] += torch.mul(y[i + 1], decay, out=term)
-        following.copy_(v[i])
-        y[i].masked_fill_(closed[i], 0).add_(r[i]).sub_(following)
-    if count > 1:
-        for i in reversed(range(block - 1)):
-            closed[i] |= closed[i + 1]
-        first = _scan(y[0], torch.zeros_like(y[0]), closed[0], 0.0, decay**block, wide, wide)[0]
-        following.zero_()[:-1] = first[1:]
-    # the copies of the inputs may hold the results: fresh memory costs more than the arithmetic
-    advantages, returns = (t if count > 1 and t.dtype == dtype else torch.empty_like(t, dtype=dtype) for t in (r, v))
-    for i in range(block):
-        if count > 1:
-            torch.mul(following, decay ** (block - i), out=term)
-            y[i] += term.masked_fill_(closed[i], 0)
-        advantages[i] = y[i]
-        returns[i] = y[i].add_(v[i])
-    return advantages.t().reshape(-1)[:n], returns.t().reshape(-1)[:n]
+    flat = None if last_values is None else last_values.contiguous()
+    scan = choose_elementwise(rewards.device, "gae").gae
+    pair = scan(rewards.reshape(-1), values.reshape(-1), segments.bounds, segments.mask, gamma, decay, flat, dtype)
+    return GAE(*(t.view(rewards.shape) for t in pair))

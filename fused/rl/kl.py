@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..preference.base import check_choice
+from ..checks import check_choice
 from .gae import check_float, check_like
 
 #: Below it, ``exp(x) - 1 - x`` is summed as a series: the difference would lose ``2 / |x|`` units of rounding.

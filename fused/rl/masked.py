@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..preference.base import check_bool, check_number
+from ..checks import check_bool, check_number
 from .gae import check_float, check_like
 
 

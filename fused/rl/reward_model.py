@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from logitless.kernels.core.checks import check_cu_seqlens
 
-from ..preference.base import check_number
+from ..checks import check_number
 from .gae import check_float, check_like
 
 

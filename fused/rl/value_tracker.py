@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..preference.base import check_bool, check_number
+from ..checks import check_bool, check_number
 from .gae import check_float, check_one_each
 from .masked import masked_whiten
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from logitless.kernels.sequence_logps import segment_sum
 
-from ..preference.base import check_choice, check_number
+from ..checks import check_choice, check_number
 from .gae import Segments, check_float, check_like
 from .masked import masked_mean
 

@@ -1,7 +1,8 @@
-"""Argument checks shared by all public functions. Each error names the argument, what it was, and what is accepted."""
+"""Argument checks shared by all public functions. Each error names the argument, the value given, and what is accepted."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 import torch
@@ -18,6 +19,25 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
+def check_local(name: str, value: object) -> None:
+    """A tensor must be neither wrapped by a ``torch.func`` transform nor a DTensor. Compiled code is not checked."""
+    if torch.compiler.is_compiling() or not isinstance(value, Tensor):
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+        raise TypeError(
+            f"{name} is a tensor of a torch.func transform (grad, vmap, jvp ...), which logitless does not support: "
+            "use loss.backward() or torch.autograd.grad, and pass a batch in place of vmap"
+        )
+    distributed = sys.modules.get("torch.distributed.tensor")  # without that module there are no DTensors
+    if distributed is not None and isinstance(value, distributed.DTensor):
+        raise TypeError(
+            f"{name} is a DTensor, and logitless computes on the tensors of one rank. Where ranks have different sequences "
+            f"(data parallel, FSDP), pass {name}.full_tensor(grad_placements=[Partial()] * {name}.device_mesh.ndim), which "
+            f"adds up its gradient over the ranks; where they have the same (tensor parallel), pass {name}.full_tensor(), "
+            "which does not"
+        )
+
+
 def compute_dtype(hidden: Tensor) -> torch.dtype:
     """The dtype to compute in: the autocast dtype under autocast (float64 stays), else that of ``hidden``."""
     kind = hidden.device.type
@@ -29,6 +49,8 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
     """Shapes, dtypes and devices of hidden states (..., H), weight (V, H) and bias (V,)."""
     names = [prefix + name for name in ("hidden", "weight", "bias")]
+    for name, value in zip(names, (hidden, weight, bias), strict=True):
+        check_local(name, value)
     check_tensor(names[0], hidden)
     check_tensor(names[1], weight)
     if weight.dim() != 2:
@@ -64,6 +86,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str 
 
 def check_labels(labels: Tensor, hidden: Tensor, name: str = "labels") -> None:
     """Labels are int32 or int64 and shaped like the hidden states without their last dimension."""
+    check_local(name, labels)
     check_tensor(name, labels)
     if labels.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, got {labels.dtype}")

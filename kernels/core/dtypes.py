@@ -25,3 +25,11 @@ def tile_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """A kept gradient tile. fp16 cannot hold exp(z - k): such a tile stays float32 until its GEMM."""
     dtype = gemm_dtype(dtype, device)
     return torch.float32 if dtype == torch.float16 else dtype
+
+
+_ROUNDING = {torch.bfloat16: 1, torch.float16: 2}
+
+
+def rounding(dtype: torch.dtype, precision: str) -> int:
+    """How kernels round logits under ``precision`` for hidden states of that dtype: 0 not, 1 to bfloat16, 2 to float16."""
+    return _ROUNDING.get(dtype, 0) if precision == "match" else 0

@@ -1,4 +1,4 @@
-"""What the language-model head does to its logits: scale, soft-cap, temperature."""
+"""The transforms of a language-model head: logit scale, soft-cap, temperature."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Config attributes that multiply the logits, in the order in which they are looked for.
+#: Config attributes that multiply the logits, in order of precedence.
 _MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 
 
@@ -66,7 +66,7 @@ class HeadSpec:
 
         Args:
             config: a ``transformers.PretrainedConfig``, or any object with the same attributes.
-            temperature: sampling temperature; it belongs to the caller, not to the config.
+            temperature: sampling temperature; not part of the config.
 
         Example:
             >>> from types import SimpleNamespace

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 #: Tile budget when the user sets none. 512 MiB keeps more than 1700 rows of a 152k vocabulary in bf16.
 DEFAULT_MEMORY_BUDGET = 512 << 20
 PRECISIONS = ("auto", "match", "float32")
+#: Names that ``settings(backend=...)`` accepts besides ``"auto"``; the registry of backends adds each.
+backend_names: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -74,21 +76,21 @@ def settings(
     precision: str | None = None,
     grad_filter: float | None = None,
 ) -> Iterator[Settings]:
-    """Set the memory budget, backend, precision or filter for a block of code; what is not given stays as it is.
+    """Set the memory budget, backend, precision or filter for a block of code; arguments that are not given keep their value.
 
-    Holds for this thread, and for the backward pass of what is computed in the block; other threads have settings of their own.
+    Holds for this thread and for the backward pass of what is computed in the block. Each thread has its own settings.
 
     Args:
         memory_budget: bytes that the tiles of one call may take (default 512 MiB).
-        backend: ``"auto"`` (of those that can serve the call the first, on a GPU the one that should be fastest) or the name
-            of a registered backend.
+        backend: ``"auto"`` (the first backend that can serve the call; on a GPU the one with the least predicted time) or
+            the name of a registered backend.
         precision: of the logits. ``"auto"`` keeps them in float32 where that is cheap (not in the ``torch`` backend on
             CPUs, whose bf16 GEMM rounds); ``"match"`` rounds them to the model's dtype, to match an inference engine;
             ``"float32"`` keeps them in float32 whatever it costs.
-        grad_filter: leaves a block of the logits' gradient out of the GEMMs of dX and dW where no entry reaches this size,
-            of the loss's gradient before any loss scale; a label's entry is never dropped. 0 (default) leaves out nothing.
-            The ``triton`` backend has it. With a frozen head nothing is left out: dX is made before the loss is known.
-            ``skipped_share()`` tells how much was left out.
+        grad_filter: blocks of the logits' gradient in which no entry reaches this size are left out of the GEMMs of dX and
+            dW. The size is that of the loss's gradient before any loss scale. Entries of labels are never dropped. 0 (default):
+            nothing is left out. Needs the ``triton`` backend. With a frozen head nothing is left out, since dX is made before
+            the loss is known. ``skipped_share()`` returns the share that was left out.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -100,10 +102,8 @@ def settings(
     """
     before = current_settings()
     new = before.updated(memory_budget=memory_budget, backend=backend, precision=precision, grad_filter=grad_filter)
-    if new.backend != "auto":
-        from ..backends.registry import get_backend
-
-        get_backend(new.backend)
+    if new.backend != "auto" and new.backend not in backend_names:
+        raise ValueError(f"backend must be 'auto' or one of {sorted(backend_names)}, got {new.backend!r}")
     _current.value = new
     try:
         yield new

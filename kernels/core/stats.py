@@ -1,4 +1,4 @@
-"""What the log-prob core knows about each token, and the options that a call carries."""
+"""Per-token results of the log-prob core, and the options of a call."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TokenStats(NamedTuple):
 
 @dataclass(frozen=True)
 class CoreOptions:
-    """What a backend needs to know besides the tensors."""
+    """The arguments of a backend that are not tensors."""
 
     outputs: frozenset[str] = frozenset()  # of OPTIONAL_OUTPUTS
     precision: str = "auto"
@@ -47,7 +47,7 @@ class CoreOptions:
 
     #: A block of the gradient in which no entry reaches this is left out of the GEMMs of dX and dW. 0: none.
     grad_filter: float = 0.0
-    #: A tile of ``score`` holds ``exp(z - k)`` without a soft-cap's slope: what a gradient of the entropy is made from.
+    #: A tile of ``score`` holds ``exp(z - k)`` without a soft-cap's slope: the gradient of the entropy is made from it.
     slopes_later: bool = False
 
     def without_outputs(self) -> CoreOptions:
@@ -57,13 +57,13 @@ class CoreOptions:
 
 @dataclass
 class RowStats:
-    """Results of one pass over the logits of N tokens, relative to the offset ``k`` of each (DESIGN: target-relative).
+    """Results of one pass over the logits of N tokens, relative to the offset ``k`` of each.
 
     ``sum_others = sum(exp(z_v - k) for v != label)`` and ``log_denom = log(sum_others + exp(z_label - k))``.
     """
 
     logps: Tensor  # (N,)
-    k: Tensor  # (N,) the target logit, or the row maximum where the model all but rules the target out
+    k: Tensor  # (N,) the target logit, or the row maximum where the target logit is far below it
     sum_others: Tensor  # (N,) R
     log_denom: Tensor  # (N,) log D
     target_offset: Tensor  # (N,) z_label - k, 0 unless k was raised

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..operators import native
 from .gemm import mm_accumulate
 
 _ELEMENTS = 1 << 19  # of [tokens, hidden] that are widened at a time
-_ROWS = 2048  # weight rows converted at a time, so that conversion needs no second full-size buffer
 
 
 class HeadGradient:
@@ -91,16 +89,3 @@ class HeadGradient:
         for t in (self.weight, self.bias):
             if t is not None:
                 t.zero_()
-
-
-def scaled_to_dtype(source: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
-    """``(source * factor).to(dtype)`` without a full-size temporary; ``in_place`` may overwrite ``source``."""
-    if source.dtype == dtype:
-        return source.mul_(factor) if in_place else source * factor
-    out = torch.empty(source.shape, dtype=dtype, device=source.device)
-    if native.serves(source.device) and source.is_contiguous():
-        torch.ops.logitless.scaled_convert(source, factor.to(source.dtype).reshape(1), out)
-        return out
-    for r in range(0, source.shape[0], _ROWS):
-        out[r : r + _ROWS].copy_(source[r : r + _ROWS] * factor)
-    return out

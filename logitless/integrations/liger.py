@@ -14,8 +14,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from logitless.fused.preference.base import FusedLinearLoss, PreferenceOutput, check_number
-from logitless.fused.preference.loss import Loss, LossResult, Pairs
+from logitless.fused.checks import check_number
+from logitless.fused.preference.base import FusedLinearPreferenceLoss, PreferenceOutput
+from logitless.fused.preference.loss import Pairs, PreferenceLoss, PreferenceLossResult
 from logitless.fused.preference.losses import dpo as dpo_family
 from logitless.fused.preference.modules import (
     FusedLinearCPOLoss,
@@ -39,11 +40,11 @@ _DPO_TYPES = (
 )
 
 
-def _with_nll(loss: Loss, alpha: float, mean: bool) -> Loss:
+def _with_nll(loss: PreferenceLoss, alpha: float, mean: bool) -> PreferenceLoss:
     """The loss on mean log-probabilities if asked for, plus ``alpha`` times the token-mean NLL of the chosen sequences."""
     alpha = check_number("alpha", alpha, 0.0)
 
-    def fn(pairs: Pairs) -> LossResult:
+    def fn(pairs: Pairs) -> PreferenceLossResult:
         nll = pairs.chosen_nll()
         if mean:
             lengths = pairs.lengths.clamp(min=1)
@@ -62,10 +63,12 @@ def _with_nll(loss: Loss, alpha: float, mean: bool) -> Loss:
 class _Preference(nn.Module):
     """Calls a loss on Liger's arguments and returns Liger's tuple."""
 
-    def __init__(self, loss: Loss, ignore_index: int, mean_logps: bool, nll: bool) -> None:
+    def __init__(self, loss: PreferenceLoss, ignore_index: int, mean_logps: bool, nll: bool) -> None:
         super().__init__()
         self.ignore_index, self.mean_logps, self.nll = ignore_index, mean_logps, nll
-        self.fused = FusedLinearLoss(loss.fn, margin=loss.margin, uses_nll=True, metrics=True, ignore_index=ignore_index)
+        self.fused = FusedLinearPreferenceLoss(
+            loss.fn, margin=loss.margin, uses_nll=True, metrics=True, ignore_index=ignore_index
+        )
 
     def forward(
         self,
@@ -201,7 +204,7 @@ class LigerFusedLinearORPOLoss(_Preference):
     ) -> None:
         base = FusedLinearORPOLoss(beta).loss
 
-        def fn(pairs: Pairs) -> LossResult:
+        def fn(pairs: Pairs) -> PreferenceLossResult:
             result = base(pairs)
             return result if compute_nll_loss else replace(result, losses=result.losses - result.metrics["nll_loss"])
 
@@ -253,7 +256,7 @@ class LigerFusedLinearKTOLoss(nn.Module):
         kl: Tensor | None = None,  # 0-dim
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         if preference_labels is None:
-            raise ValueError("preference_labels is needed: a bool tensor with one value a sequence")
+            raise ValueError("preference_labels is needed: a bool tensor with one value per sequence")
         given = ref_input is not None or ref_weight is not None or ref_bias is not None
         if given != self.use_ref_model:
             raise ValueError("ref_input and ref_weight must be given with use_ref_model=True, and only then")
@@ -270,7 +273,6 @@ class LigerFusedLinearKTOLoss(nn.Module):
             ref_weight=ref_weight,
             ref_bias=ref_bias,
         )
-        absent = torch.zeros_like(out.loss.detach())
-        means = [out.metrics.get(f"logits/{name}", absent) for name in ("chosen", "rejected")]
+        means = [out.metrics[f"logits/{name}"] for name in ("chosen", "rejected")]
         sums = (out.chosen_logps.sum(), out.rejected_logps.sum(), *means, out.chosen_rewards.sum(), out.rejected_rewards.sum())
         return out.loss, sums

@@ -40,7 +40,7 @@ _UTILS = "trl.trainer.utils"
 _FUNCTION = "_ChunkedLogProbFunction"
 _COMPACTS = "_use_triton"
 _GATHER = "maybe_gather_lm_head_ctx"
-#: Arguments of TRL's autograd function that the drop-in knows how to serve.
+#: Arguments of TRL's autograd function that the drop-in serves.
 _ARGUMENTS = (
     "hidden",
     "weight",
@@ -214,7 +214,7 @@ def _trainers_with_logits() -> list[tuple[type, Any]]:
     for module, name, nll_of_prompt in _WHOLE_LOGITS:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that it is experimental, which whoever uses it has been told
+                warnings.simplefilter("ignore")  # the trainer is experimental; its own import has already said so
                 trainer = getattr(importlib.import_module(module), name)
             original = getattr(trainer, _FORWARD)
         except (ImportError, AttributeError) as error:

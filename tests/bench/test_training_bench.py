@@ -37,7 +37,7 @@ from logitless.bench.training.report import reach, targets, write_figure
 from logitless.bench.training.steps import StepOutcome, StepRow, head_flops, run_steps
 from logitless.bench.training.suites import HEADLINE, SUITES
 from logitless.bench.training.workbench import Workbench
-from logitless.kernels.planner.gpu_constants import Gpu, constants
+from logitless.kernels.cost_model.gpu_constants import Gpu, constants
 
 pytest.importorskip("trl")
 pytest.importorskip("datasets")

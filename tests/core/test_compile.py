@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import logitless as ll
 
 from ..conftest import backends
-from ..helpers import Case, gradients, make_case
+from ..helpers import ENDS_THE_PROCESS, Case, gradients, make_case
 
 
 def per_token(x, w, y, bounds, head):
@@ -119,6 +119,7 @@ def test_fullgraph_gives_the_gradients_of_every_output(train, chosen):
 
 
 @pytest.mark.parametrize("bounds", [[1, 3, 7], [0, 3, 6], [0, 5, 3, 7]], ids=["start", "end", "falls"])
+@pytest.mark.cpu_only(ENDS_THE_PROCESS)
 def test_compiled_code_checks_cu_seqlens_when_it_runs(bounds):
     case = make_case(sequences=1, tokens=7, train="")
     torch._dynamo.reset()

@@ -64,7 +64,7 @@ LOSSES = {
         ll.FusedLinearKTOLoss(),
         {"ref_logps": torch.zeros(4), "desirable": torch.tensor([True, False, False, True]), "kl": 0.1},
     ),
-    "own": (ll.FusedLinearLoss(lambda pairs: (pairs.rejected_logps - pairs.chosen_logps).exp()), {}),
+    "own": (ll.FusedLinearPreferenceLoss(lambda pairs: (pairs.rejected_logps - pairs.chosen_logps).exp()), {}),
 }
 
 

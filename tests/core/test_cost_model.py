@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 import logitless as ll
 from logitless.kernels.backends import registry as backends
-from logitless.kernels.backends.registry import Call, choose_backend, rank_backends
-from logitless.kernels.planner.cost import Cost, Part, predict
-from logitless.kernels.planner.gpu_constants import constants, gpu_of, load_constants
+from logitless.kernels.backends.interface import Call
+from logitless.kernels.backends.registry import choose_backend, rank_backends
+from logitless.kernels.cost_model.costs import Cost, Part, describe
+from logitless.kernels.cost_model.gpu_constants import constants, gpu_of, load_constants
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "kernels" / "gpu_constants.json"
@@ -27,6 +28,11 @@ BACKENDS = ("cuda", "torch", "triton")
 WORKS = ("forward", "tile", "frozen", "recompute")
 N, H, V = 8192, 4096, 151_936
 H100 = constants()["sm_90"]
+
+
+def predict(name: str, asked: Call, gpu=None) -> Cost:
+    """What the backend of that name should take for a call."""
+    return backends.get_backend(name).predict(asked, gpu)
 
 
 def call(num_tokens: int = N, hidden_size: int = H, vocab_size: int = V, **changes) -> Call:
@@ -333,7 +339,7 @@ def test_a_measurement_may_replace_an_entry():
     entries["sm_90"] |= {"measured": True, "date": "2026-01-31", "torch_version": "2.11.0", "source": "copy of 4 GiB, ..."}
     gpu = load_constants(json.dumps(entries))["sm_90"]
     assert gpu.measured
-    assert "(measured)" in ll.kernels.planner.cost.describe("cuda", {"cuda": predict("cuda", call(), gpu)})
+    assert "(measured)" in describe("cuda", {"cuda": predict("cuda", call(), gpu)})
 
 
 @pytest.mark.parametrize(

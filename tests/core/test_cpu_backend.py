@@ -10,14 +10,14 @@ import torch
 
 import logitless as ll
 from logitless.fused.preference.losses.simple import simpo
-from logitless.kernels.operators import native
+from logitless.kernels.operators import loading
 from logitless.kernels.reference import reference_logps
 
 from ..helpers import relative_error
 from .test_cost import peak_bytes
 
-pytestmark = pytest.mark.skipif(bool(native.why_no_cpu_extension()), reason="; ".join(native.why_no_cpu_extension()))
-needs_gemm = pytest.mark.skipif(not native.has_bf16_gemm(), reason="oneDNN has no bfloat16 small GEMM here")
+pytestmark = pytest.mark.skipif(bool(loading.why_no_cpu_extension()), reason="; ".join(loading.why_no_cpu_extension()))
+needs_gemm = pytest.mark.skipif(not loading.has_bf16_gemm(), reason="oneDNN has no bfloat16 small GEMM here")
 HIDDEN, VOCAB, TOKENS = 1024, 65536, 96
 
 
@@ -152,8 +152,8 @@ def test_a_wrapped_loss_function_is_called_and_not_its_closed_form():
     loss = simpo(beta=2.0, gamma=0.5, label_smoothing=0.0, alpha=0.0)
     hundred = functools.wraps(loss.fn)(lambda pairs: 100 * loss.fn(pairs).losses)
     x, w, y = torch.randn(4, 5, 8, requires_grad=True), torch.randn(40, 8), torch.randint(40, (4, 5))
-    once = ll.FusedLinearLoss(loss.fn, margin="mean")(x, w, y).loss
-    assert torch.allclose(ll.FusedLinearLoss(hundred, margin="mean")(x, w, y).loss, 100 * once)
+    once = ll.FusedLinearPreferenceLoss(loss.fn, margin="mean")(x, w, y).loss
+    assert torch.allclose(ll.FusedLinearPreferenceLoss(hundred, margin="mean")(x, w, y).loss, 100 * once)
     assert torch.allclose(ll.FusedLinearSimPOLoss(2.0, 0.5)(x, w, y).loss, once)
 
 

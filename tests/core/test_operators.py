@@ -12,8 +12,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import logitless as ll
-from logitless.kernels.linear_logps import _ALL_ROWS, _SCORED_ROWS
-from logitless.kernels.operators import native
+from logitless.kernels.logps_operators import ALL_ROWS, SCORED_ROWS
+from logitless.kernels.operators import loading, schemas
 
 from ..conftest import backends
 from ..helpers import gradients, make_case, run_op
@@ -33,7 +33,7 @@ def labels() -> Tensor:
 
 
 def sums() -> Tensor:
-    return native.new_sums(N, torch.device("cpu"))
+    return schemas.new_sums(N, torch.device("cpu"))
 
 
 class Recorder(TorchDispatchMode):
@@ -68,7 +68,7 @@ UNIT = [a.name for a in torch.ops.logitless.logps_forward.default._schema.argume
 
 def forward() -> list[Arguments]:
     calls = by_linear_logps("logps_forward")
-    of_all_rows = [(*c[:UNIT], _ALL_ROWS, *c[UNIT + 1 :]) for c in calls if c[UNIT] == _SCORED_ROWS]  # as in compiled code
+    of_all_rows = [(*c[:UNIT], ALL_ROWS, *c[UNIT + 1 :]) for c in calls if c[UNIT] == SCORED_ROWS]  # as in compiled code
     return calls + of_all_rows
 
 
@@ -92,7 +92,7 @@ def pair_loss() -> list[Arguments]:
 
 
 def score_block() -> list[Arguments]:
-    packed, start, gradient = torch.zeros(native.packed_tokens_size(N, H)).bfloat16(), torch.randn(N), bf16(V * N)
+    packed, start, gradient = torch.zeros(schemas.packed_tokens_size(N, H)).bfloat16(), torch.randn(N), bf16(V * N)
     torch.ops.logitless.pack_tokens(bf16(N, H), packed)
     return [
         (packed, bf16(V, H), torch.randn(V), labels(), start, start.clone(), sums(), None, gradient, *NUMBERS, 0, 15, 0),
@@ -101,7 +101,7 @@ def score_block() -> list[Arguments]:
 
 
 def grad_weight() -> list[Arguments]:
-    x, scale, packed = bf16(N, H), torch.rand(N), torch.zeros(native.packed_rows_size(N, H)).bfloat16()
+    x, scale, packed = bf16(N, H), torch.rand(N), torch.zeros(schemas.packed_rows_size(N, H)).bfloat16()
     torch.ops.logitless.pack_rows(x, scale, packed)
     given = (x, scale, torch.rand(N), labels(), 0, V)
     return [
@@ -119,14 +119,15 @@ def finish_tile() -> list[Arguments]:
 CASES: dict[str, Callable[[], list[Arguments]]] = {
     "logps_forward": forward,
     "logps_backward": lambda: by_linear_logps("logps_backward"),
+    "segment_sum": lambda: [(torch.randn(N), torch.tensor([0, 1, 1, N]), "auto")],
     "indexed_dot": lambda: [(torch.randn(N, H), bf16(V, H), torch.randn(V), labels(), False, torch.zeros(N))],
     "tile_pass": tile_pass,
     "pair_loss": pair_loss,
     "scale_scatter": lambda: [(torch.randn(2, H), torch.tensor([3, 0]), torch.rand(2), torch.zeros(N, H))],
     "scaled_convert": lambda: [(torch.randn(N, H), torch.rand(1), bf16(N, H))],
     "finish_tile": finish_tile,
-    "pack_tokens": lambda: [(bf16(N, H), torch.zeros(native.packed_tokens_size(N, H)).bfloat16())],
-    "pack_rows": lambda: [(bf16(N, H), torch.rand(N), torch.zeros(native.packed_rows_size(N, H)).bfloat16())],
+    "pack_tokens": lambda: [(bf16(N, H), torch.zeros(schemas.packed_tokens_size(N, H)).bfloat16())],
+    "pack_rows": lambda: [(bf16(N, H), torch.rand(N), torch.zeros(schemas.packed_rows_size(N, H)).bfloat16())],
     "score_block": score_block,
     "grad_hidden": lambda: [(bf16(V * N), bf16(V, H), torch.randn(N, H))],
     "finish_rows": lambda: [(torch.randn(N, H), torch.rand(N), torch.rand(N), bf16(V, H), labels())],
@@ -143,9 +144,9 @@ GEMM = ("score_block", "grad_hidden", "grad_weight")
 def prepare(name: str) -> tuple[Any, list[Arguments], list[int]]:
     """An operator, what to call it with, and which of its arguments it writes into."""
     assert name in CASES, f"logitless::{name} is registered, but CASES has no arguments for it"
-    if name in native.SCHEMAS and native.why_no_cpu_extension():
-        pytest.skip("; ".join(native.why_no_cpu_extension()))
-    if name in GEMM and not native.has_bf16_gemm():
+    if name in schemas.SCHEMAS and loading.why_no_cpu_extension():
+        pytest.skip("; ".join(loading.why_no_cpu_extension()))
+    if name in GEMM and not loading.has_bf16_gemm():
         pytest.skip("oneDNN has no bfloat16 small GEMM here")
     torch.manual_seed(0)
     operator = getattr(torch.ops.logitless, name).default
@@ -166,7 +167,7 @@ def test_opcheck(name):
     operator, cases, _ = prepare(name)
     for arguments in cases:
         # as many rows as there are scored tokens: such a size has no static graph
-        sized_by_data = name == "logps_forward" and arguments[UNIT] == _SCORED_ROWS
+        sized_by_data = name == "logps_forward" and arguments[UNIT] == SCORED_ROWS
         torch.library.opcheck(operator, arguments, test_utils=DYNAMIC if sized_by_data else "ALL")
 
 
@@ -187,7 +188,7 @@ def test_compile_with_fullgraph(name):
         torch.testing.assert_close([given[i] for i in written], [again[i] for i in written], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", native.SCHEMAS)
+@pytest.mark.parametrize("name", schemas.SCHEMAS)
 def test_fakes_take_what_the_operators_take_and_nothing_of_two_devices(name):
     operator, cases, _ = prepare(name)
     for arguments in cases:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import logitless as ll
-from logitless.kernels.planner.plan import block_shape
+from logitless.kernels.core.blocking import block_shape
 
 SHAPE = {"num_tokens": 1000, "hidden_size": 64, "vocab_size": 10_000}
 MIB = 1 << 20

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from logitless.kernels.operators import native
+from logitless.kernels.operators import schemas
 
 from ..native.emulated import BF16, F16, F32, F64, TYPES, Emulated, build, make_tile
 from ..native.operators import (
@@ -34,7 +34,7 @@ from ..native.operators import (
 
 #: ``cpu`` runs the tests of this file on the emulator, to test the tests.
 DEVICE = os.environ.get("LOGITLESS_GPU_TEST_DEVICE", "cuda")
-LIBRARY = Path(native.__file__).parents[1] / "_cuda.so"
+LIBRARY = Path(schemas.__file__).parents[1] / "_cuda.so"
 
 pytestmark = [
     pytest.mark.gpu,
@@ -125,7 +125,7 @@ def test_indexed_dot(ops, x, weight, hidden):
         assert ((out.double() - expected).abs() <= limit).all()
 
 
-@pytest.mark.parametrize("kind", range(len(native.PAIR_LOSSES)))
+@pytest.mark.parametrize("kind", range(len(schemas.MARGIN_FUNCTIONS)))
 @pytest.mark.parametrize("mean", [False, True])
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_pair_loss(ops, kind, mean, dtype):

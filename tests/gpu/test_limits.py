@@ -17,9 +17,9 @@ from torch import Tensor
 
 import logitless as ll
 from logitless.kernels.backends.registry import get_backend
+from logitless.kernels.core.blocking import core_options
 from logitless.kernels.core.dtypes import tile_dtype
 from logitless.kernels.core.stats import CoreOptions, RowStats
-from logitless.kernels.planner.plan import core_options
 from logitless.kernels.tile.head_gradient import HeadGradient
 
 from ..helpers import Case, gradients, make_case, relative_error, run_op, run_reference
@@ -123,7 +123,7 @@ def large(request: pytest.FixtureRequest) -> Large:
 
 
 def test_a_loss_module_beyond_31_bits(large):
-    nll = ll.FusedLinearLoss(lambda batch: -batch.logps, group="sequence")
+    nll = ll.FusedLinearPreferenceLoss(lambda batch: -batch.logps, group="sequence")
     w = large.w.requires_grad_()
     try:
         with ll.settings(memory_budget=10 << 30):

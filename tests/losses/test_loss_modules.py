@@ -1,4 +1,4 @@
-"""The promises of DESIGN section 8, kept by the loss modules in every schedule."""
+"""The promises of the loss modules, in every schedule (``tests/README.md`` lists them)."""
 
 from __future__ import annotations
 
@@ -336,7 +336,7 @@ def test_an_impossible_token_does_not_spoil_the_others():
 
 def test_a_loss_function_with_parameters_of_its_own_is_refused():
     beta = torch.nn.Parameter(torch.tensor(0.5))
-    loss = ll.FusedLinearLoss(lambda pairs: beta * (pairs.rejected_logps - pairs.chosen_logps))
+    loss = ll.FusedLinearPreferenceLoss(lambda pairs: beta * (pairs.rejected_logps - pairs.chosen_logps))
     for train in ("", "hw"):
         case = make_case(train=train)
         with pytest.raises(ValueError, match=r"uses a tensor of shape \(\) that requires a gradient"):
@@ -345,7 +345,7 @@ def test_a_loss_function_with_parameters_of_its_own_is_refused():
 
 def test_a_margin_that_is_none_is_refused_where_it_would_matter():
     case = make_case(tokens=20)
-    wrong = ll.FusedLinearLoss(lambda pairs: pairs.chosen_logps - 2 * pairs.rejected_logps, margin="sum")
+    wrong = ll.FusedLinearPreferenceLoss(lambda pairs: pairs.chosen_logps - 2 * pairs.rejected_logps, margin="sum")
     with ll.settings(memory_budget=1), pytest.raises(ValueError, match="margin='sum' is declared"):
         wrong(case.hidden, case.weight, case.labels)
 
@@ -355,14 +355,14 @@ def test_a_margin_that_is_none_is_refused_where_it_would_matter():
     [
         (lambda pairs: 0.5, "losses of type float"),
         (lambda pairs: pairs.chosen_logps.mean(), r"losses of shape \(\)"),
-        (lambda pairs: ll.LossResult(pairs.chosen_logps, metrics={"m": 1.0}), r"metrics\['m'\] of type float"),
-        (lambda pairs: ll.LossResult(pairs.chosen_logps, chosen_rewards=pairs.logps), "chosen_rewards of shape"),
+        (lambda pairs: ll.PreferenceLossResult(pairs.chosen_logps, metrics={"m": 1.0}), r"metrics\['m'\] of type float"),
+        (lambda pairs: ll.PreferenceLossResult(pairs.chosen_logps, chosen_rewards=pairs.logps), "chosen_rewards of shape"),
     ],
 )
 def test_what_a_loss_function_returns_is_checked(result, words):
     case = make_case()
     with pytest.raises((TypeError, ValueError), match=words):
-        ll.FusedLinearLoss(result)(case.hidden, case.weight, case.labels)
+        ll.FusedLinearPreferenceLoss(result)(case.hidden, case.weight, case.labels)
 
 
 def test_weights_narrower_than_the_hidden_states_train():

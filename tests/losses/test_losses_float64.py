@@ -248,7 +248,7 @@ def kto(s: Seen, weights: tuple[float, float], z: float) -> Tensor:
 class Variant:
     """A module, the formula of its losses, and what it takes."""
 
-    module: ll.FusedLinearLoss
+    module: ll.FusedLinearPreferenceLoss
     formula: Callable[[Seen], Tensor]
     reference: bool = True
     kto: bool = False
@@ -292,7 +292,7 @@ def divergent(name: str, kind: str, of: Callable[[Tensor, Tensor], Tensor], **op
     return dpo(name, lambda s: of(divergence(s.rc, kind), divergence(s.rr, kind)), **arguments, **options)
 
 
-def simple(module: ll.FusedLinearLoss, formula: Callable[[Seen], Tensor]) -> Variant:
+def simple(module: ll.FusedLinearPreferenceLoss, formula: Callable[[Seen], Tensor]) -> Variant:
     return Variant(module, formula, reference=False)
 
 
@@ -409,7 +409,7 @@ def schedules(out: Any) -> list[str]:
     return [step.schedule for step in out.plan.steps]
 
 
-def kind_of(loss: ll.Loss) -> str:
+def kind_of(loss: ll.PreferenceLoss) -> str:
     return "margin" if loss.margin else loss.group
 
 
@@ -784,9 +784,9 @@ def test_sequences_without_an_objective_are_not_scored():
 # Your own loss
 
 
-def own_pair(pairs: ll.Pairs) -> ll.LossResult:
+def own_pair(pairs: ll.Pairs) -> ll.PreferenceLossResult:
     chosen, rejected = pairs.mean_logps.chunk(2)
-    return ll.LossResult(
+    return ll.PreferenceLossResult(
         torch.exp(rejected - 0.5 * chosen) + 0.1 * pairs.chosen_nll(),
         chosen,
         rejected,
@@ -820,16 +820,18 @@ def own_batch_formula(s: Seen) -> Tensor:
 
 OWN = {
     "pair": Variant(
-        ll.FusedLinearLoss(own_pair, uses_nll=True), lambda s: torch.exp(s.mr - 0.5 * s.mc) + 0.1 * s.nll, reference=False
+        ll.FusedLinearPreferenceLoss(own_pair, uses_nll=True),
+        lambda s: torch.exp(s.mr - 0.5 * s.mc) + 0.1 * s.nll,
+        reference=False,
     ),
     "margin": Variant(
-        ll.FusedLinearLoss(own_margin, margin="sum"), lambda s: torch.tanh(0.05 * (s.c - s.r)) ** 2, reference=False
+        ll.FusedLinearPreferenceLoss(own_margin, margin="sum"), lambda s: torch.tanh(0.05 * (s.c - s.r)) ** 2, reference=False
     ),
     "sequence": Variant(
-        ll.FusedLinearLoss(own_sequence, group="sequence", needs_reference=True, uses_nll=True),
+        ll.FusedLinearPreferenceLoss(own_sequence, group="sequence", needs_reference=True, uses_nll=True),
         lambda s: (s.logps / s.lengths - 0.1 * s.ref) ** 2 + 0.5 * whole_nll(s),
     ),
-    "batch": Variant(ll.FusedLinearLoss(own_batch, group="batch"), own_batch_formula, reference=False),
+    "batch": Variant(ll.FusedLinearPreferenceLoss(own_batch, group="batch"), own_batch_formula, reference=False),
 }
 
 
@@ -847,7 +849,7 @@ def test_your_own_loss_equals_its_formula_in_every_schedule(name, budget, logits
 @every_budget
 def test_metrics_of_your_own_loss_are_means_over_the_whole_batch(budget):
     case = make()
-    module = ll.FusedLinearLoss(own_pair, uses_nll=True, metrics=True)
+    module = ll.FusedLinearPreferenceLoss(own_pair, uses_nll=True, metrics=True)
     with ll.settings(memory_budget=BUDGETS[budget]):
         out = module(case.hidden, case.weight, case.labels, case.bias)
     counts = (case.labels != IGNORE).sum(-1)[:4].double()
@@ -858,14 +860,14 @@ def test_metrics_of_your_own_loss_are_means_over_the_whole_batch(budget):
 def test_a_margin_loss_may_also_report_an_nll_of_other_labels():
     """A pair larger than the budget waits for one scalar; tokens of the NLL alone must not wait with it."""
 
-    def fn(pairs: ll.Pairs) -> ll.LossResult:
+    def fn(pairs: ll.Pairs) -> ll.PreferenceLossResult:
         losses = F.softplus(0.3 * (pairs.rejected_logps - pairs.chosen_logps))
-        return ll.LossResult(losses, metrics={"nll": pairs.chosen_nll()})
+        return ll.PreferenceLossResult(losses, metrics={"nll": pairs.chosen_nll()})
 
     results = []
     for budget in BUDGETS.values():
         case = make()
-        module = ll.FusedLinearLoss(fn, margin="sum", uses_nll=True)
+        module = ll.FusedLinearPreferenceLoss(fn, margin="sum", uses_nll=True)
         with ll.settings(memory_budget=budget):
             out = module(case.hidden, case.weight, case.labels, case.bias, nll_labels=prompt_and_response(case.labels))
         results.append([out.loss, *gradients(out.loss, case)])
@@ -1029,13 +1031,13 @@ def test_a_bad_objective_is_an_error_that_names_it(objective, named):
 )
 def test_a_bad_declaration_of_your_own_loss_is_an_error_that_names_it(options, named):
     with pytest.raises((TypeError, ValueError), match=named):
-        ll.FusedLinearLoss(**options)
+        ll.FusedLinearPreferenceLoss(**options)
 
 
 def test_a_loss_of_the_wrong_shape_is_an_error():
     case = make()
     with pytest.raises(ValueError, match="one loss a pair"):
-        ll.FusedLinearLoss(lambda pairs: pairs.logps)(case.hidden, case.weight, case.labels)
+        ll.FusedLinearPreferenceLoss(lambda pairs: pairs.logps)(case.hidden, case.weight, case.labels)
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "simpo", "kto", "aot", "orpo", "wpo"])

@@ -301,7 +301,7 @@ def test_orpo_without_nll_is_a_loss_of_your_own_here(case):
     loss, _ = liger.LigerFusedLinearORPOLoss(compiled=False, compute_nll_loss=False)(
         case.weight, case.hidden, case.labels, case.bias
     )
-    out = ll.FusedLinearLoss(odds_ratio)(case.hidden, case.weight, case.labels, case.bias)
+    out = ll.FusedLinearPreferenceLoss(odds_ratio)(case.hidden, case.weight, case.labels, case.bias)
     assert_same(out.loss, loss, 1.0)
     assert_same_gradients(gradients(out.loss, case), gradients(loss, case), 10.0)
 

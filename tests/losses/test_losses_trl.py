@@ -198,7 +198,7 @@ def run_trl(trainer: Any, inputs: dict[str, Tensor]) -> Run:
 
 
 def run_ours(
-    model: nn.Module, loss: ll.FusedLinearLoss, ids: Tensor, attention: Tensor, labels: Tensor, **arguments: Any
+    model: nn.Module, loss: ll.FusedLinearPreferenceLoss, ids: Tensor, attention: Tensor, labels: Tensor, **arguments: Any
 ) -> Run:
     """The loss on the same model's last hidden states; ``labels`` and arguments are not shifted yet but for ``ref_hidden``."""
     model.zero_grad()
@@ -663,7 +663,7 @@ LOGITS = ("logits/chosen", "logits/rejected")
 def compare_cpo(
     trainer: Any,
     precision: str,
-    loss: ll.FusedLinearLoss,
+    loss: ll.FusedLinearPreferenceLoss,
     *,
     beta: float,
     which: list[int] | None = None,

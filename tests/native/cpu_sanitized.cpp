@@ -4,11 +4,10 @@
 #include <algorithm>
 #include <string>
 
-#include "../../csrc/cpu/pairs.h"
 #include "cpu_sanitized.h"
 #include "cpu_sanitized_scores.h"
 
-namespace logitless::sanitized {
+namespace logitless::cpu::sanitized {
 namespace {
 
 void grad_hidden(DType weight_type, int64_t rows, int64_t hidden, int64_t width, int64_t threads, uint64_t seed) {
@@ -17,8 +16,16 @@ void grad_hidden(DType weight_type, int64_t rows, int64_t hidden, int64_t width,
   const Array gradient = matrix(BF16, width, rows, rows, random), w = matrix(weight_type, width, hidden, stride, random);
   Array dhidden = matrix(F32, rows, hidden, hidden, random);
   const Array before = dhidden;
-  kernels().grad_hidden({gradient.bf16(), w.data(), stride, weight_type, dhidden.floats(), rows, hidden, width, threads},
-                        run_threads, small_gemm, release_gemm);
+  const GradHidden op{.gradient = gradient.bf16(),
+                      .weight = w.data(),
+                      .weight_stride = stride,
+                      .weight_dtype = weight_type,
+                      .dhidden = dhidden.floats(),
+                      .tokens = rows,
+                      .hidden = hidden,
+                      .width = width,
+                      .threads = threads};
+  kernels().grad_hidden(op, run_threads, small_gemm, release_gemm);
   const std::vector<double> gs = seen(gradient, BF16), ws = seen(w, BF16);
   for (int64_t t = 0; t < rows; ++t) {
     for (int64_t h = 0; h < hidden; ++h) {
@@ -42,7 +49,9 @@ void grad_weight(int64_t rows, int64_t hidden, int64_t width, bool accumulate, D
       values(F32, rows, [&](int64_t) { return random.normal(); });
   const Labels labels(rows, [&](int64_t) { return first - 2 + random.below(width + 4); });
   Array packed(BF16, packed_rows_size(rows, hidden));
-  kernels().pack_rows({x.bf16(), x_stride, scale.floats(), packed.bf16(), rows, hidden}, run_threads);
+  const Pack pack{
+      .x = x.bf16(), .x_stride = x_stride, .scale = scale.floats(), .out = packed.bf16(), .tokens = rows, .hidden = hidden};
+  kernels().pack_rows(pack, run_threads);
   const std::vector<double> xs = seen(x, BF16), gs = seen(gradient, BF16);
   std::vector<double> scaled;
   for (int64_t i = 0; i < rows * hidden; ++i) {
@@ -67,10 +76,10 @@ void grad_weight(int64_t rows, int64_t hidden, int64_t width, bool accumulate, D
   p.values = values.floats();
   p.labels = labels.data();
   p.dweight = with_weight ? dweight.data() : nullptr;
-  p.dweight_type = type;
+  p.dweight_dtype = type;
   p.accumulate = accumulate;
   p.dbias = with_bias ? dbias.floats() : nullptr;
-  p.rows = rows;
+  p.tokens = rows;
   p.hidden = hidden;
   p.width = width;
   p.first = first;
@@ -120,7 +129,7 @@ void gradients(bool few) {
 void row_kernels() {
   uint64_t seed = 0;
   for (DType type : kTypes) {
-    const DType acc = acc_of(type);
+    const DType acc = accumulate_type(type);
     for (DType weight_type : kTypes) {
       for (int64_t hidden : {1, 2, 7, 31, 64, 1024, 1025, 2500}) {
         Random random(++seed);
@@ -130,9 +139,21 @@ void row_kernels() {
         const Labels labels(rows, [&](int64_t t) { return t ? random.below(vocab) : vocab - 1; });
         const bool match = seed % 2, with_bias = seed % 3;
         Array out(acc, rows);
-        kernels().indexed_dot({x.data(), x_stride, type, w.data(), w_stride, weight_type, with_bias ? bias.data() : nullptr,
-                               labels.data(), out.data(), rows, hidden, match},
-                              run_threads);
+        const IndexedDot dot{.x = x.data(),
+                             .x_stride = x_stride,
+                             .x_dtype = type,
+                             .weight = w.data(),
+                             .weight_stride = w_stride,
+                             .weight_dtype = weight_type,
+                             .bias = with_bias ? bias.data() : nullptr,
+                             .bias_dtype = acc,
+                             .labels = labels.data(),
+                             .out = out.data(),
+                             .tokens = rows,
+                             .hidden = hidden,
+                             .vocab = vocab,
+                             .rounded = match};
+        kernels().indexed_dot(dot, run_threads);
         for (int64_t t = 0; t < rows; ++t) {
           long double want = with_bias ? bias[labels[t]] : 0, size = std::fabs(want);
           for (int64_t h = 0; h < hidden; ++h) {
@@ -149,9 +170,16 @@ void row_kernels() {
           Array values = matrix(F32, rows, hidden, hidden, random);
           const Array before = values, scale(F32, rows, [&](int64_t) { return random.normal(); }),
                       target(F32, rows, [&](int64_t) { return random.normal(); });
-          kernels().finish_rows(
-              {values.floats(), scale.floats(), target.floats(), w.data(), w_stride, weight_type, labels.data(), rows, hidden},
-              run_threads);
+          const FinishRows finish{.values = values.floats(),
+                                  .scale = scale.floats(),
+                                  .target = target.floats(),
+                                  .weight = w.data(),
+                                  .weight_stride = w_stride,
+                                  .weight_dtype = weight_type,
+                                  .labels = labels.data(),
+                                  .tokens = rows,
+                                  .hidden = hidden};
+          kernels().finish_rows(finish, run_threads);
           for (int64_t i = 0; i < rows * hidden; ++i) {
             const int64_t t = i / hidden;
             const double a = before[i] * scale[t], b = target[t] * stored(w[labels[t] * w_stride + i % hidden], BF16);
@@ -159,16 +187,29 @@ void row_kernels() {
           }
         }
         if (weight_type == F32) {
-          const Array values = matrix(acc, rows, hidden, hidden, random),
+          const int64_t v_stride = hidden + seed % 3, out_stride = hidden + seed % 2, out_rows = rows + 2;
+          const Array values = matrix(acc, rows, hidden, v_stride, random),
                       factor(acc, 5, [&](int64_t) { return random.normal(); });
           const Labels to(rows, [&](int64_t i) { return rows + 1 - i; });
-          Array scattered(type, (rows + 2) * hidden);
-          kernels().scale_scatter(
-              {values.data(), acc == F64, to.data(), factor.data(), match, scattered.data(), type, rows, hidden}, run_threads);
+          Array scattered(type, (out_rows - 1) * out_stride + hidden);
+          const ScaleScatter scatter{.values = values.data(),
+                                     .values_stride = v_stride,
+                                     .values_dtype = acc,
+                                     .rows = to.data(),
+                                     .factor = factor.data(),
+                                     .factor_stride = match ? 1 : 0,
+                                     .out = scattered.data(),
+                                     .out_stride = out_stride,
+                                     .out_dtype = type,
+                                     .tokens = rows,
+                                     .hidden = hidden,
+                                     .out_rows = out_rows};
+          kernels().scale_scatter(scatter, run_threads);
           for (int64_t i = 0; i < rows * hidden; ++i) {
-            const double by = factor[match ? i / hidden : 0];
-            const double want = acc == F64 ? values[i] * by : double(float(values[i]) * float(by));
-            expect_near("scattered", i, scattered[to[i / hidden] * hidden + i % hidden], stored(want, type), 0);
+            const int64_t row = i / hidden, column = i % hidden;
+            const double by = factor[match ? row : 0], value = values[row * v_stride + column];
+            const double want = acc == F64 ? value * by : double(float(value) * float(by));
+            expect_near("scattered", i, scattered[to[row] * out_stride + column], stored(want, type), 0);
           }
         }
       }
@@ -180,7 +221,13 @@ void row_kernels() {
       const Array source(acc, count, [&](int64_t i) { return i % 3 ? random.normal() : special[i / 3 % 14]; });
       const Array factor(acc, 1, [&](int64_t) { return seed % 2 ? 1 : 0.37; });
       Array out(type, count);
-      kernels().scaled_convert({source.data(), acc == F64, factor.data(), out.data(), type, count}, run_threads);
+      const ScaledConvert convert{.source = source.data(),
+                                  .source_dtype = acc,
+                                  .factor = factor.data(),
+                                  .out = out.data(),
+                                  .out_dtype = type,
+                                  .count = count};
+      kernels().scaled_convert(convert, run_threads);
       for (int64_t i = 0; i < count; ++i) {
         const double want = acc == F64 ? source[i] * factor[0] : double(float(source[i]) * float(factor[0]));
         expect_near("converted", i, out[i], stored(want, type), 0);
@@ -191,19 +238,28 @@ void row_kernels() {
 
 void finish_tile(DType type, int64_t rows, int64_t columns, int64_t width, bool with_factors, bool with_target, uint64_t seed) {
   Random random(seed);
-  const int64_t stride = columns + seed % 3, blocks = (columns + width - 1) / width;
-  const DType acc = acc_of(type);
+  const int64_t stride = columns + seed % 3, blocks = (columns + width - 1) / width, factors_stride = rows + seed % 2;
+  const DType acc = accumulate_type(type);
   Array tile = matrix(type, rows, columns, stride, random);
   const Array before = tile, at_target(acc, rows, [&](int64_t) { return random.normal(); });
-  const Array factors(acc, blocks * rows, [&](int64_t i) { return i % 2 ? 1 : random.normal(); });
+  const Array factors(acc, blocks * factors_stride, [&](int64_t i) { return i % 2 ? 1 : random.normal(); });
   const Labels labels(rows, [&](int64_t) { return random.below(columns); });
-  kernels().finish_tile({tile.data(), stride, type, with_factors ? factors.data() : nullptr, labels.data(),
-                         with_target ? at_target.data() : nullptr, rows, columns, width},
-                        run_threads);
+  const FinishTile op{.tile = tile.data(),
+                      .tile_stride = stride,
+                      .tile_dtype = type,
+                      .factors = with_factors ? factors.data() : nullptr,
+                      .factors_stride = factors_stride,
+                      .labels = labels.data(),
+                      .at_target = with_target ? at_target.data() : nullptr,
+                      .tokens = rows,
+                      .columns = columns,
+                      .width = width,
+                      .blocks = blocks};
+  kernels().finish_tile(op, run_threads);
   for (int64_t i = 0; i < tile.size(); ++i) {
     const int64_t row = i / stride, column = i % stride;
     const bool factor = with_factors && column < columns;
-    const double by = factor ? factors[column / width * rows + row] : 1;
+    const double by = factor ? factors[column / width * factors_stride + row] : 1;
     double want = acc == F64 ? before[i] * by : double(float(before[i]) * float(by));
     if (with_target && column == labels[row]) want = at_target[row];
     expect_near("finished tile", i, tile[i], stored(want, type), 0);
@@ -229,7 +285,7 @@ void pair_losses() {
   uint64_t seed = 0;
   for (DType type : {F32, F64}) {
     for (int64_t pairs : {0, 1, 9}) {
-      for (int kind = 0; kind < kPairLossKinds; ++kind) {
+      for (int kind = 0; kind < kMarginFunctions; ++kind) {
         for (bool mean : {false, true}) {
           Random random(++seed);
           std::vector<int64_t> ends = {0};
@@ -241,19 +297,20 @@ void pair_losses() {
           const Array logps(type, tokens, [&](int64_t t) { return weighted && t % 8 == 0 ? NAN : random.normal(); });
           const Array ref(F64, 2 * pairs, [&](int64_t) { return random.normal(); });
           Array losses(F64, pairs), sequences(F64, 2 * pairs), coefficients(type, tokens);
-          pair_loss({logps.data(),
-                     type == F64,
-                     weighted ? weights.doubles() : nullptr,
-                     offsets.data(),
-                     referenced ? ref.doubles() : nullptr,
-                     {kind, 0.3, 0.1, 0.2},
-                     mean,
-                     1.5,
-                     losses.doubles(),
-                     sequences.doubles(),
-                     coefficients.data(),
-                     pairs},
-                    run_threads);
+          const PairLoss op{.logps = logps.data(),
+                            .logps_dtype = type,
+                            .weights = weighted ? weights.data() : nullptr,
+                            .weights_dtype = F64,
+                            .offsets = offsets.data(),
+                            .ref_logps = referenced ? ref.doubles() : nullptr,
+                            .loss = {.kind = kind, .beta = 0.3, .gamma = 0.1, .label_smoothing = 0.2},
+                            .mean = mean,
+                            .scale = 1.5,
+                            .losses = losses.doubles(),
+                            .sequence_logps = sequences.doubles(),
+                            .coefficients = coefficients.data(),
+                            .pairs = pairs};
+          pair_loss(op, run_threads);
           for (int64_t j = 0; j < pairs; ++j) {
             double delta = 0;
             for (int64_t side = 2 * j; side < 2 * j + 2; ++side) {
@@ -285,19 +342,18 @@ void pair_losses() {
 }
 
 }  // namespace
-}  // namespace logitless::sanitized
+}  // namespace logitless::cpu::sanitized
 
 #ifdef LOGITLESS_GENERIC_ONLY  // instead of csrc/cpu/dispatch.cpp
-namespace logitless {
-extern const Kernels kernels_generic;
-const Kernels& kernels() { return kernels_generic; }
-}  // namespace logitless
+namespace logitless::cpu {
+const Kernels& kernels() { return generic::table; }
+}  // namespace logitless::cpu
 #endif
 
 int main(int argc, char** argv) {
-  using namespace logitless::sanitized;
+  using namespace logitless::cpu::sanitized;
   const std::string argument = argc > 1 ? argv[1] : "";
-  if (argument == "name") return std::puts(logitless::kernels().name) < 0;
+  if (argument == "name") return std::puts(logitless::cpu::kernels().name) < 0;
   const bool few = argument == "few";
   tile_passes(few);
   score_blocks(few);
@@ -306,6 +362,6 @@ int main(int argc, char** argv) {
   row_kernels();
   finish_tiles();
   pair_losses();
-  std::printf("%s: %d comparisons, %d failures\n", logitless::kernels().name, comparisons.load(), failures.load());
+  std::printf("%s: %d comparisons, %d failures\n", logitless::cpu::kernels().name, comparisons.load(), failures.load());
   return failures != 0;
 }

@@ -12,11 +12,15 @@
 #include <thread>
 #include <vector>
 
-#include "logitless/cpu/types.h"
+#include "logitless/cpu/kernels.h"
+#include "logitless/cpu/ops.h"
+#include "logitless/cpu/platform.h"
+#include "logitless/dtype.h"
+#include "logitless/ops.h"
 
-namespace logitless::sanitized {
+namespace logitless::cpu::sanitized {
 
-constexpr DType F32 = DType::Float32, F64 = DType::Float64, BF16 = DType::BFloat16, F16 = DType::Float16;
+constexpr DType F32 = DType::kFloat32, F64 = DType::kFloat64, BF16 = DType::kBFloat16, F16 = DType::kFloat16;
 
 // 16-bit formats, decoded and rounded by arithmetic: nothing shared with the kernels' bit tricks.
 struct Format {
@@ -46,20 +50,19 @@ inline uint16_t encode(double x, Format f) {
 
 // x as an element of that type holds it; from float64 by way of float32, as PyTorch converts.
 inline double stored(double x, DType type) {
-  if (type == DType::Float64) return x;
+  if (type == DType::kFloat64) return x;
   const double narrow = float(x);
-  if (type == DType::Float32) return narrow;
-  const Format f = type == DType::BFloat16 ? kBF16 : kFP16;
+  if (type == DType::kFloat32) return narrow;
+  const Format f = type == DType::kBFloat16 ? kBF16 : kFP16;
   return decode(encode(narrow, f), f);
 }
 
 // Half a step in the last place of values of that type, relative; and the smallest step.
 inline double unit(DType t) {
-  return t == DType::Float64 ? 0x1p-53 : t == DType::Float32 ? 0x1p-24 : t == DType::BFloat16 ? 0x1p-8 : 0x1p-11;
+  return t == DType::kFloat64 ? 0x1p-53 : t == DType::kFloat32 ? 0x1p-24 : t == DType::kBFloat16 ? 0x1p-8 : 0x1p-11;
 }
-inline double smallest(DType t) { return t == DType::Float64 ? 1e-307 : t == DType::Float16 ? 0x1p-24 : 2e-38; }
-inline double largest(DType t) { return t == DType::Float64 ? 1.7e308 : t == DType::Float16 ? 65504 : 3.38e38; }
-inline DType acc_of(DType t) { return t == DType::Float64 ? DType::Float64 : DType::Float32; }
+inline double smallest(DType t) { return t == DType::kFloat64 ? 1e-307 : t == DType::kFloat16 ? 0x1p-24 : 2e-38; }
+inline double largest(DType t) { return t == DType::kFloat64 ? 1.7e308 : t == DType::kFloat16 ? 65504 : 3.38e38; }
 
 // On the heap, in exactly the bytes that it needs; null where empty, as in a tensor. Starts as a pattern that is NaN.
 class Array {
@@ -79,21 +82,21 @@ class Array {
   DType type() const { return type_; }
   int64_t size() const { return count_; }
   void* data() const { return bytes_.get(); }
-  float* floats() const { return at_type<float>(DType::Float32); }
-  double* doubles() const { return at_type<double>(DType::Float64); }
-  uint16_t* bf16() const { return at_type<uint16_t>(DType::BFloat16); }
+  float* floats() const { return at_type<float>(DType::kFloat32); }
+  double* doubles() const { return at_type<double>(DType::kFloat64); }
+  uint16_t* bf16() const { return at_type<uint16_t>(DType::kBFloat16); }
 
   double operator[](int64_t i) const {
     const unsigned char* at = bytes_.get() + i * size_of(type_);
-    if (type_ == DType::Float64) return read<double>(at);
-    if (type_ == DType::Float32) return read<float>(at);
-    return decode(read<uint16_t>(at), type_ == DType::BFloat16 ? kBF16 : kFP16);
+    if (type_ == DType::kFloat64) return read<double>(at);
+    if (type_ == DType::kFloat32) return read<float>(at);
+    return decode(read<uint16_t>(at), type_ == DType::kBFloat16 ? kBF16 : kFP16);
   }
   void set(int64_t i, double x) {
     unsigned char* at = bytes_.get() + i * size_of(type_);
-    if (type_ == DType::Float64) return write(at, x);
-    if (type_ == DType::Float32) return write(at, float(x));
-    write(at, encode(float(x), type_ == DType::BFloat16 ? kBF16 : kFP16));
+    if (type_ == DType::kFloat64) return write(at, x);
+    if (type_ == DType::kFloat32) return write(at, float(x));
+    write(at, encode(float(x), type_ == DType::kBFloat16 ? kBF16 : kFP16));
   }
   bool same_bits(const Array& other) const {
     return count_ == other.count_ && (!count_ || !std::memcmp(data(), other.data(), size_t(count_ * size_of(type_))));
@@ -239,4 +242,4 @@ inline void run_threads(int64_t count, Task fn, void* context) {
   for (std::thread& thread : threads) thread.join();
 }
 
-}  // namespace logitless::sanitized
+}  // namespace logitless::cpu::sanitized

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from logitless.kernels.operators.native import SCHEMAS
+from logitless.kernels.operators.schemas import SCHEMAS
 
 from .operators import Tile, accumulate, new_sums
 
@@ -42,7 +42,7 @@ def build(library: Path) -> None:
     command = [COMPILER, "-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
     command += ["-ffp-contract=off", *(SANITIZERS if SANITIZED else [])]
     command += ["-DLOGITLESS_CUDA_EMULATOR"]
-    command += [f"-I{ROOT / folder}" for folder in ("", "csrc/include", "csrc/cuda", "tests/native")]
+    command += [f"-I{ROOT / folder}" for folder in ("", "csrc/include", "tests/native")]
     command += ["-isystem", str(torch_root / "include"), str(ROOT / "tests/native/cuda_emulator.cpp"), "-o", str(library)]
     command += [f"-L{torch_root / 'lib'}", "-ltorch_cpu"]
     # the compiler need not run under the sanitizer

@@ -1,4 +1,4 @@
-"""What the operators of ``kernels/operators/native.py`` mean, in float64, and how far a kernel may be from it."""
+"""What the operators of ``kernels/operators/schemas.py`` mean, in float64, and how far a kernel may be from it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from logitless.kernels.operators.native import SUMS
+from logitless.kernels.operators.schemas import SUMS
 
 OUTPUT_BITS = {"ez": 1, "z": 2, "top": 4, "ee": 8}
 EVERYTHING = sum(OUTPUT_BITS.values())

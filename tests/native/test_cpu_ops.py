@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitless.kernels.core.head_spec import HeadSpec
-from logitless.kernels.operators import native
+from logitless.kernels.operators import loading, schemas
 
 from .operators import finished_tile, some_factors
 
-if native.why_no_cpu_extension():
-    pytest.skip("; ".join(native.why_no_cpu_extension()), allow_module_level=True)
+if loading.why_no_cpu_extension():
+    pytest.skip("; ".join(loading.why_no_cpu_extension()), allow_module_level=True)
 
 ops = torch.ops.logitless
 FLOOR = -1000.0
@@ -76,7 +76,7 @@ class Reference:
 def assert_sums(sums, k_before, k_after, reference_of, acc, slack=1.0):
     """Sums against the reference relative to the k that came out."""
     ref = reference_of(k_after)
-    for row, name in enumerate(native.SUMS):
+    for row, name in enumerate(schemas.SUMS):
         size = ref.sizes()[name].abs()
         if name in ("target", "before", "after"):
             size = ref.z.abs().nan_to_num(0, 0, 0).amax(1)
@@ -118,7 +118,7 @@ def test_tile_pass(dtype, head, n, w, seed, peak, bias):
         b[first + 1] = -torch.inf
     raw = source.double() + (b[first:].double() if bias else 0)
     for destination in (None, torch.empty_like(source), source.clone()):
-        sums, raised = native.new_sums(n, source.device), k.clone()
+        sums, raised = schemas.new_sums(n, source.device), k.clone()
         into = source.clone() if destination is not None and destination.shape == source.shape else source
         out = into if destination is not None else None  # in place
         ops.tile_pass(into, out, b, labels, raised, sums, None, None, *numbers(head), first, 15, 0)
@@ -142,7 +142,7 @@ def test_tile_pass_carries_sums_over_blocks_and_raises_k_late():
     raw[4, 100] += 60
     labels = torch.tensor([0, 1999, 2000, 3500, 3999, 100])
     k = raw[torch.arange(6), labels].float()
-    sums, raised = native.new_sums(6, raw.device), k.clone()
+    sums, raised = schemas.new_sums(6, raw.device), k.clone()
     for first in range(0, 4000, 1300):
         part = raw[:, first : first + 1300].float()
         ops.tile_pass(part, None, None, labels, raised, sums, None, None, 1.0, 0.0, 1.0, first, 15, 0)
@@ -158,7 +158,7 @@ def test_tile_pass_gives_the_same_bits_whatever_else_is_asked_for(dtype, peak, w
     source, labels, k = make(6, width, dtype, 4, peak)
     results = []
     for outputs, out in ((0, None), (15, None), (0, torch.empty_like(source)), (15, source)):
-        sums, raised = native.new_sums(6, source.device), k.clone()
+        sums, raised = schemas.new_sums(6, source.device), k.clone()
         ops.tile_pass(source, out, None, labels, raised, sums, None, None, 1.0, 0.0, 1.0, 3, outputs, 0)
         results.append((sums[0], raised))
     for sums, raised in results[1:]:
@@ -169,7 +169,7 @@ def test_tile_pass_gives_the_same_bits_whatever_else_is_asked_for(dtype, peak, w
 def test_tile_pass_rounds_logits_on_request(rounding, dtype):
     source, labels, k = make(4, 300, torch.float32, 0)
     bias = torch.randn(303)
-    sums, out = native.new_sums(4, source.device), torch.empty(4, 300)
+    sums, out = schemas.new_sums(4, source.device), torch.empty(4, 300)
     ops.tile_pass(source, out, bias, labels, k, sums, None, None, 1.0, 0.0, 1.0, 3, 15, rounding)
     raw = (source + bias[3:]).to(dtype).double()
     assert_sums(sums, k, k, lambda kk: Reference(raw, labels, HeadSpec(), kk, 3), torch.float32)
@@ -198,9 +198,9 @@ def test_tile_pass_leaves_out_the_slope_on_request(outputs, destination):
     labels[:2] = 700
     want, got = torch.empty(5, 1500), torch.empty(5, 1500, dtype=destination)
     plain = HeadSpec(softcap=HEADS[2].softcap)
-    ops.tile_pass(source, got, None, labels, k, native.new_sums(5, k.device), None, None, *numbers(plain), 3, outputs, 0)
+    ops.tile_pass(source, got, None, labels, k, schemas.new_sums(5, k.device), None, None, *numbers(plain), 3, outputs, 0)
     capped = plain.apply(source)
-    ops.tile_pass(capped, want, None, labels, k.clone(), native.new_sums(5, k.device), None, None, 1.0, 0.0, 1.0, 3, 0, 0)
+    ops.tile_pass(capped, want, None, labels, k.clone(), schemas.new_sums(5, k.device), None, None, 1.0, 0.0, 1.0, 3, 0, 0)
     torch.testing.assert_close(got.float(), want, rtol=1e-5 + torch.finfo(destination).eps, atol=1e-6)
 
 
@@ -208,7 +208,7 @@ def test_tile_pass_writes_16_bit_rows_where_32_bit_rows_start():
     source, labels, k = make(7, 2048, torch.float32, 2, gap=0)
     k -= 1
     want = torch.empty(7, 2048, dtype=torch.bfloat16)
-    sums = native.new_sums(7, source.device)
+    sums = schemas.new_sums(7, source.device)
     ops.tile_pass(source.clone(), want, None, labels, k.clone(), sums, None, None, 1.0, 0.0, 1.0, 3, 0, 0)
     source = source.contiguous()
     in_place = source.view(torch.bfloat16)[:, :2048]
@@ -220,12 +220,12 @@ def test_a_row_with_nan_or_infinite_logits_ends():
     source = torch.randn(3, 5000)
     source[0, 7] = torch.nan
     source[1, 4999] = torch.inf
-    labels, k, sums = torch.tensor([1, 2, 3]), torch.zeros(3), native.new_sums(3, source.device)
+    labels, k, sums = torch.tensor([1, 2, 3]), torch.zeros(3), schemas.new_sums(3, source.device)
     ops.tile_pass(source, source, None, labels, k, sums, None, None, 1.0, 0.0, 1.0, 0, 15, 0)
     assert sums[0, :2].isnan().all() and sums[0, 2].isfinite()
 
 
-needs_gemm = pytest.mark.skipif(not native.has_bf16_gemm(), reason="oneDNN has no bfloat16 small GEMM here")
+needs_gemm = pytest.mark.skipif(not loading.has_bf16_gemm(), reason="oneDNN has no bfloat16 small GEMM here")
 
 
 @needs_gemm
@@ -252,13 +252,13 @@ def test_score_block(weight_dtype, n, vocab, hidden, seed, head, gap, outputs, b
     labels = torch.randint(vocab, (n,), generator=g)
     raw = x.double() @ w.bfloat16().double().T + (b.double() if bias else 0)
     k = head.apply(raw)[torch.arange(n), labels].float()
-    packed = torch.empty(native.packed_tokens_size(n, hidden), dtype=torch.bfloat16)
+    packed = torch.empty(schemas.packed_tokens_size(n, hidden), dtype=torch.bfloat16)
     ops.pack_tokens(x, packed)
     gradient = torch.empty(vocab * n, dtype=torch.bfloat16)
-    sums, raised = native.new_sums(n, x.device), k.clone()
+    sums, raised = schemas.new_sums(n, x.device), k.clone()
     ops.score_block(packed, w, b, labels, k, raised, sums, None, gradient, *numbers(head), 0, outputs, 0)
     if not outputs:
-        full = native.new_sums(n, x.device)
+        full = schemas.new_sums(n, x.device)
         ops.score_block(packed, w, b, labels, k, k.clone(), full, None, None, *numbers(head), 0, 15, 0)
         torch.testing.assert_close(sums[0], full[0], rtol=0, atol=0) if not bool((raised != k).any()) else None
         sums[1:] = full[1:]
@@ -273,9 +273,9 @@ def test_score_block(weight_dtype, n, vocab, hidden, seed, head, gap, outputs, b
     assert ok.all(), (got[~ok], want[~ok], raised - k)
 
     # the same sums, to the bit, from the vocabulary in blocks
-    again, k_again = native.new_sums(n, x.device), k.clone()
-    for v in range(0, vocab, 2 * native.SPAN):
-        here = w[v : v + 2 * native.SPAN]
+    again, k_again = schemas.new_sums(n, x.device), k.clone()
+    for v in range(0, vocab, 2 * schemas.SPAN):
+        here = w[v : v + 2 * schemas.SPAN]
         ops.score_block(packed, here, b, labels, k, k_again, again, None, None, *numbers(head), v, outputs, 0)
     assert torch.equal(again[0], sums[0]) and torch.equal(k_again, raised)
 
@@ -288,7 +288,7 @@ def test_score_block(weight_dtype, n, vocab, hidden, seed, head, gap, outputs, b
     assert ((dhidden - before - exact).abs() <= eps32 * size + 1e-30).all()
 
     scale, values = torch.randn(n, generator=g), torch.randn(n, generator=g)
-    rows = torch.empty(native.packed_rows_size(n, hidden), dtype=torch.bfloat16)
+    rows = torch.empty(schemas.packed_rows_size(n, hidden), dtype=torch.bfloat16)
     ops.pack_rows(x, scale, rows)
     scaled = (x.float() * scale[:, None]).bfloat16().double()
     exact = (got.T @ scaled).index_add_(0, labels, x.double() * values.double()[:, None])
@@ -310,14 +310,14 @@ def test_score_block(weight_dtype, n, vocab, hidden, seed, head, gap, outputs, b
 def test_score_block_is_the_same_for_any_number_of_threads():
     x, w = torch.randn(70, 64).bfloat16(), torch.randn(3000, 64).bfloat16()
     labels = torch.randint(3000, (70,))
-    packed = torch.empty(native.packed_tokens_size(70, 64), dtype=torch.bfloat16)
+    packed = torch.empty(schemas.packed_tokens_size(70, 64), dtype=torch.bfloat16)
     ops.pack_tokens(x, packed)
     results = []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            sums, gradient = native.new_sums(70, x.device), torch.empty(3000 * 70, dtype=torch.bfloat16)
+            sums, gradient = schemas.new_sums(70, x.device), torch.empty(3000 * 70, dtype=torch.bfloat16)
             dhidden, k = torch.zeros(70, 64), torch.zeros(70)
             ops.score_block(packed, w, None, labels, torch.zeros(70), k, sums, None, gradient, 1.0, 0.0, 1.0, 0, 15, 0)
             ops.grad_hidden(gradient, w, dhidden)
@@ -397,7 +397,7 @@ def test_special_values_survive_conversion():
 
 def test_bad_arguments_are_named():
     x, labels, k = torch.randn(2, 8), torch.zeros(2, dtype=torch.long), torch.zeros(2)
-    sums = native.new_sums(2, x.device)
+    sums = schemas.new_sums(2, x.device)
 
     def call(**changes):
         given = {"source": x, "destination": None, "bias": None, "labels": labels, "k": k, "sums": sums, "mix": None}
@@ -437,10 +437,10 @@ ISAS = ("avx512_bf16", "avx512", "avx2", "generic")
 
 
 @pytest.mark.skipif("LOGITLESS_CPU_ISA" in os.environ, reason="this is the run on one instruction set")
-@pytest.mark.parametrize("isa", [i for i in ISAS if i != native.cpu_instruction_set()])
+@pytest.mark.parametrize("isa", [i for i in ISAS if i != loading.cpu_instruction_set()])
 def test_other_instruction_sets(isa):
     env = os.environ | {"LOGITLESS_CPU_ISA": isa}
-    code = "from logitless.kernels import native; print(native.why_no_cpu_extension() or native.cpu_instruction_set())"
+    code = "from logitless.kernels.operators.loading import *; print(why_no_cpu_extension() or cpu_instruction_set())"
     name = subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True).stdout.strip()
     if name != isa:
         pytest.skip(f"this machine has no {isa}")

@@ -13,7 +13,6 @@ import torch
 import logitless as ll
 from logitless.kernels.backends import registry as backends
 from logitless.kernels.backends.native import passes as native_scan
-from logitless.kernels.operators import native
 
 from ..helpers import gradients, make_case, relative_error, run_op, run_reference
 from .emulated import BF16, F16, F32, F64, TYPES
@@ -45,7 +44,6 @@ def on_emulator(emulated, monkeypatch) -> Operators:
     operators = Operators(torch.ops.logitless, emulated.ops)
     monkeypatch.setattr(torch.ops, "logitless", operators)
     monkeypatch.setattr(native_scan, "_ops", operators)
-    monkeypatch.setattr(native, "serves", lambda device: True)
     here = replace(backends.get_backend("cuda"), why_unavailable=list, why_not=lambda call: [])
     monkeypatch.setitem(backends._registry, "cuda", here)
     with ll.settings(backend="cuda"):

@@ -1,4 +1,4 @@
-"""The smaller CUDA operators on the emulator, what the bindings refuse, and all emulated tests under sanitizers."""
+"""The smaller CUDA operators on the emulator, and all emulated tests under sanitizers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from .emulated import BF16, COMPILER, F16, F32, F64, ROOT, SANITIZED, TYPES, beside_is_untouched, make_tile, matrix
+from .emulated import BF16, COMPILER, F16, F32, F64, ROOT, SANITIZED, TYPES, beside_is_untouched, matrix
 from .operators import (
     EPSILON,
-    EVERYTHING,
     PairCase,
     Tile,
     accumulate,
@@ -206,112 +205,12 @@ def test_finish_tile_of_a_label_out_of_range_writes_nothing_foreign(ops):
     assert beside_is_untouched(tile)
 
 
-def call(ops, **changes):
-    tile = make_tile(4, 20, outputs=EVERYTHING)
-    for name, value in changes.items():
-        setattr(tile, name, value)
-    tile.run(ops)
-
-
-BAD_TILES = {
-    "source must have 2 dimension": {"source": torch.zeros(4)},
-    "source must be float32, bfloat16": {"source": torch.zeros(4, 20, dtype=torch.int32)},
-    "source must have stride 1": {"source": torch.zeros(20, 4).t()},
-    "destination must have size 20 in dimension 1": {"destination": torch.zeros(4, 21)},
-    "destination must be float32, bfloat16": {"destination": torch.zeros(4, 20, dtype=torch.int64)},
-    "destination must have rows that do not overlap": {"destination": torch.zeros(20).expand(4, 20)},
-    "destination or sums must be given": {"destination": None, "sums": None},
-    "bias must have an entry for each of the columns 3 to 23, got 22": {"bias": torch.zeros(22), "first": 3},
-    "labels must be int64, got int32": {"labels": torch.zeros(4, dtype=torch.int32)},
-    "labels must have size 4": {"labels": torch.zeros(5, dtype=torch.long)},
-    "k must be float32, got float64": {"k": torch.zeros(4, dtype=F64)},
-    "sums must have size 7": {"sums": torch.zeros(6, 4, dtype=F64)},
-    "sums must be float64, got float32": {"sums": torch.zeros(7, 4)},
-    "mix must not be given with sums": {"mix": torch.zeros(2, 4)},
-    "mix must have size 2": {"mix": torch.zeros(3, 4), "sums": None},
-    "at_target must be float32": {"at_target": torch.zeros(4, dtype=F64)},
-    "logit_scale must be finite": {"logit_scale": math.nan},
-    "softcap must be finite and >= 0, got -1": {"softcap": -1.0},
-    "temperature must be finite and > 0, got 0": {"temperature": 0.0},
-    "first must be >= 0": {"first": -1},
-    "outputs must be a sum": {"outputs": 32},
-    "rounding must be 0, 1 or 2, got 3": {"rounding": 3},
-}
-
-
-@pytest.mark.parametrize("message", BAD_TILES)
-def test_a_bad_argument_is_named(ops, message):
-    with pytest.raises(RuntimeError, match=message):
-        call(ops, **BAD_TILES[message])
-
-
-def test_bad_arguments_of_the_other_operators_are_named(ops):
-    labels, out = torch.zeros(2, dtype=torch.long), torch.zeros(2)
-    x, w = torch.zeros(2, 8), torch.zeros(5, 8)
-    with pytest.raises(RuntimeError, match="weight must have size 8"):
-        ops.indexed_dot(x, torch.zeros(5, 9), None, labels, False, out)
-    with pytest.raises(RuntimeError, match="out must be float32, got bfloat16"):
-        ops.indexed_dot(x, w, None, labels, False, out.bfloat16())
-    with pytest.raises(RuntimeError, match="bias must have size 5"):
-        ops.indexed_dot(x, w, torch.zeros(4), labels, False, out)
-    one, two = torch.zeros(1, dtype=F64), torch.zeros(2, dtype=F64)
-    offsets = torch.tensor([0, 1, 2])
-    with pytest.raises(RuntimeError, match="kind must be 0, 1 or 2, got 3"):
-        ops.pair_loss(out, None, offsets, None, 3, False, 1, 0, 0, 1, one, two, None)
-    with pytest.raises(RuntimeError, match="offsets must have size 3"):
-        ops.pair_loss(out, None, offsets[:2], None, 0, False, 1, 0, 0, 1, one, two, None)
-    with pytest.raises(RuntimeError, match="logps must be float32 or float64, got float16"):
-        ops.pair_loss(out.half(), None, offsets, None, 0, False, 1, 0, 0, 1, one, two, None)
-    with pytest.raises(RuntimeError, match="factor must have size 2"):
-        ops.scale_scatter(x, labels, torch.zeros(3), w)
-    with pytest.raises(RuntimeError, match="values must be float32 or float64"):
-        ops.scale_scatter(x.half(), labels, torch.zeros(1), w)
-    with pytest.raises(RuntimeError, match="source must be contiguous"):
-        ops.scaled_convert(torch.zeros(8, 2).t(), torch.zeros(1), x)
-    with pytest.raises(RuntimeError, match="out must have size 2 in dimension 0"):
-        ops.scaled_convert(x, torch.zeros(1), w)
-    with pytest.raises(RuntimeError, match="factors must have size 3 in dimension 0, got 2"):
-        ops.finish_tile(x, torch.ones(2, 2), labels, None, 3)
-    with pytest.raises(RuntimeError, match="factors must be float32, got bfloat16"):
-        ops.finish_tile(x, torch.ones(1, 2, dtype=BF16), labels, None, 8)
-    with pytest.raises(RuntimeError, match="at_target must be float64, got float32"):
-        ops.finish_tile(x.double(), None, labels, out, 8)
-    with pytest.raises(RuntimeError, match="width must be > 0, got 0"):
-        ops.finish_tile(x, None, labels, out, 0)
-    with pytest.raises(RuntimeError, match="tile must have rows that do not overlap"):
-        ops.finish_tile(torch.zeros(8).expand(2, 8), None, labels, out, 8)
-    with pytest.raises(RuntimeError, match="tile must be float32, bfloat16, float16 or float64, got int64"):
-        ops.finish_tile(x.long(), None, labels, None, 8)
-
-
-def test_memory_shared_in_another_way_is_refused(ops):
-    buffer = torch.zeros(8 * 100)
-    source = buffer.as_strided((4, 50), (100, 1), 0)
-    narrow = buffer.view(BF16)
-    shared = [
-        buffer.as_strided((4, 50), (100, 1), 1),  # shifted by an element
-        buffer.as_strided((4, 50), (100, 1), 100),  # shifted by a row
-        buffer.as_strided((4, 50), (60, 1), 0),  # another stride
-        narrow.as_strided((4, 50), (200, 1), 2),
-        narrow.as_strided((4, 50), (100, 1), 0),  # dense rows over padded ones
-        buffer.view(F64).as_strided((4, 50), (50, 1), 0),  # wider than the source
-    ]
-    for destination in shared:
-        with pytest.raises(RuntimeError, match="destination must not share memory with source"):
-            call(ops, source=source, destination=destination, labels=torch.zeros(4, dtype=torch.long), **wide(50))
-    with pytest.raises(RuntimeError, match="out must not share memory with source"):
-        ops.scaled_convert(buffer[:100], torch.ones(1), narrow[:100])
-
-
-def wide(width: int) -> dict:
-    return {"k": torch.zeros(4), "at_target": None, "sums": new_sums(4), "bias": torch.zeros(width)}
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(SANITIZED, reason="is running")
 def test_no_access_out_of_bounds_or_off_alignment():
-    """These tests again, in a process with the address sanitizer, which must be there from the start."""
-    files = [str(ROOT / "tests/native" / name) for name in ("test_cuda_emulated.py", "test_cuda_emulated_ops.py")]
+    """The tests of the emulated kernels again, in a process with the address sanitizer, which must be there from the start."""
+    names = ("test_cuda_emulated.py", "test_cuda_emulated_ops.py", "test_arguments.py")
+    files = [str(ROOT / "tests/native" / name) for name in names]
     runtimes = []
     for name in ("libasan.so", "libstdc++.so.6"):  # the sanitizer looks for the function that throws when it starts
         found = subprocess.run(

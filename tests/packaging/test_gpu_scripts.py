@@ -17,8 +17,8 @@ import torch
 
 from logitless.bench.cli import main as bench
 from logitless.cli import main as logitless
-from logitless.kernels.planner.cost import predict
-from logitless.kernels.planner.gpu_constants import constants, load_constants
+from logitless.kernels.cost_model.costs import predict
+from logitless.kernels.cost_model.gpu_constants import constants, load_constants
 
 ROOT = Path(__file__).resolve().parents[2]
 CONSTANTS = ROOT / "kernels" / "gpu_constants.json"
@@ -406,16 +406,16 @@ def test_a_measurement_in_which_a_provider_failed_has_no_figure_for_it(readme):
 
 
 @pytest.fixture
-def tune(monkeypatch, tmp_path):
+def search(monkeypatch, tmp_path):
     pytest.importorskip("triton")
-    from logitless.kernels.backends.triton.tuning import tune
+    from logitless.kernels.backends.triton.tuning import lookup, search
 
-    monkeypatch.setattr(tune, "_known", {})
+    monkeypatch.setattr(lookup, "_known", {})
     monkeypatch.setenv("LOGITLESS_CACHE_DIR", str(tmp_path / "cache"))
-    return tune
+    return search
 
 
-def test_tuning_ends_at_its_time_limit_with_what_it_has(tune, tmp_path, capsys):
+def test_tuning_ends_at_its_time_limit_with_what_it_has(search, tmp_path, capsys):
     """One shape with one candidate at least; the others are named. The constants' script reads what it writes."""
     shapes = ["tokens=16,hidden=16,vocab=40", "tokens=32,hidden=16,vocab=40,softcap=1"]
     table, timings = tmp_path / "out" / "configs.json", tmp_path / "out" / "timings.json"
@@ -437,30 +437,30 @@ def test_a_wrong_time_limit_of_the_tuning_is_an_error(limit, capsys):
     assert f"must be a number of seconds > 0, got '{limit}'" in capsys.readouterr().err
 
 
-def a_problem(tune):
+def a_problem(search):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return tune.Problem(torch.empty(0, device=device).device, torch.float32, 16, 16, 40, False)
+    return search.Problem(torch.empty(0, device=device).device, torch.float32, 16, 16, 40, False)
 
 
-def test_candidates_are_prepared_before_they_are_measured(tune, monkeypatch):
+def test_candidates_are_prepared_before_they_are_measured(search, monkeypatch):
     """Each once, and those of a better configuration's neighbourhood when it is found."""
     prepared, measured = [], []
 
     def measure(self, config):
         assert config in prepared
         measured.append(config)
-        return tune.Timing(config, 1 / len(measured), 1.0 / len(measured))  # each is better than the one before
+        return search.Timing(config, 1 / len(measured), 1.0 / len(measured))  # each is better than the one before
 
-    monkeypatch.setattr(tune, "LIMIT", 6)
-    monkeypatch.setattr(tune.Workload, "measure", measure)
-    monkeypatch.setattr(tune.Workload, "serves", lambda self, config: True)
-    best = tune.search(tune.Workload(a_problem(tune)), None, lambda problem, configs: prepared.extend(configs))[0]
+    monkeypatch.setattr(search, "LIMIT", 6)
+    monkeypatch.setattr(search.Workload, "measure", measure)
+    monkeypatch.setattr(search.Workload, "serves", lambda self, config: True)
+    best = search.search(search.Workload(a_problem(search)), None, lambda problem, configs: prepared.extend(configs))[0]
     assert best.config == measured[-1] and len(measured) == 6
     assert len(set(prepared)) == len(prepared) > 6
 
 
-def test_processes_that_compile_get_what_they_need(tune):
-    problem = a_problem(tune)
-    tune.compile_for(problem, problem.starts()[0])
-    with tune.compilers(1) as prepare:
+def test_processes_that_compile_get_what_they_need(search):
+    problem = a_problem(search)
+    search.compile_for(problem, problem.starts()[0])
+    with search.compilers(1) as prepare:
         prepare(problem, problem.starts()[:1])

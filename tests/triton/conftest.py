@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,19 @@ def moved(t: Tensor | None) -> Tensor | None:
         return t
     memory = t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0).to(DEVICE)
     return memory.as_strided(t.shape, t.stride(), t.storage_offset())
+
+
+def replace_in_backend(monkeypatch: pytest.MonkeyPatch, name: str, value: Any) -> None:
+    """Replaces a name in the modules of the backend, of torch's blockwise algorithm, and of the mathematics that both share."""
+    from logitless.kernels.backends.torch import blockwise
+    from logitless.kernels.backends.triton import products, recompute, score, tile_gradients
+    from logitless.kernels.tile import factors, targets, unit
+
+    modules = blockwise, factors, products, recompute, score, targets, tile_gradients, unit
+    having = [module for module in modules if hasattr(module, name)]
+    assert having
+    for module in having:
+        monkeypatch.setattr(module, name, value)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -11,18 +11,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import logitless as ll
-from logitless.kernels.backends.torch import blockwise as torch_backend
 from logitless.kernels.core.dtypes import tile_dtype
 from logitless.kernels.core.head_spec import HeadSpec
 from logitless.kernels.core.stats import CoreOptions
 from logitless.kernels.tile.head_gradient import HeadGradient
 
 from ..helpers import Case, gradients, make_case, relative_error, run_op, run_reference
-from .conftest import DEVICE
+from .conftest import DEVICE, replace_in_backend
 from .test_gemm_interpreted import languages_patched_once  # noqa: F401
 
 pytest.importorskip("triton")
 from logitless.kernels.backends.triton import backend as triton_backend
+from logitless.kernels.backends.triton import tile_gradients
 from logitless.kernels.backends.triton.tuning.configs import table
 
 #: NumPy's, in the interpreter.
@@ -43,15 +43,13 @@ def backend():
 @pytest.fixture
 def labels_in_tile(monkeypatch):
     """The convention of GPUs."""
-    for module in (torch_backend, triton_backend):
-        monkeypatch.setattr(module, "targets_in_tile", lambda device: True)
+    replace_in_backend(monkeypatch, "targets_in_tile", lambda device: True)
 
 
 @pytest.fixture
 def fp16_gemms(monkeypatch):
     """GEMMs take fp16, as a GPU's."""
-    for module in (torch_backend, triton_backend):
-        monkeypatch.setattr(module, "gemm_dtype", lambda dtype, device: dtype)
+    replace_in_backend(monkeypatch, "gemm_dtype", lambda dtype, device: dtype)
 
 
 def wanted(case: Case, train: str) -> list[Tensor]:
@@ -301,7 +299,7 @@ def filter_case(**changes) -> Case:
 def seen(monkeypatch) -> list[Tensor]:
     """Which blocks counted, call by call."""
     found: list[Tensor] = []
-    monkeypatch.setattr(triton_backend, "count_blocks", lambda active: found.append(active != 0))
+    replace_in_backend(monkeypatch, "count_blocks", lambda active: found.append(active != 0))
     return found
 
 
@@ -340,7 +338,7 @@ def test_the_backward_pass_of_the_op_leaves_out_what_the_filter_says(of, head, d
 @pytest.mark.parametrize("convention", ["beside", pytest.param("in the tile", marks=needs_cpu)])
 @pytest.mark.parametrize(("raised", "dtype"), [(False, torch.float16), (True, torch.float32)])
 def test_the_gradients_of_a_tile_leave_out_what_the_filter_says(raised, dtype, convention, seen, request, monkeypatch):
-    monkeypatch.setattr(triton_backend, "VOCAB_BLOCK", 128)
+    replace_in_backend(monkeypatch, "VOCAB_BLOCK", 128)
     if convention == "in the tile":
         for name in ("labels_in_tile", *(["fp16_gemms"] if dtype == torch.float16 else [])):
             request.getfixturevalue(name)
@@ -353,7 +351,7 @@ def test_the_gradients_of_a_tile_leave_out_what_the_filter_says(raised, dtype, c
     c = torch.linspace(-1, 1, n, device=DEVICE) / n
     model = Filtered(case, lambda logps, entropy: (logps * c).sum())
     x, w, b, labels = case.hidden.detach()[0], case.weight.detach(), case.bias.detach(), case.labels[0]
-    limit = 3 * LIMITS[dtype][1] if triton_backend.gemm_dtype(dtype, DEVICE) == torch.float16 else LIMITS[torch.float32][1]
+    limit = 3 * LIMITS[dtype][1] if tile_gradients.gemm_dtype(dtype, DEVICE) == torch.float16 else LIMITS[torch.float32][1]
     threshold = model.threshold()
     for grad_filter, accumulate in ((threshold, True), (threshold, False), (1e-38, True)):
         options = CoreOptions(grad_filter=grad_filter, workspace=30_000)
@@ -439,7 +437,7 @@ def test_labels_are_never_left_out(use_tile, seen):
     case = filter_case(bias=False)
     with ll.settings(grad_filter=1e9):
         if use_tile:
-            nll = ll.FusedLinearLoss(lambda batch: -batch.logps / 70, group="sequence")
+            nll = ll.FusedLinearPreferenceLoss(lambda batch: -batch.logps / 70, group="sequence")
             loss = nll(case.hidden, case.weight, case.labels).loss
         else:
             loss = -run_op(case).logps.sum() / 70

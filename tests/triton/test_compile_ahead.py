@@ -7,6 +7,7 @@ slow does where ``LOGITLESS_COMPILE_ALL=1`` asks for it.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
@@ -29,7 +30,7 @@ SCRIPT = ROOT / "scripts" / "check_triton.py"
 #: Pieces of about the same time, so that pytest's workers share the work.
 PARTS = 6
 #: Kernels of a few lines, which only the whole check compiles.
-SIMPLE = {"segment", "scale", "scaled", "column"}
+SIMPLE = {"segment", "scatter", "scaled", "column"}
 
 
 def compiling(*command: str | Path, **options) -> subprocess.CompletedProcess:
@@ -71,13 +72,39 @@ def test_kernels_compile_within_their_budget(part, tmp_path):
 
 
 @pytest.mark.slow
+def test_copies_of_rows_access_16_bytes_at_a_time():
+    """All but the row's index and factor, which a program loads once."""
+    code = """
+import re
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from logitless.bench.compile_report import targets
+known = targets(quick=False)
+for name in ("scatter_rows_bf16", "scatter_rows_base_fp32", "scaled_to_dtype_bf16", "scaled_to_dtype_fp32"):
+    c = known[name, 90]
+    source = ASTSource(c.kernel, signature=c.signature, constexprs=c.constexprs, attrs=dict(c.attrs))
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": c.num_warps}).asm["ptx"]
+    print(name, *re.findall(r"(?:ld|st)\\.global\\.\\S+", ptx))
+"""
+    done = compiling("-W", "ignore", "-c", code)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 4
+    for name, *accesses in lines:
+        single = [access for access in accesses if ".v4.b32" not in access]
+        assert len(accesses) > len(single)
+        assert sorted(single) == ["ld.global.b32", "ld.global.b64"][: 2 if name.startswith("scatter") else 1]
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("LOGITLESS_COMPILE_ALL") != "1", reason="20 minutes: LOGITLESS_COMPILE_ALL=1 asks for it")
 def test_every_kernel_compiles_within_its_budget(tmp_path):
     assert checked(tmp_path) == []
 
 
-def test_declared_specialisations_are_those_of_launches(declarations):
-    """What is compiled ahead is what is launched: the same types, constants and options."""
+def test_what_is_compiled_ahead_is_what_is_launched(declarations):
+    """The same types, constants, hints and options as Triton derives from a launch on tensors."""
     assert declarations["drift"] == {}
 
 
@@ -88,12 +115,26 @@ def test_the_budget_is_of_the_kernels_that_there_are(check_triton, declarations)
         (name, arch, entry["instructions"])
         for name, archs in budget["kernels"].items()
         for arch, entry in archs.items()
-        if name.startswith(("score_", "gradient_")) and ("_bf16_" in name or "_fp16_" in name) and name.count("x") >= 2
+        if name.startswith(("score_", "recompute_")) and ("_bf16_" in name or "_fp16_" in name) and name.count("x") >= 2
     ]
     assert len(gemms) > 30
     unit = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}
     assert [g for g in gemms if unit[g[1]] not in g[2] or "wgmma-serialized" in g[2]] == []
     assert [g for g in gemms if ("tma" in g[2]) != (g[1] != "sm_80" and not g[0].endswith("_unaligned"))] == []
+
+
+def test_nothing_follows_a_conditional_return_in_a_device_function():
+    """Triton compiles what follows an ``if`` of a constant, even when it returned: the rest must be in its ``else``."""
+    wrong = []
+    for path in sorted((ROOT / "kernels" / "backends" / "triton").rglob("*.py")):
+        functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+        for function in functions:
+            if not any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list):
+                continue
+            for statement in function.body[:-1]:
+                if any(isinstance(node, ast.Return) for node in ast.walk(statement)):
+                    wrong.append(f"{path.name}:{statement.lineno} {function.name}")
+    assert wrong == []
 
 
 def test_the_few_stand_for_every_configuration(declarations):

@@ -18,14 +18,18 @@ import logitless as ll
 from logitless import env
 from logitless.cli import main
 
-from .conftest import DEVICE
+from .conftest import DEVICE, replace_in_backend
 
 pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
-from logitless.kernels.backends.triton import backend as triton_backend
-from logitless.kernels.backends.triton.tuning import configs, export, tune
-from logitless.kernels.backends.triton.tuning.configs import GemmConfig, gemm_config, parse, pick
+from logitless.kernels.backends.triton.gemm.config import GemmConfig
+from logitless.kernels.backends.triton.tuning import configs, export, lookup, search, workload
+from logitless.kernels.backends.triton.tuning.cache import read
+from logitless.kernels.backends.triton.tuning.configs import parse, pick
+from logitless.kernels.backends.triton.tuning.lookup import gemm_config
+from logitless.kernels.backends.triton.tuning.problem import Problem, Timing, device_name
+from logitless.kernels.backends.triton.tuning.workload import MOST_BLOCK_N, Workload
 
 #: NumPy's, in the interpreter.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
@@ -93,12 +97,12 @@ def test_each_architecture_has_its_rows(monkeypatch, capability, name):
 def test_candidates_change_nothing_that_sums_or_memory_depend_on():
     for sizes in configs.table().values():
         for row in (row for rows in sizes.values() for row in rows):
-            found = list(tune.candidates(row, tma=True))
+            found = list(search.candidates(row, tma=True))
             assert len(set(found) - {row}) >= 5
             for name in ("BLOCK_V", "BLOCK_H", "PART", "SOFTCAP_PART"):
                 assert {getattr(c, name) for c in found} == {getattr(row, name)}
-            assert max(c.BLOCK_N for c in found) <= tune.MOST_BLOCK_N
-            without = set(tune.candidates(replace(row, tma=False), tma=False))
+            assert max(c.BLOCK_N for c in found) <= MOST_BLOCK_N
+            without = set(search.candidates(replace(row, tma=False), tma=False))
             assert not any(c.tma for c in without)
 
 
@@ -110,26 +114,26 @@ class Measured(list):
 def measured(monkeypatch, tmp_path) -> Measured:
     """Autotuning with few candidates, a cache of its own, and nothing known to this process."""
     found = Measured()
-    measure = tune.Workload.measure
+    measure = Workload.measure
 
     def record(self, config):
         found.append(config)
         return measure(self, config)
 
-    monkeypatch.setattr(tune.Workload, "measure", record)
-    monkeypatch.setattr(tune, "LIMIT", 2)
-    monkeypatch.setattr(tune, "_known", {})
+    monkeypatch.setattr(Workload, "measure", record)
+    monkeypatch.setattr(search, "LIMIT", 2)
+    monkeypatch.setattr(lookup, "_known", {})
     monkeypatch.setenv("LOGITLESS_AUTOTUNE", "1")
     monkeypatch.setenv("LOGITLESS_CACHE_DIR", str(tmp_path / "cache"))
     return found
 
 
-def a_problem(**changes) -> tune.Problem:
-    problem = tune.Problem(torch.empty(0, device=DEVICE).device, torch.float32, 16, H, V, False)
+def a_problem(**changes) -> Problem:
+    problem = Problem(torch.empty(0, device=DEVICE).device, torch.float32, 16, H, V, False)
     return replace(problem, **changes)
 
 
-def chosen(problem: tune.Problem) -> GemmConfig:
+def chosen(problem: Problem) -> GemmConfig:
     p = problem
     return gemm_config(p.device, p.dtype, p.num_tokens, p.hidden_size, p.vocab_size, p.softcap)
 
@@ -168,21 +172,21 @@ def test_without_autotuning_nothing_is_timed_or_written(measured, monkeypatch):
 
 READ = """
 import sys, torch
-from logitless.kernels.backends.triton.tuning import configs, tune
-tune.Workload = None
+from logitless.kernels.backends.triton.tuning import lookup
+lookup.Workload = None
 device = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu").device
-print(configs.gemm_config(device, torch.float32, *map(int, sys.argv[1:]), False))
+print(lookup.gemm_config(device, torch.float32, *map(int, sys.argv[1:]), False))
 """
 
 
 def test_a_shape_is_measured_once_and_then_read_here_and_by_other_processes(measured, monkeypatch):
     first = chosen(a_problem(num_tokens=9))
-    assert len(measured) == tune.LIMIT
+    assert len(measured) == search.LIMIT
     assert measured[0] == a_problem().starts()[0]
     assert chosen(a_problem(num_tokens=16)) == first  # the same power of 2
-    monkeypatch.setattr(tune, "_known", {})
+    monkeypatch.setattr(lookup, "_known", {})
     assert chosen(a_problem()) == first
-    assert len(measured) == tune.LIMIT
+    assert len(measured) == search.LIMIT
     assert len(files()) == 1
     # had it been measured, another one would be as likely
     (path,) = files()
@@ -199,7 +203,7 @@ def test_a_policy_and_its_reference_get_one_configuration(measured, monkeypatch)
         asked.append(gemm_config(*arguments))
         return asked[-1]
 
-    monkeypatch.setattr(triton_backend, "gemm_config", record)
+    replace_in_backend(monkeypatch, "gemm_config", record)
     hidden, weight = torch.randn(N, H, device=DEVICE), torch.randn(V, H, device=DEVICE)
     labels = torch.randint(V, (N,), device=DEVICE)
     with ll.settings(backend="triton"):
@@ -220,7 +224,7 @@ def test_other_sizes_softcap_and_triton_are_other_files(monkeypatch, tmp_path):
     changes: list[dict] = [{}, {"num_tokens": 32}, {"hidden_size": 32}, {"vocab_size": 41}, {"softcap": True}]
     changes.append({"dtype": torch.float16})
     paths = [a_problem(**c).path() for c in changes]
-    monkeypatch.setattr(tune.triton, "__version__", "3.99")
+    monkeypatch.setattr(workload.triton, "__version__", "3.99")
     assert len({*paths, a_problem().path()}) == len(changes) + 1
 
 
@@ -248,12 +252,13 @@ def test_a_file_that_is_not_the_caches_is_an_error_that_names_it(measured, how):
 WRITE = """
 import sys, torch
 from dataclasses import replace
-from logitless.kernels.backends.triton.tuning import tune
+from logitless.kernels.backends.triton.tuning.cache import store
+from logitless.kernels.backends.triton.tuning.problem import Problem, Timing
 device = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu").device
 for i in range(60):
-    problem = tune.Problem(device, torch.float32, 16, 16, 100 + i, False)
+    problem = Problem(device, torch.float32, 16, 16, 100 + i, False)
     mine = replace(problem.starts()[0], GROUP=int(sys.argv[1]))
-    print(tune.store(problem.path(), problem, tune.Timing(mine, 1.0, 2.0)).GROUP)
+    print(store(problem.path(), problem, Timing(mine, 1.0, 2.0)).GROUP)
 """
 
 
@@ -262,13 +267,13 @@ def test_of_processes_that_write_at_one_time_the_first_decides_for_all(monkeypat
     one, other = in_processes(WRITE, ["4"], ["64"])
     assert one == other
     problems = [a_problem(vocab_size=100 + i) for i in range(60)]
-    assert [str(found.GROUP) for p in problems if (found := tune.read(p.path(), p))] == one.split()
+    assert [str(found.GROUP) for p in problems if (found := read(p.path(), p))] == one.split()
     assert sorted(files()) == sorted(p.path() for p in problems)  # and no drafts
 
 
 def spoilt(monkeypatch, which: Callable[[GemmConfig], bool], spoil: Callable[..., None]) -> None:
     """Lets the kernel go wrong for some configurations; ``spoil`` gets the statistics."""
-    score_block = tune.score_block
+    score_block = workload.score_block
 
     def run(*arguments, **named):
         result = score_block(*arguments, **named)
@@ -276,7 +281,7 @@ def spoilt(monkeypatch, which: Callable[[GemmConfig], bool], spoil: Callable[...
             spoil(arguments[7])
         return result
 
-    monkeypatch.setattr(tune, "score_block", run)
+    monkeypatch.setattr(workload, "score_block", run)
 
 
 @pytest.mark.parametrize("wrong", [1e-3, float("nan")])
@@ -315,24 +320,22 @@ def test_an_error_that_is_not_triton_s_is_raised(measured, monkeypatch):
 
 def test_what_is_fastest_but_does_not_fit_all_statistics_is_not_taken(measured, monkeypatch):
     problem = a_problem()
-    fast = next(c for c in tune.candidates(problem.starts()[0], tma=False) if c != problem.starts()[0])
-    monkeypatch.setattr(tune.Problem, "starts", lambda self: [pick(configs.table()[self.architecture]["32"], 16), fast])
-    monkeypatch.setattr(tune.Workload, "measure", lambda self, c: tune.Timing(c, 1.0 if c == fast else 2.0, 1.0))
-    monkeypatch.setattr(tune.Workload, "serves", lambda self, c: c != fast)
+    fast = next(c for c in search.candidates(problem.starts()[0], tma=False) if c != problem.starts()[0])
+    monkeypatch.setattr(Problem, "starts", lambda self: [pick(configs.table()[self.architecture]["32"], 16), fast])
+    monkeypatch.setattr(Workload, "measure", lambda self, c: Timing(c, 1.0 if c == fast else 2.0, 1.0))
+    monkeypatch.setattr(Workload, "serves", lambda self, c: c != fast)
     assert chosen(problem) == problem.starts()[0]
 
 
 def test_rows_are_shared_by_what_loses_least_on_all_shapes(monkeypatch):
     a, b, c = (GemmConfig(**{**ROW, "GROUP": group}) for group in (1, 2, 4))
-    monkeypatch.setattr(tune.Problem, "starts", lambda self: [c])
-    monkeypatch.setattr(tune.Workload, "serves", lambda self, config: True)
+    monkeypatch.setattr(Problem, "starts", lambda self: [c])
+    monkeypatch.setattr(Workload, "serves", lambda self, config: True)
     # by vocabulary size: a and b are best once each, and b loses less elsewhere
     times = {40: {a: 1.0, b: 1.1, c: 2.0}, 41: {a: 1.5, b: 1.0, c: 1.2}}
-    monkeypatch.setattr(
-        tune.Workload, "measure", lambda self, config: tune.Timing(config, times[self.problem.vocab_size][config], 0.0)
-    )
+    monkeypatch.setattr(Workload, "measure", lambda self, config: Timing(config, times[self.problem.vocab_size][config], 0.0))
     results = [
-        export.Result(a_problem(vocab_size=v), [tune.Timing(best, times[v][best], 0.0)], 1.0) for v, best in ((40, a), (41, b))
+        export.Result(a_problem(vocab_size=v), [Timing(best, times[v][best], 0.0)], 1.0) for v, best in ((40, a), (41, b))
     ]
     assert export.compromise(results) == b
     assert export.compromise(results[:1]) == a
@@ -347,10 +350,10 @@ def test_what_the_command_measures_can_replace_the_table(measured, tmp_path, cap
     assert "torch.mm takes" in printed
     assert f"wrote {file}" in printed
     problems = [a_problem(softcap=True), a_problem(num_tokens=32)]
-    cached = [tune.read(p.path(), p) for p in problems]
-    assert len(measured) == 2 * tune.LIMIT
+    cached = [read(p.path(), p) for p in problems]
+    assert len(measured) == 2 * search.LIMIT
     assert [chosen(p) for p in problems] == cached  # what a job with LOGITLESS_AUTOTUNE=1 gets
-    assert len(measured) == 2 * tune.LIMIT
+    assert len(measured) == 2 * search.LIMIT
 
     entries = json.loads(file.read_text())
     new, old, name = parse(entries), configs.table(), a_problem().architecture
@@ -359,7 +362,7 @@ def test_what_the_command_measures_can_replace_the_table(measured, tmp_path, cap
     assert [replace(pick(rows, n), max_tokens=None) for n in (9, 16, 17, 10**6)] == [cached[0], cached[0], cached[1], cached[1]]
     assert new[name]["16"] == old[name]["16"]
     assert {k: v for k, v in new.items() if k != name} == {k: v for k, v in old.items() if k != name}
-    for part in (tune.device_name(a_problem().device), "Triton 3.", f"torch {torch.__version__}", "N=32 H=16 V=40"):
+    for part in (device_name(a_problem().device), "Triton 3.", f"torch {torch.__version__}", "N=32 H=16 V=40"):
         assert part in entries[name]["source"]
 
 
@@ -370,7 +373,7 @@ def test_rows_for_fewer_tokens_than_were_measured_stay(monkeypatch, tmp_path):
     file.write_text(json.dumps({name: {"source": "a test", "16": [ROW], "32": [few, some, ROW]}}))
     monkeypatch.setattr(export, "TABLE", file)
     best = GemmConfig(**{**ROW, "GROUP": 4})
-    result = export.Result(a_problem(num_tokens=8192), [tune.Timing(best, 1.0, 1.0)], 1.0)
+    result = export.Result(a_problem(num_tokens=8192), [Timing(best, 1.0, 1.0)], 1.0)
     assert [row.GROUP for row in parse(json.loads(export.export([result], "a GPU")))[name]["32"]] == [1, 4]
 
 

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 import logitless as ll
-from logitless.kernels.backends.torch import blockwise as torch_backend
+from logitless.kernels.backends.torch.entropy import mix_tile_
 from logitless.kernels.core.dtypes import tile_dtype
 from logitless.kernels.core.head_spec import HeadSpec
 from logitless.kernels.core.stats import CoreOptions
-from logitless.kernels.tile.entropy import mix_tile_
 from logitless.kernels.tile.head_gradient import HeadGradient
 
 from ..helpers import Case, gradients, make_case, relative_error, run_reference
 from ..native.emulated import beside_is_untouched, matrix
-from .conftest import DEVICE, moved
+from .conftest import DEVICE, moved, replace_in_backend
 from .test_backend_interpreted import LARGE, LIMITS, TINY, Filtered, filter_case, wanted
 from .test_gemm_interpreted import languages_patched_once  # noqa: F401
 
 pytest.importorskip("triton")
 from logitless.kernels.backends.triton import backend as triton_backend
-from logitless.kernels.backends.triton import entropy
+from logitless.kernels.backends.triton import entropy, tile_gradients
+from logitless.kernels.backends.triton.elementwise import TRITON_PASSES
 
 #: NumPy's, in the interpreter.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning")
@@ -43,15 +44,12 @@ def by_the_kernel(monkeypatch) -> list[int]:
     """Tiles are mixed by the kernel, as on a GPU, and the labels' entries are in them. Counts its calls."""
     calls: list[int] = []
 
-    def mix(tile: Tensor, mix: Tensor, k: Tensor, head: HeadSpec, options: CoreOptions) -> None:
-        if ll.current_settings().backend != "triton":  # the reference
-            return mix_tile_(tile, mix, k, head, options)
+    def mix(tile: Tensor, *args, **kwargs) -> None:
         calls.append(len(tile))
-        return entropy.mix_tile(tile, mix, k, head)
+        entropy.mix_tile_(tile, *args, **kwargs)
 
-    for module in (torch_backend, triton_backend):
-        monkeypatch.setattr(module, "mix_tile_", mix)
-        monkeypatch.setattr(module, "targets_in_tile", lambda device: True)
+    replace_in_backend(monkeypatch, "TRITON_PASSES", replace(TRITON_PASSES, mix_tile_=mix))
+    replace_in_backend(monkeypatch, "targets_in_tile", lambda device: True)
     return calls
 
 
@@ -87,7 +85,7 @@ def expected_tile(tile: Tensor, mix: Tensor, k: Tensor, head: HeadSpec) -> tuple
 def check_mixed(tile: Tensor, mix: Tensor, k: Tensor, head: HeadSpec) -> None:
     before = tile.clone()
     exact, sizes = expected_tile(before, mix, k, head)
-    entropy.mix_tile(tile, mix, k, head)
+    entropy.mix_tile_(tile, mix, k, head, CoreOptions())
     acc = torch.finfo(k.dtype).eps
     bound = 4 * acc * sizes + torch.finfo(tile.dtype).eps * exact.abs()
     assert ((tile.double() - exact).abs() <= bound + torch.finfo(tile.dtype).tiny).all()
@@ -114,16 +112,23 @@ def test_rows_of_any_stride_and_nothing_beside_them(head, pad):
 def test_mix_and_offsets_of_any_stride_and_type():
     tile, mix, k = some_tile(6, 70, torch.float32, CAPPED)
     same = tile.clone()
-    entropy.mix_tile(same, mix, k, CAPPED)
+    entropy.mix_tile_(same, mix, k, CAPPED, CoreOptions())
     wide = torch.stack((mix, mix), dim=2).double()[:, :, 1]
-    entropy.mix_tile(tile, wide, torch.stack((k, k), dim=1)[:, 0], CAPPED)
+    entropy.mix_tile_(tile, wide, torch.stack((k, k), dim=1)[:, 0], CAPPED, CoreOptions())
     assert torch.equal(tile, same)
+
+
+def test_a_transposed_tile_is_an_error():
+    tile, mix, k = some_tile(3, 5, torch.float32, CAPPED)
+    with pytest.raises(ValueError, match="transposed must be False"):
+        entropy.mix_tile_(tile.t(), mix, k, CAPPED, CoreOptions(), transposed=True)
 
 
 @pytest.mark.parametrize("shape", [(0, 7), (4, 0), (0, 0)])
 def test_an_empty_tile_is_left_alone(shape):
     tile = torch.empty(shape, device=DEVICE)
-    entropy.mix_tile(tile, torch.ones(2, shape[0], device=DEVICE), torch.zeros(shape[0], device=DEVICE), HeadSpec())
+    mix, k = torch.ones(2, shape[0], device=DEVICE), torch.zeros(shape[0], device=DEVICE)
+    entropy.mix_tile_(tile, mix, k, HeadSpec(), CoreOptions())
     assert tile.shape == shape
 
 
@@ -134,7 +139,7 @@ def test_the_smallest_exponentials_and_those_that_underflow(head):
     tile = torch.tensor([values, values[::-1]], device=DEVICE)
     mix = torch.tensor([[0.5, -2.0], [1.5, 3.0]], device=DEVICE)
     before = tile.clone()
-    entropy.mix_tile(tile, mix, torch.zeros(2, device=DEVICE), head)
+    entropy.mix_tile_(tile, mix, torch.zeros(2, device=DEVICE), head, CoreOptions())
     assert torch.isfinite(tile).all()
     assert ((tile == 0) >= (before == 0)).all()
     exact, sizes = expected_tile(before, mix, torch.zeros(2, device=DEVICE), head)
@@ -148,7 +153,7 @@ def test_the_smallest_exponentials_and_those_that_underflow(head):
 def test_the_kernel_and_plain_torch_agree(head, dtype):
     tile, mix, k = some_tile(9, 300, dtype, head)
     same = tile.clone()
-    entropy.mix_tile(tile, mix, k, head)
+    entropy.mix_tile_(tile, mix, k, head, CoreOptions())
     with ll.settings(backend="torch"):
         mix_tile_(same, mix, k, head, CoreOptions(cache_elements=1000))
     assert relative_error(tile, same) <= 8 * torch.finfo(dtype).eps
@@ -158,7 +163,7 @@ def test_an_entry_at_the_soft_cap_has_no_slope():
     """Rounding may put a logit a little beyond the cap: its slope is then 0, and not negative."""
     k = torch.tensor([8.0 / 0.6], device=DEVICE)
     tile = torch.full((1, 5), 1.0 + 2.0**-20, device=DEVICE)
-    entropy.mix_tile(tile, torch.ones(2, 1, device=DEVICE), k, CAPPED)
+    entropy.mix_tile_(tile, torch.ones(2, 1, device=DEVICE), k, CAPPED, CoreOptions())
     assert (tile == 0).all()
 
 
@@ -229,8 +234,7 @@ def test_gradients_of_losses_with_an_entropy(name, train, dtype, head):
 )
 def test_gradients_by_the_kernel_with_the_labels_in_the_tile(train, dtype, peaked, by_the_kernel, monkeypatch):
     if dtype == torch.float16:  # GEMMs take it, as a GPU's
-        for module in (torch_backend, triton_backend):
-            monkeypatch.setattr(module, "gemm_dtype", lambda dtype, device: dtype)
+        replace_in_backend(monkeypatch, "gemm_dtype", lambda dtype, device: dtype)
     case = make_case(
         sequences=2, tokens=10, hidden=10, vocab=90, dtype=dtype, bias=True, train=train, scale=0.7, peaked=peaked
     ).to(DEVICE)
@@ -256,7 +260,7 @@ def test_the_largest_mixed_entry_is_never_below_any():
     g = torch.Generator().manual_seed(0)
     largest = torch.cat((torch.rand(40, generator=g), 30 * torch.rand(40, generator=g), torch.tensor([0.0, 1 / math.e, 1.0])))
     mix = torch.randn(2, len(largest), generator=g)
-    bound = triton_backend._largest_mixed(largest[:, None].to(DEVICE), mix.to(DEVICE))[:, 0].cpu().double()
+    bound = tile_gradients.largest_mixed(largest[:, None].to(DEVICE), mix.to(DEVICE))[:, 0].cpu().double()
     e = torch.linspace(0, 1, 4001, dtype=torch.float64) * largest[:, None].double()
     constant, linear = mix.double()[:, :, None]
     sizes = e * constant.abs() + (torch.xlogy(e, e)).abs() * linear.abs()
@@ -269,7 +273,7 @@ def test_the_largest_mixed_entry_is_never_below_any():
 def test_a_tile_keeps_all_that_reaches_the_filter(of_logps, of_entropy, by_the_kernel, monkeypatch):
     """Its bound is of the blocks' largest exponentials: it may keep more, and never less."""
     seen: list[Tensor] = []
-    monkeypatch.setattr(triton_backend, "count_blocks", lambda active: seen.append(active != 0))
+    replace_in_backend(monkeypatch, "count_blocks", lambda active: seen.append(active != 0))
     case = filter_case(masked=0.0)
     n = case.labels.numel()
     model = Filtered(case, lambda logps, entropies: (of_logps * logps + of_entropy * entropies).mean())

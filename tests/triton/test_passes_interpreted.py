@@ -25,8 +25,8 @@ from ..native.operators import EVERYTHING, OUTPUT_BITS, ROUNDING, Tile, check_ti
 from .conftest import DEVICE, moved
 
 pytest.importorskip("triton")
-from logitless.kernels.backends.triton import passes
-from logitless.kernels.backends.triton.passes import TRITON_PASSES
+from logitless.kernels.backends.triton import scan
+from logitless.kernels.backends.triton.elementwise import TRITON_PASSES
 
 #: NumPy's, in the interpreter.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
@@ -44,7 +44,7 @@ HEADS = [
 @pytest.fixture
 def narrow_chunks(monkeypatch):
     """Rows of several chunks, of which a later one may raise the offset."""
-    monkeypatch.setattr(passes, "_chunk", lambda acc, softcap: (64, 16))
+    monkeypatch.setattr(scan, "chunk_of", lambda acc, softcap: (64, 16))
 
 
 def some_tile(*args, **options) -> Tile:
@@ -65,9 +65,9 @@ def run(tile: Tile) -> None:
     common = (logits, head, options, tile.source, tile.destination)
     block = (tile.labels, tile.first, tile.first + width)
     if tile.sums is None:
-        passes.gradient_block(*common, tile.k, *block, tile.mix, tile.at_target, None, torch.empty(0))
+        TRITON_PASSES.gradient_block(*common, tile.k, *block, tile.mix, tile.at_target, None, torch.empty(0))
         return
-    sums = passes.scan_block(*common, tile.k, tile.k, *block)
+    sums = TRITON_PASSES.scan_block(*common, tile.k, tile.k, *block)
     assert {f for f in ("ez", "ee", "z", "target", "before", "after") if getattr(sums, f) is None} == unwanted(tile.outputs)
     for i, name in enumerate(("e", "ez", "ee", "z", "target", "before", "after")):
         if getattr(sums, name) is not None:
@@ -129,7 +129,7 @@ def test_any_shape_head_and_overflow(n, width, first, head, types, outputs, peak
         tile.source[seed % n, int(peak * (width - 1))] = 200.0
     with pytest.MonkeyPatch.context() as patch:
         if seed % 2:
-            patch.setattr(passes, "_chunk", lambda acc, softcap: (32, 16))
+            patch.setattr(scan, "chunk_of", lambda acc, softcap: (32, 16))
         run_and_check(tile)
 
 
@@ -312,7 +312,7 @@ def test_the_gradient_of_the_bias_is_added(destination):
         logits = SimpleNamespace(bias=None, match=False, model_dtype=None)
         given, got = dbias.clone(), dbias
         block = (tile.labels, 0, width, tile.mix, tile.at_target, got, scale)
-        passes.gradient_block(logits, ll.HeadSpec(), CoreOptions(), tile.source, tile.destination, tile.k, *block)
+        TRITON_PASSES.gradient_block(logits, ll.HeadSpec(), CoreOptions(), tile.source, tile.destination, tile.k, *block)
         terms = tile.destination.double() * scale.double()[:, None]
         limit = 64 * torch.finfo(dbias.dtype).eps * (terms.abs().sum(dim=0) + given.abs().double())
         assert ((got.double() - given.double() - terms.sum(dim=0)).abs() <= limit).all()

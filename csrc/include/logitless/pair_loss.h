@@ -1,4 +1,4 @@
-// Losses of one number a pair, with their derivative: what `pair_loss` evaluates on every device. See kernels/operators/native.py.
+// Losses of one margin per pair, with their derivative, for every device. See kernels/operators/schemas.py, pair_loss.
 #pragma once
 
 #include <cmath>
@@ -7,11 +7,11 @@
 
 namespace logitless {
 
-// In the order of PAIR_LOSSES.
-enum PairLossKind : int { kSigmoid = 0, kHinge = 1, kIpo = 2, kPairLossKinds = 3 };
+// As MARGIN_FUNCTIONS in kernels/operators/schemas.py.
+enum MarginFunction : int { kLogSigmoid, kHinge, kSquare, kMarginFunctions };
 
 struct PairLossOptions {
-  int kind;
+  int kind;  // MarginFunction
   double beta;
   double gamma;
   double label_smoothing;
@@ -35,10 +35,10 @@ LOGITLESS_HOST_DEVICE inline double sigmoid(double x) {
 LOGITLESS_HOST_DEVICE inline PairLossValue pair_loss_value(const PairLossOptions& options, double delta) {
   if (options.kind == kHinge) {
     const double gap = 1 - options.beta * delta;
-    // NaN compares false twice and stays
+    // a NaN fails both comparisons and stays
     return {gap <= 0 ? 0.0 : gap, gap <= 0 ? 0.0 : -options.beta};
   }
-  if (options.kind == kIpo) {
+  if (options.kind == kSquare) {
     const double gap = delta - 1 / (2 * options.beta);
     return {gap * gap, 2 * gap};
   }

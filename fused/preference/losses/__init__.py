@@ -1,4 +1,4 @@
-"""The losses as pure functions of :class:`~logitless.fused.preference.loss.Pairs` or ``Sequences``: one file a family.
+"""Preference losses as pure functions of :class:`~logitless.fused.preference.loss.Pairs` or ``Sequences``, one file per family.
 
-Nobody writes a derivative: the engine asks autograd for the coefficient of each token.
+Their derivatives, one coefficient per token, come from autograd.
 """

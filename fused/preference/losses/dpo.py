@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..loss import ClosedForm, Loss, LossResult, Margin, Pairs
+from ..loss import ClosedForm, Margin, Pairs, PreferenceLoss, PreferenceLossResult
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 DISCOPOP_TAU = 0.05
@@ -164,7 +164,8 @@ DPO_LOSSES: dict[str, Callable[[Scores, DPOOptions], Tensor]] = {
 SMOOTHED = {"sigmoid", "exo_pair", "robust", "aot", "aot_unpaired"}
 DIVERGENT = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 BATCH_COUPLED = {"aot", "aot_unpaired"}
-_CLOSED = {"sigmoid", "hinge", "ipo"}
+#: The functions of the margin that a backend may compute in closed form, by loss type.
+CLOSED_FORMS = {"sigmoid": "log_sigmoid", "hinge": "hinge", "ipo": "square"}
 _SUM_MARGIN = {"sigmoid", "hinge", "robust", "exo_pair", "discopop"}
 
 
@@ -188,7 +189,7 @@ def _dpo(
     f_divergence_type: str,
     f_alpha_divergence_coef: float,
     use_weighting: bool,
-) -> LossResult:
+) -> PreferenceLossResult:
     chosen = pairs.chosen_logps - pairs.ref_chosen_logps
     rejected = pairs.rejected_logps - pairs.ref_rejected_logps
     seen = [f_divergence_score(r, f_divergence_type, f_alpha_divergence_coef) for r in (chosen, rejected)]
@@ -205,7 +206,7 @@ def _dpo(
             each = each.mean().expand_as(each)  # TRL weights the batch's NLL by each pair's weight
         losses = losses + weight * (each * weights)
     metrics = {"nll_loss": pairs.chosen_nll()} if "sft" in loss_types else {}
-    return LossResult(losses, options.beta * chosen, options.beta * rejected, metrics)
+    return PreferenceLossResult(losses, options.beta * chosen, options.beta * rejected, metrics)
 
 
 def dpo(
@@ -217,8 +218,8 @@ def dpo(
     f_alpha_divergence_coef: float = F_ALPHA,
     use_weighting: bool = False,
     reference_free: bool = False,
-) -> Loss:
-    """The weighted sum of DPO loss types as a :class:`Loss`; arguments as in :class:`logitless.FusedLinearDPOLoss`."""
+) -> PreferenceLoss:
+    """The weighted sum of DPO loss types; arguments as in :class:`logitless.FusedLinearDPOLoss`."""
 
     fn = partial(  # not a closure: modules can be pickled
         _dpo,
@@ -238,10 +239,11 @@ def dpo(
         elif kinds <= _SUM_MARGIN | {"ipo"} - mean_margin:
             margin = "sum"
     form = None
-    if margin == "sum" and len(loss_types) == 1 and loss_weights[0] == 1 and not use_weighting and kinds <= _CLOSED:
-        form = ClosedForm(fn, margin, loss_types[0], options.beta, label_smoothing=options.label_smoothing)
+    if margin == "sum" and len(loss_types) == 1 and loss_weights[0] == 1 and not use_weighting and kinds <= CLOSED_FORMS.keys():
+        function = CLOSED_FORMS[loss_types[0]]
+        form = ClosedForm(fn, margin, function, options.beta, label_smoothing=options.label_smoothing)
     coupled = bool(kinds & BATCH_COUPLED) or (use_weighting and "sft" in kinds)
-    return Loss(
+    return PreferenceLoss(
         fn,
         group="batch" if coupled else "pair",
         margin=None if coupled else margin,

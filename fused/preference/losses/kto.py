@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..loss import Loss, LossResult, Sequences
+from ..loss import PreferenceLoss, PreferenceLossResult, Sequences
 
 
 def _kto(logratios: Tensor, desirable: Tensor, beta: float, z: Tensor) -> Tensor:
@@ -31,17 +31,17 @@ KTO_LOSSES: dict[str, Callable[[Tensor, Tensor, float, Tensor], Tensor]] = {
 
 def _weighted_kto(
     batch: Sequences, beta: float, desirable_weight: float, undesirable_weight: float, loss_type: str
-) -> LossResult:
+) -> PreferenceLossResult:
     desirable = batch.inputs["desirable"]
     logratios = batch.logps - batch.reference
     z = batch.inputs["kl"].clamp(min=0) if loss_type == "kto" else torch.zeros_like(logratios)
     # torch.where of two numbers would round them to float32
     weights = torch.where(desirable, logratios.new_full((), desirable_weight), undesirable_weight)
     losses = weights * KTO_LOSSES[loss_type](logratios, desirable, beta, z)
-    return LossResult(losses, metrics={"rewards": beta * logratios})
+    return PreferenceLossResult(losses, metrics={"rewards": beta * logratios})
 
 
-def kto(*, beta: float, desirable_weight: float, undesirable_weight: float, loss_type: str) -> Loss:
+def kto(*, beta: float, desirable_weight: float, undesirable_weight: float, loss_type: str) -> PreferenceLoss:
     """One of :data:`KTO_LOSSES`, weighted by class and averaged over sequences."""
     fn = partial(  # not a closure: modules can be pickled
         _weighted_kto,
@@ -50,4 +50,4 @@ def kto(*, beta: float, desirable_weight: float, undesirable_weight: float, loss
         undesirable_weight=undesirable_weight,
         loss_type=loss_type,
     )
-    return Loss(fn, group="sequence", needs_reference=True)
+    return PreferenceLoss(fn, group="sequence", needs_reference=True)

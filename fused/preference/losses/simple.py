@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..loss import ClosedForm, Loss, LossResult, Margin, Pairs
-from .dpo import _smoothed
+from ..loss import ClosedForm, Margin, Pairs, PreferenceLoss, PreferenceLossResult
+from .dpo import CLOSED_FORMS, _smoothed
 
 
 def alpha_reward(logps: Tensor, alpha: float) -> Tensor:
@@ -21,17 +21,17 @@ def alpha_reward(logps: Tensor, alpha: float) -> Tensor:
 # Each loss is a function of its numbers, bound by ``partial``: a closure could not be pickled, and so no module that holds it.
 
 
-def _simpo(pairs: Pairs, beta: float, gamma: float, label_smoothing: float, alpha: float) -> LossResult:
+def _simpo(pairs: Pairs, beta: float, gamma: float, label_smoothing: float, alpha: float) -> PreferenceLossResult:
     chosen, rejected = pairs.split(beta * alpha_reward(pairs.mean_logps, alpha))
-    return LossResult(_smoothed(chosen - rejected - gamma, label_smoothing), chosen, rejected)
+    return PreferenceLossResult(_smoothed(chosen - rejected - gamma, label_smoothing), chosen, rejected)
 
 
-def simpo(*, beta: float, gamma: float, label_smoothing: float, alpha: float) -> Loss:
+def simpo(*, beta: float, gamma: float, label_smoothing: float, alpha: float) -> PreferenceLoss:
     """SimPO, https://huggingface.co/papers/2405.14734 eq. 6: ``-logsig(beta * (mean logp difference) - gamma)``."""
     fn = partial(_simpo, beta=beta, gamma=gamma, label_smoothing=label_smoothing, alpha=alpha)
     if alpha != 0:
-        return Loss(fn)
-    return Loss(fn, margin="mean", closed_form=ClosedForm(fn, "mean", "sigmoid", beta, gamma, label_smoothing))
+        return PreferenceLoss(fn)
+    return PreferenceLoss(fn, margin="mean", closed_form=ClosedForm(fn, "mean", "log_sigmoid", beta, gamma, label_smoothing))
 
 
 def _cpo_sigmoid(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
@@ -55,23 +55,26 @@ CPO_LOSSES: dict[str, Callable[[Tensor, float, float], Tensor]] = {
 }
 
 
-def _cpo(pairs: Pairs, beta: float, cpo_alpha: float, loss_type: str, label_smoothing: float, alpha: float) -> LossResult:
+def _cpo(
+    pairs: Pairs, beta: float, cpo_alpha: float, loss_type: str, label_smoothing: float, alpha: float
+) -> PreferenceLossResult:
     chosen, rejected = pairs.split(alpha_reward(pairs.mean_logps if loss_type == "ipo" else pairs.logps, alpha))
     losses = CPO_LOSSES[loss_type](chosen - rejected, beta, label_smoothing)
     metrics = {}
     if cpo_alpha != 0:
         metrics["nll_loss"] = nll = pairs.chosen_nll()
         losses = losses + cpo_alpha * nll
-    return LossResult(losses, beta * chosen, beta * rejected, metrics)
+    return PreferenceLossResult(losses, beta * chosen, beta * rejected, metrics)
 
 
-def cpo(*, beta: float, cpo_alpha: float, loss_type: str, label_smoothing: float, alpha: float) -> Loss:
+def cpo(*, beta: float, cpo_alpha: float, loss_type: str, label_smoothing: float, alpha: float) -> PreferenceLoss:
     """CPO: a loss of the log-prob margin (per-token means for ``ipo``) plus ``cpo_alpha`` times the chosen NLL."""
     fn = partial(_cpo, beta=beta, cpo_alpha=cpo_alpha, loss_type=loss_type, label_smoothing=label_smoothing, alpha=alpha)
     if cpo_alpha != 0 or alpha != 0:
-        return Loss(fn, uses_nll=cpo_alpha != 0)
+        return PreferenceLoss(fn, uses_nll=cpo_alpha != 0)
     margin: Margin = "mean" if loss_type == "ipo" else "sum"
-    return Loss(fn, margin=margin, closed_form=ClosedForm(fn, margin, loss_type, beta, label_smoothing=label_smoothing))
+    form = ClosedForm(fn, margin, CLOSED_FORMS[loss_type], beta, label_smoothing=label_smoothing)
+    return PreferenceLoss(fn, margin=margin, closed_form=form)
 
 
 #: The mean log-probability at which ORPO's odds saturate: p = 1 would have infinite odds.
@@ -84,15 +87,15 @@ def log_odds(mean_logps: Tensor) -> Tensor:
     return x - torch.where(x > -0.6931471805599453, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
 
-def _orpo(pairs: Pairs, beta: float) -> LossResult:
+def _orpo(pairs: Pairs, beta: float) -> PreferenceLossResult:
     chosen, rejected = pairs.split(pairs.mean_logps)
     difference = log_odds(chosen) - log_odds(rejected)
     ratio = F.logsigmoid(difference)
     nll = pairs.chosen_nll()
     metrics = {"nll_loss": nll, "log_odds_ratio": ratio, "log_odds_chosen": difference}
-    return LossResult(nll - beta * ratio, beta * chosen, beta * rejected, metrics)
+    return PreferenceLossResult(nll - beta * ratio, beta * chosen, beta * rejected, metrics)
 
 
-def orpo(*, beta: float) -> Loss:
+def orpo(*, beta: float) -> PreferenceLoss:
     """ORPO, https://huggingface.co/papers/2403.07691 eqs. 6 and 7: NLL of the chosen minus ``beta * logsig(log-odds)``."""
-    return Loss(partial(_orpo, beta=beta), uses_nll=True)
+    return PreferenceLoss(partial(_orpo, beta=beta), uses_nll=True)

@@ -1,0 +1,1 @@
+"""The backends ``cpu`` and ``cuda``: the compiled operators of ``csrc/``."""

@@ -1,8 +1,8 @@
 """The log-prob core in C++ on CPUs.
 
 bfloat16 goes through oneDNN's small GEMM: logits live in the cache, in float32, and only the gradient tile reaches memory,
-vocabulary-major, as the dW GEMM reads it. Whatever that GEMM does not take (other dtypes, an odd hidden size, a CPU without it)
-is done by the blockwise algorithm of ``torch_backend``, its element-wise passes in C++.
+vocabulary-major, as the dW GEMM reads it. What that GEMM cannot take (other dtypes, an odd hidden size, a CPU without it)
+is done by the blockwise algorithm of ``blockwise``, its element-wise passes in C++.
 """
 
 from __future__ import annotations
@@ -13,19 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.blocking import blocks
+from ...core.dtypes import rounding
 from ...core.head_spec import HeadSpec
 from ...core.stats import CoreOptions, RowStats
-from ...operators.native import SPAN, has_bf16_gemm, new_sums, packed_rows_size, packed_tokens_size
-from ...tile.entropy import mix_tile_
+from ...operators.loading import has_bf16_gemm
+from ...operators.schemas import SPAN, new_sums, packed_rows_size, packed_tokens_size
+from ...tile.factors import gradient_factors
 from ...tile.head_gradient import HeadGradient
-from ..torch import blockwise as torch_backend
-from ..torch.blockwise import gradient_factors
-from ..torch.passes import blocks, combine, target_logit_and_slope
-from .passes import NATIVE_PASSES, block_sums, head_numbers, output_bits, rounding, target_logits
+from ...tile.sums import combine
+from ...tile.targets import target_logit_and_slope
+from ..interface import Call
+from ..torch import blockwise
+from .passes import NATIVE_PASSES, block_sums, head_numbers, output_bits, target_logits
 
 log = logging.getLogger("logitless")
 _ops = torch.ops.logitless
 _MIN_TOKENS = 64
+#: Bytes that each thread works in, whatever the shape, besides 4 per token.
+_THREAD_BYTES = 3 << 20
 
 
 def why_no_small_gemm(x: Tensor, weight: Tensor) -> str | None:
@@ -68,6 +74,11 @@ def _block(n: int, hidden: int, workspace: int, per_token: int) -> tuple[int, in
     return max(1, tokens), max(SPAN, workspace // (4 * max(1, tokens)) // SPAN * SPAN)
 
 
+def workspace_bytes(call: Call) -> int:
+    """What the threads work in."""
+    return torch.get_num_threads() * (_THREAD_BYTES + 4 * call.num_tokens)
+
+
 def score(
     x: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
@@ -79,9 +90,9 @@ def score(
     tile: Tensor | None = None,  # (N, V)
     unit_dhidden: bool = False,
 ) -> RowStats:
-    """See ``torch_backend.score``. The tile is opaque: ``tile_gradients`` reads it as (V, N)."""
+    """See ``blockwise.score``. The tile is opaque: ``tile_gradients`` reads it as (V, N)."""
     if not _takes(x, weight):
-        return torch_backend.score(
+        return blockwise.score(
             x, weight, bias, labels, head, options, tile=tile, unit_dhidden=unit_dhidden, passes=NATIVE_PASSES
         )
     x, bias = _rows(x), None if bias is None else bias.float().contiguous()
@@ -113,21 +124,18 @@ def _score(
     n, vocab = len(x), len(weight)
     zy, k, slope = target_logit_and_slope(target_logits(x, weight, bias, labels, options.precision), head)
     packed, sums, raised = _pack_tokens(x), new_sums(n, x.device), k.clone()
-    how = *head_numbers(head), output_bits(options), rounding(x.dtype, options.precision)
-
-    def scan(v0: int, v1: int, gradient: Tensor | None) -> None:
-        _ops.score_block(packed, weight[v0:v1], bias, labels, k, raised, sums, None, gradient, *how[:3], v0, *how[3:])
-
-    if dhidden is None:
-        scan(0, vocab, None if tile is None else tile.view(-1))
-    else:
-        buffer = torch.empty(min(width, vocab) * n, dtype=x.dtype, device=x.device)
-        for v0, v1 in blocks(vocab, width):
-            before, gradient = raised.clone(), buffer[: (v1 - v0) * n]
-            scan(v0, v1, gradient)
+    numbers, how = head_numbers(head), (output_bits(options), rounding(x.dtype, options.precision))
+    gradient = None if tile is None else tile.view(-1)
+    if dhidden is not None:
+        gradient = torch.empty(min(width, vocab) * n, dtype=x.dtype, device=x.device)
+    for v0, v1 in blocks(vocab, vocab if dhidden is None else width):
+        before = raised.clone()
+        block, g = weight[v0:v1], None if gradient is None else gradient[: (v1 - v0) * n]
+        _ops.score_block(packed, block, bias, labels, k, raised, sums, None, g, *numbers, v0, *how)
+        if dhidden is not None:
             if not torch.equal(before, raised):
                 dhidden.mul_((before - raised).exp_()[:, None])
-            _ops.grad_hidden(gradient, weight[v0:v1], dhidden)
+            _ops.grad_hidden(g, block, dhidden)
     changed = None if torch.equal(raised, k) else raised
     stats, _ = combine([block_sums(sums, options, zy.dtype, changed)], zy, k, slope, vocab)
     if dhidden is not None:
@@ -150,16 +158,16 @@ def tile_gradients(
     head_gradient: HeadGradient | None,
     entropy_coefficients: Tensor | None = None,  # (N,)
 ) -> None:
-    """See ``torch_backend.tile_gradients``."""
+    """See ``blockwise.tile_gradients``."""
     if not _takes(x, weight):
         given: tuple[Any, ...] = (x, weight, labels, tile, stats, coefficients, head, options)
         made: dict[str, Any] = {"dhidden": dhidden, "head_gradient": head_gradient}
-        torch_backend.tile_gradients(*given, **made, entropy_coefficients=entropy_coefficients)
+        blockwise.tile_gradients(*given, **made, entropy_coefficients=entropy_coefficients, passes=NATIVE_PASSES)
         return
     gradient = tile.view(-1)
     scale, at_target, mix = gradient_factors(stats, coefficients, entropy_coefficients, head)
     if mix is not None:
-        mix_tile_(tile.view(len(weight), -1), mix, stats.k, head, options, transposed=True)
+        NATIVE_PASSES.mix_tile_(tile.view(len(weight), -1), mix, stats.k, head, options, transposed=True)
     target = scale * at_target
     if dhidden is not None:
         dhidden.zero_()
@@ -204,10 +212,10 @@ def recompute_gradients(
     dhidden: Tensor | None,  # (N, H) float32, written
     head_gradient: HeadGradient | None,
 ) -> None:
-    """See ``torch_backend.recompute_gradients``."""
+    """See ``blockwise.recompute_gradients``."""
     if not _takes(x, weight):
         given: tuple[Any, ...] = (x, weight, bias, labels, stats, coefficients, entropy_coefficients, head, options)
-        torch_backend.recompute_gradients(*given, dhidden=dhidden, head_gradient=head_gradient, passes=NATIVE_PASSES)
+        blockwise.recompute_gradients(*given, dhidden=dhidden, head_gradient=head_gradient, passes=NATIVE_PASSES)
         return
     x, bias = _rows(x), None if bias is None else bias.float().contiguous()
     n, hidden = x.shape

@@ -1,22 +1,23 @@
-"""The element-wise passes of ``torch_backend`` by compiled operators: one read and one write of a block for all outputs."""
+"""The element-wise functions by compiled operators: one read and one write of a block of logits for all outputs."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ...core.dtypes import accumulate_dtype
+from ...core.dtypes import accumulate_dtype, rounding
 from ...core.head_spec import HeadSpec
 from ...core.stats import CoreOptions
-from ...operators.native import new_sums
-from ..torch import passes as torch_scan
-from ..torch.passes import BlockSums, Logits, Passes
+from ...operators.schemas import MARGIN_FUNCTIONS, new_sums
+from ...tile.sums import BlockSums
+from ..torch.passes import TORCH_PASSES, Logits
 
 _ops = torch.ops.logitless
 #: Bits of ``tile_pass``' outputs.
 _BITS = {"entropy": 1, "mean_logits": 2, "is_top1": 4, "log_sum_sq_probs": 8}
 _WITHOUT_SLOPE = 16
-_ROUNDING = {torch.bfloat16: 1, torch.float16: 2}
 
 
 def output_bits(options: CoreOptions) -> int:
@@ -25,11 +26,6 @@ def output_bits(options: CoreOptions) -> int:
 
 def head_numbers(head: HeadSpec) -> tuple[float, float, float]:
     return head.logit_scale, head.softcap or 0.0, head.temperature
-
-
-def rounding(dtype: torch.dtype, precision: str) -> int:
-    """Which rounding of the logits ``precision`` asks for, with hidden states of that dtype."""
-    return _ROUNDING.get(dtype, 0) if precision == "match" else 0
 
 
 def block_sums(sums: Tensor, options: CoreOptions, dtype: torch.dtype, k: Tensor | None) -> BlockSums:
@@ -49,9 +45,9 @@ def block_sums(sums: Tensor, options: CoreOptions, dtype: torch.dtype, k: Tensor
 
 
 def target_logits(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, precision: str) -> Tensor:
-    """See ``torch_scan.target_logits``."""
+    """See ``backends.torch.passes.target_logits``."""
     if x.stride(1) != 1 or weight.stride(1) != 1:  # the operator reads rows
-        return torch_scan.target_logits(x, weight, bias, labels, precision)
+        return TORCH_PASSES.target_logits(x, weight, bias, labels, precision)
     out = torch.empty(len(x), dtype=accumulate_dtype(x.dtype), device=x.device)
     bias = None if bias is None else bias.to(out.dtype).contiguous()
     _ops.indexed_dot(x, weight, bias, labels, precision == "match", out)
@@ -70,7 +66,7 @@ def scan_block(
     v0: int,
     v1: int,
 ) -> BlockSums:
-    """See ``torch_scan.scan_block``."""
+    """See ``backends.torch.passes.scan_block``."""
     sums, raised = new_sums(len(source), source.device), k.clone()
     _ops.tile_pass(
         source,
@@ -84,7 +80,7 @@ def scan_block(
         *head_numbers(head),
         v0,
         output_bits(options),
-        _ROUNDING[logits.model_dtype] if logits.match else 0,
+        rounding(logits.model_dtype, "match") if logits.match else 0,
     )
     # to look whether any was raised would synchronise a GPU
     changed = source.is_cuda or not torch.equal(raised, k)
@@ -106,7 +102,7 @@ def gradient_block(
     dbias: Tensor | None,
     scale: Tensor,
 ) -> None:
-    """See ``torch_scan.gradient_block``."""
+    """See ``backends.torch.passes.gradient_block``."""
     _ops.tile_pass(
         source,
         destination,
@@ -119,7 +115,7 @@ def gradient_block(
         *head_numbers(head),
         v0,
         0,
-        _ROUNDING[logits.model_dtype] if logits.match else 0,
+        rounding(logits.model_dtype, "match") if logits.match else 0,
     )
     if dbias is not None:
         step = len(destination) if destination.is_cuda else max(1, options.cache_elements // destination.shape[1])
@@ -128,7 +124,7 @@ def gradient_block(
 
 
 def finish_tile(tile: Tensor, factors: list[Tensor | None], labels: Tensor, at_target: Tensor | None, width: int) -> None:
-    """See ``torch_scan.finish_tile``."""
+    """See ``backends.torch.passes.finish_tile``."""
     given = None
     if (some := next((f for f in factors if f is not None), None)) is not None:
         given = torch.stack([torch.ones_like(some) if f is None else f for f in factors])
@@ -136,4 +132,61 @@ def finish_tile(tile: Tensor, factors: list[Tensor | None], labels: Tensor, at_t
         _ops.finish_tile(tile, given, labels, at_target, width)
 
 
-NATIVE_PASSES = Passes(target_logits, scan_block, gradient_block, finish_tile)
+def scatter_rows(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    rows: Tensor,
+    values: Tensor,
+    factor: Tensor | None = None,
+    base: Tensor | None = None,
+    distinct: bool = True,
+) -> Tensor:
+    """See :class:`ElementWise`."""
+    if not distinct or base is not None or not values.is_contiguous():
+        return TORCH_PASSES.scatter_rows(shape, dtype, rows, values, factor, base, distinct)
+    out = torch.zeros(shape, dtype=dtype, device=values.device)
+    factor = values.new_ones(1) if factor is None else factor.to(values.dtype).reshape(-1)
+    _ops.scale_scatter(values, rows, factor.contiguous(), out.view(-1, values.shape[1]))
+    return out
+
+
+def scaled_to_dtype(source: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
+    """See :class:`ElementWise`."""
+    if source.dtype == dtype or not source.is_contiguous():
+        return TORCH_PASSES.scaled_to_dtype(source, factor, dtype, in_place)
+    out = torch.empty(source.shape, dtype=dtype, device=source.device)
+    _ops.scaled_convert(source, factor.to(source.dtype).reshape(1), out)
+    return out
+
+
+def pair_margins(
+    logps: Tensor,  # (N,)
+    weights: Tensor | None,  # (N,) float64
+    offsets: Tensor,  # (2p + 1,) int64
+    ref_logps: Tensor | None,  # (2p,) float64
+    function: str,  # one of MARGIN_FUNCTIONS
+    mean: bool,
+    beta: float,
+    gamma: float,
+    label_smoothing: float,
+    scale: float,
+    losses: Tensor,  # (p,) float64, written
+    sequence_logps: Tensor,  # (2p,) float64, written
+    coefficients: Tensor | None,  # (N,), written
+) -> None:
+    """The operator ``pair_loss``; see ``operators/schemas.py``."""
+    kind = MARGIN_FUNCTIONS.index(function)
+    numbers = kind, mean, beta, gamma, label_smoothing, scale
+    _ops.pair_loss(logps, weights, offsets, ref_logps, *numbers, losses, sequence_logps, coefficients)
+
+
+NATIVE_PASSES = replace(
+    TORCH_PASSES,
+    target_logits=target_logits,
+    scan_block=scan_block,
+    gradient_block=gradient_block,
+    finish_tile=finish_tile,
+    scatter_rows=scatter_rows,
+    scaled_to_dtype=scaled_to_dtype,
+    pair_margins=pair_margins,
+)

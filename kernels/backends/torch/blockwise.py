@@ -13,53 +13,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...core.blocking import VOCAB_BLOCK, block_shape, blocks, weight_block
 from ...core.dtypes import accumulate_dtype, gemm_dtype, logits_gemm_dtype
 from ...core.head_spec import HeadSpec
 from ...core.stats import CoreOptions, RowStats
-from ...planner.plan import VOCAB_BLOCK, block_shape
-from ...tile.entropy import mix_tile_
+from ...tile.factors import FP16_SCALE, add_bias_gradient, block_dtype, for_gemm, gradient_factors, rounding_of, scale_rows
 from ...tile.gemm import mm_accumulate
 from ...tile.head_gradient import HeadGradient
-from .passes import (
-    FLOOR,
-    ROW_ELEMENTS,
-    TORCH_PASSES,
-    BlockSums,
-    Logits,
-    Passes,
-    blocks,
-    combine,
-    target_logit_and_slope,
-    weight_block,
-)
-
-#: Elements of a tile that a GPU widens at a time.
-_GPU_ELEMENTS = 1 << 24
-#: Scale of a fp16 gradient tile, so that probabilities down to 2e-9 keep their precision.
-FP16_SCALE = 2.0**15
-
-
-def targets_in_tile(device: torch.device) -> bool:
-    """Whether a gradient tile holds its labels' entries when it meets a GEMM.
-
-    Such an entry is as large as all others of its row together. A CPU's bf16 GEMM rounds what it returns, so there they
-    are added beside it, in float32. A GPU's keeps float32, and adding to rows of dW would need atomics in an order that
-    changes.
-    """
-    return device.type != "cpu"
-
-
-def scale_rows(x: Tensor, a: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """``x * a[:, None]`` in ``dtype`` and the factor (0-dim) still missing: fp16 cannot hold small a. x (N, H), a (N,)."""
-    factor = None
-    if dtype == torch.float16:
-        factor = a.abs().amax().clamp(min=1e-30) if len(a) else None
-        a = a if factor is None else a / factor
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    step = len(x) if x.is_cuda else max(1, ROW_ELEMENTS // max(1, x.shape[1]))
-    for r0, r1 in blocks(len(x), max(1, step)):  # no full-size temporary in a's dtype
-        out[r0:r1].copy_(x[r0:r1] * a[r0:r1, None])
-    return out, factor
+from ...tile.sums import BlockSums, combine
+from ...tile.targets import add_targets, target_entry, target_logit_and_slope, targets_in_tile
+from ...tile.unit import add_unit, finish_unit
+from ..interface import ElementWise
+from .passes import TORCH_PASSES, Logits
 
 
 def score(
@@ -72,7 +37,7 @@ def score(
     *,
     tile: Tensor | None = None,  # (N, V) gets G, relative to the returned k
     unit_dhidden: bool = False,
-    passes: Passes = TORCH_PASSES,
+    passes: ElementWise = TORCH_PASSES,
 ) -> RowStats:
     """One pass over the logits: ``2 * N * H * V`` FLOP, twice that with ``unit_dhidden``."""
     # One partition for all modes: a GEMM's rounding may depend on its shape, and a token's logps must not depend on whether
@@ -103,7 +68,7 @@ def _score_rows(
     width: int,
     tile: Tensor | None,  # (N, V), written
     dhidden: Tensor | None,  # (N, H) zeros, gets d logps / d hidden
-    passes: Passes,
+    passes: ElementWise,
 ) -> RowStats:
     n, vocab = len(x), len(weight)
     logits = Logits(x, weight, bias, options.precision)
@@ -146,78 +111,6 @@ def _score_rows(
     return stats
 
 
-def add_unit(dhidden: Tensor, g: Tensor, w_block: Tensor) -> None:
-    """``dhidden += g @ w_block`` with g relative to its rows' offsets. dhidden (N, H), g (N, W), w_block (W, H)."""
-    if w_block.dtype == torch.float16:  # exp(z - k) reaches e^30: bring each row into fp16's range for its GEMM
-        peak = g.amax(dim=1).clamp_(min=1e-30) / FP16_SCALE
-        product = torch.zeros_like(dhidden)
-        mm_accumulate(product, (g / peak[:, None]).to(w_block.dtype), w_block)
-        dhidden.addcmul_(product, peak[:, None])
-    else:
-        mm_accumulate(dhidden, g.to(w_block.dtype), w_block)
-
-
-def finish_unit(
-    x: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
-    labels: Tensor,  # (N,)
-    stats: RowStats,
-    head: HeadSpec,
-    dhidden: Tensor,  # (N, H) sums of ``add_unit``, gets d logps / d hidden
-) -> None:
-    """Adds the labels' share and scales the rows."""
-    entry, scale = target_entry(stats), -head.slope * (-stats.log_denom).exp()
-    for r0, r1 in blocks(len(x), max(1, ROW_ELEMENTS // max(1, x.shape[1]))):
-        w_y = weight.index_select(0, labels[r0:r1]).to(x.dtype)
-        dhidden[r0:r1].sub_(w_y * entry[r0:r1, None]).mul_(scale[r0:r1, None])
-
-
-def block_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-def target_entry(stats: RowStats) -> Tensor:
-    """``R * (1 - tanh^2)``, the gradient tile's entry at the target up to its sign. (N,)."""
-    return stats.sum_others if stats.target_slope is None else stats.sum_others * stats.target_slope
-
-
-def rounding_of(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """``exact / exact.to(dtype)``: a row scaled by it has its target entry exact, as large as all others together. (N,).
-
-    The error moves to the other entries, which have roundings of their own that average out.
-    """
-    ratio = exact / exact.to(dtype).to(exact.dtype)
-    return torch.where(ratio.isfinite(), ratio, 1)
-
-
-def add_targets(
-    x: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
-    labels: Tensor,  # (N,)
-    values: Tensor,  # (N,) dLoss / d raw logit of the target
-    dhidden: Tensor | None,
-    head_gradient: HeadGradient | None,
-) -> None:
-    """The target's share of all gradients, in float32, beside the GEMMs: see ``targets_in_tile``."""
-    if dhidden is not None:
-        for r0, r1 in blocks(len(x), max(1, ROW_ELEMENTS // x.shape[1])):
-            w = weight.index_select(0, labels[r0:r1]).to(x.dtype).to(dhidden.dtype)
-            dhidden[r0:r1].addcmul_(w, values[r0:r1, None])
-    if head_gradient is not None:
-        head_gradient.add_rows(labels, values, x)
-
-
-def add_bias_gradient(
-    bias: Tensor,  # (V,), added to
-    tile: Tensor,  # (N, V)
-    scale: Tensor,  # (N,)
-) -> None:
-    """``bias += tile.T @ scale`` in the bias' dtype."""
-    step = max(1, (_GPU_ELEMENTS if tile.is_cuda else ROW_ELEMENTS) // tile.shape[1])
-    for r0, r1 in blocks(len(tile), step):
-        bias.addmv_(tile[r0:r1].to(bias.dtype).t(), scale[r0:r1].to(bias.dtype))
-
-
 def tile_gradients(
     x: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
@@ -231,6 +124,7 @@ def tile_gradients(
     dhidden: Tensor | None,  # (N, H) float32 (float64), written
     head_gradient: HeadGradient | None,
     entropy_coefficients: Tensor | None = None,  # (N,) dLoss / dentropy, with stats.entropy and options.slopes_later
+    passes: ElementWise = TORCH_PASSES,
 ) -> None:
     """``dX = a (.) (G W)``, ``dW = G^T (a (.) X)`` and ``db = G^T a`` with ``a = -c * slope / D``."""
     grad_dtype = gemm_dtype(x.dtype, x.device)
@@ -241,7 +135,7 @@ def tile_gradients(
         target_values = factors[0] * factors[1]
         scale, at_target, mix = for_gemm(*factors, stats, grad_dtype)
         assert mix is not None
-        mix_tile_(tile, mix, stats.k, head, options)
+        passes.mix_tile_(tile, mix, stats.k, head, options)
         if targets_in_tile(tile.device):
             tile[torch.arange(len(tile), device=tile.device), labels] = at_target.to(tile.dtype)
     elif grad_dtype == torch.float16:  # the float32 tile is normalised block by block, into fp16's range
@@ -281,49 +175,6 @@ def tile_gradients(
         add_targets(x, weight, labels, target_values, dhidden, head_gradient)
 
 
-def gradient_factors(
-    stats: RowStats,
-    coefficients: Tensor | None,  # (N,) dLoss / dlogps
-    entropy_coefficients: Tensor | None,  # (N,) dLoss / dentropy, with stats.entropy
-    head: HeadSpec,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A row of dLoss / d raw logits is ``scale * exp(z_v - k) * slope_v * (mix[0] + mix[1] * (z_v - k))`` and, at the target,
-    ``scale * at_target``. Returns scale (N,), at_target (N,) and mix (2, N), ``None`` for 1 and 0.
-    """
-    inverse = (-stats.log_denom).exp()
-    c = torch.zeros_like(stats.k) if coefficients is None else coefficients
-    if entropy_coefficients is None:
-        scale, at_target, mix = -c * head.slope * inverse, -stats.sum_others, None
-    else:
-        assert stats.entropy is not None
-        scale = -head.slope * inverse
-        log_p = (stats.target_offset - stats.log_denom).clamp(min=FLOOR)
-        at_target = entropy_coefficients * (log_p + stats.entropy) * stats.target_offset.exp() - c * stats.sum_others
-        mix = torch.stack((c + entropy_coefficients * (stats.entropy - stats.log_denom), entropy_coefficients))
-    return scale, at_target if stats.target_slope is None else at_target * stats.target_slope, mix
-
-
-def for_gemm(
-    scale: Tensor,  # (N,)
-    at_target: Tensor,  # (N,)
-    mix: Tensor | None,  # (2, N)
-    stats: RowStats,
-    grad_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``gradient_factors`` such that a block of the gradient is in fp16's range, or its labels' entries are exact in bf16."""
-    if grad_dtype == torch.float16:
-        normal = (-stats.log_denom).exp() * FP16_SCALE
-        if mix is None:
-            mix = torch.stack((normal, torch.zeros_like(normal)))
-        else:  # coefficients, too, are in the tile: an entry is at most a few times their size
-            assert stats.entropy is not None
-            size = mix[0].abs() + mix[1].abs() * (1 + stats.entropy + stats.log_denom.abs())
-            normal = normal / (4 * size).clamp(min=1e-30)
-            mix = mix * normal
-        return scale / normal, at_target * normal, mix
-    return scale * rounding_of(at_target, grad_dtype) if targets_in_tile(scale.device) else scale, at_target, mix
-
-
 def recompute_gradients(
     x: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
@@ -337,7 +188,7 @@ def recompute_gradients(
     *,
     dhidden: Tensor | None,  # (N, H) float32 (float64), written
     head_gradient: HeadGradient | None,
-    passes: Passes = TORCH_PASSES,
+    passes: ElementWise = TORCH_PASSES,
 ) -> None:
     """Gradients from recomputed logits. The outer loop is over the vocabulary, so each block of dW is finished at once."""
     grad_dtype = gemm_dtype(x.dtype, x.device)

@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...core.blocking import ROW_ELEMENTS, blocks, weight_block
 from ...core.dtypes import accumulate_dtype, logits_gemm_dtype
 from ...core.head_spec import HeadSpec
-from ...core.stats import CoreOptions, RowStats
-
-#: A logit this far (nats) above the offset k raises k to the row maximum. exp(30)^2 * V stays finite in float32.
-RAISE_ABOVE = 30.0
-#: Elements of [tokens, hidden] that are converted at a time.
-ROW_ELEMENTS = 1 << 19
-#: exp underflows to 0 below this in float32 and float64; keeps -inf * 0 out of the entropy sum.
-FLOOR = -1000.0
-
-
-def blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, total, size):
-        yield start, min(start + size, total)
-
-
-def weight_block(weight: Tensor, v0: int, v1: int, dtype: torch.dtype) -> Tensor:
-    block = weight[v0:v1]
-    return block if block.dtype == dtype else block.to(dtype)
+from ...core.stats import CoreOptions
+from ...tile.sums import FLOOR, RAISE_ABOVE, BlockSums
+from ..interface import ElementWise
+from .entropy import mix_tile_
+from .gae import gae
+from .rows import scaled_to_dtype, scatter_rows
+from .segments import segment_sum
 
 
 class Logits:
@@ -78,22 +65,6 @@ def target_logits(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
     if bias is not None:
         out += bias.index_select(0, labels)
     return out.to(x.dtype).to(acc) if precision == "match" else out
-
-
-@dataclass
-class BlockSums:
-    """Sums over one block of the vocabulary without the target, relative to ``k`` (``None``: the target logit). Each (N,)."""
-
-    e: Tensor
-    ez: Tensor | None = None
-    ee: Tensor | None = None
-    z: Tensor | None = None
-    #: For the argmax, as the GEMM made them: the target (-inf where it is not in this block), and the largest logit before
-    #: and after it in the vocabulary.
-    target: Tensor | None = None
-    before: Tensor | None = None
-    after: Tensor | None = None
-    k: Tensor | None = None
 
 
 def scan_block(
@@ -188,57 +159,6 @@ def _largest_beside(z: Tensor, labels: Tensor, v0: int) -> tuple[Tensor, Tensor]
     return before, after
 
 
-def combine(
-    parts: list[BlockSums], zy: Tensor, k: Tensor, ty: Tensor | None, vocab: int
-) -> tuple[RowStats, list[Tensor | None]]:
-    """Totals over all blocks, and for each block the factor (N,) from its offset to the common one (``None``: 1)."""
-    factors: list[Tensor | None] = [None] * len(parts)
-    if any(p.k is not None for p in parts):
-        offsets = torch.stack([k if p.k is None else p.k for p in parts])
-        k = offsets.amax(dim=0)
-        for i, p in enumerate(parts):
-            shift = offsets[i] - k
-            factors[i] = f = shift.exp()
-            if p.ez is not None:
-                p.ez = (p.ez + torch.where(f > 0, shift, 0) * p.e) * f
-            if p.ee is not None:
-                p.ee = p.ee * f * f
-            p.e = p.e * f
-
-    def total(name: str) -> Tensor | None:
-        columns = [getattr(p, name) for p in parts]
-        return None if columns[0] is None else torch.stack(columns).sum(dim=0)
-
-    r = total("e")
-    assert r is not None
-    offset = zy - k
-    target = offset.exp()
-    denominator = r + target
-    at_target = offset == 0
-    log_denom = torch.where(at_target, r.log1p(), denominator.log())
-    stats = RowStats(
-        logps=torch.where(at_target, -log_denom, offset - log_denom),
-        k=k,
-        sum_others=r,
-        log_denom=log_denom,
-        target_offset=offset,
-        target_slope=ty,
-    )
-    if (ez := total("ez")) is not None:
-        stats.entropy = log_denom - (ez + target * offset.clamp(min=FLOOR)) / denominator
-    if (ee := total("ee")) is not None:
-        # 1 - sum p^2 = R / D (1 + p_y) - sum of p_v^2 over v != y: small where the model is sure, and then log1p keeps it
-        p_y, squares = target / denominator, ee / denominator / denominator
-        rest = (r / denominator * (1 + p_y) - squares).clamp(min=0)
-        stats.log_sum_sq_probs = torch.where(rest < 0.5, (-rest).log1p(), (squares + p_y * p_y).log())
-    if (z := total("z")) is not None:
-        stats.mean_logits = z / vocab
-    if parts[0].target is not None:
-        target, before, after = (torch.stack([getattr(p, n) for p in parts]).amax(dim=0) for n in ("target", "before", "after"))
-        stats.is_top1 = (target > before) & (target >= after)
-    return stats, factors
-
-
 def gradient_block(
     logits: Logits,
     head: HeadSpec,
@@ -300,22 +220,14 @@ def finish_tile(
         tile[torch.arange(len(tile), device=tile.device), labels] = at_target.to(tile.dtype)
 
 
-class Passes(NamedTuple):
-    """What a backend may do better than plain torch operators within the blockwise algorithm of ``torch_backend``."""
-
-    target_logits: Callable[..., Tensor]
-    scan_block: Callable[..., BlockSums]
-    gradient_block: Callable[..., None]
-    finish_tile: Callable[..., None]
-
-
-TORCH_PASSES = Passes(target_logits, scan_block, gradient_block, finish_tile)
-
-
-def target_logit_and_slope(
-    raw: Tensor,  # (N,) raw logits of the labels
-    head: HeadSpec,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The label's logits, what to subtract from logits (finite), and ``1 - tanh^2`` with a soft-cap. Each (N,)."""
-    squared = head.transform_(raw)
-    return raw, raw.clamp(min=-1e30), None if squared is None else 1 - squared
+TORCH_PASSES = ElementWise(
+    target_logits=target_logits,
+    scan_block=scan_block,
+    gradient_block=gradient_block,
+    finish_tile=finish_tile,
+    mix_tile_=mix_tile_,
+    scatter_rows=scatter_rows,
+    scaled_to_dtype=scaled_to_dtype,
+    segment_sum=segment_sum,
+    gae=gae,
+)

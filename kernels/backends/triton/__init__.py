@@ -1,4 +1,5 @@
-"""The Triton kernels of the ``triton`` backend: GEMMs with epilogues, passes over tiles, and their configurations.
+"""The ``triton`` backend: GEMMs with an epilogue (``gemm/``), element-wise kernels, entry points over them (``backend.py``).
 
-``TRITON_INTERPRET=1``, set before the first import, runs them on a CPU, which is how they are tested without a GPU.
+``tuning/`` chooses block sizes, ``aot/`` compiles every kernel without a GPU. With ``TRITON_INTERPRET=1``, set before the first
+import of Triton, the kernels run on a CPU: that is how they are tested without a GPU.
 """

@@ -1,4 +1,4 @@
-"""What differs between Triton 3.4 and 3.9, and whether it runs here at all. Nothing else asks for a version."""
+"""Differences between Triton 3.4 and 3.9, and whether Triton can run here. No other file asks for Triton's version."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: The first Triton with descriptors in its tools and ``knobs``.
+#: The first version with tensor descriptors in ``triton.tools`` and with ``triton.knobs``.
 OLDEST = (3, 4)
 
 
@@ -21,7 +21,7 @@ def _version() -> tuple[int, ...]:
 
 @functools.cache
 def why_no_triton() -> list[str]:
-    """Every reason why Triton kernels cannot run in this process; also those of the interpreter."""
+    """Every reason why Triton kernels, interpreted or compiled, cannot run in this process; empty when they can."""
     try:
         import triton
     except ImportError as error:
@@ -36,32 +36,42 @@ def why_no_triton() -> list[str]:
 
 
 def interpreted() -> bool:
-    """Whether Triton's functions of this process run in its interpreter."""
+    """Whether the Triton functions of this process run in the interpreter."""
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
 
 
 def gemm_warps(block_n: int, block_v: int, num_warps: int) -> int:
-    """Of a program of a GEMM kernel, whose configuration says ``num_warps``.
+    """The warps per program of a GEMM kernel whose configuration has ``num_warps``.
 
-    Where warps share a block's rows, halving it moves columns between them through shared memory: in Triton 3.4 128 KiB of
-    it for a block of 64 x 256, which Hopper does not have beside the operands. There warps have rows of their own.
+    Where several warps share the rows of a block, halving the block moves columns between them through shared memory. Triton
+    3.4 takes 128 KiB of it for a block of 64 x 256, which Hopper does not have beside the operands, so there each warp gets
+    rows of its own.
     """
     shared = block_n < 16 * num_warps and block_v > 128
     return max(4, block_n // 16) if shared and _version() < (3, 5) else num_warps
 
 
 def descriptor_step(itemsize: int) -> int:
-    """Of which the row stride of a tensor descriptor is a multiple, in elements: 16 bytes.
+    """The number of elements (16 bytes) that divides the row stride of any matrix with a tensor descriptor.
 
-    The interpreters of Triton 3.4 and 3.5 want 16 elements, whatever their size.
+    The interpreters of Triton 3.4 and 3.5 require 16 elements of any size.
     """
     return 16 if interpreted() and _version() < (3, 6) else 16 // itemsize
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """The number of multiprocessors of a GPU; 1 in the interpreter, which runs one program after the other."""
+    if interpreted():
+        return 1
+    properties = torch.get_device_module(device).get_device_properties(device)
+    return getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Makes the tensor's GPU the current one, which is where Triton launches. Nothing on a CPU."""
+    """Makes the tensor's GPU the current one, where Triton launches. Does nothing for a CPU tensor."""
     if tensor.device.type == "cpu":
         return nullcontext()
     return torch.get_device_module(tensor.device).device(tensor.device)

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The pass that adds the entropy's gradient to a finished tile of exponentials, see ``entropy_tile``."""
+"""The pass that turns a finished tile of exponentials into the gradient of a loss with an entropy: see ``torch/entropy.py``."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.head_spec import HeadSpec
-from ..torch import passes as torch_scan
-from .aot.compilation import Compilation, aligned
-from .compat import on_device
-from .rows import OPTIONS, converted, exact
+from ...core.stats import CoreOptions
+from .launch import Launch
+from .math import FLOOR, converted, exact
 
-#: exp underflows below it.
-FLOOR = tl.constexpr(torch_scan.FLOOR)
-#: Elements of a row for each program: 16 a thread.
+#: Elements of a row per program: 16 per thread.
 BLOCK = 2048
 
 
@@ -31,7 +28,7 @@ def mix_tile_kernel(
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A row's pieces are the second dimension of the grid."""
+    """The second dimension of the grid divides a row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ACC: tl.constexpr = k.dtype.element_ty
@@ -47,41 +44,45 @@ def mix_tile_kernel(
     tl.store(at, converted(g, tile.dtype.element_ty), mask=column < columns)
 
 
-def mix_tile(
+def mix_tile_launch(
     tile: Tensor,  # (N, V)
     mix: Tensor,  # (2, N)
     k: Tensor,  # (N,)
     head: HeadSpec,
-) -> None:
-    """See ``entropy_tile.mix_tile_``. The labels' entries may be negative here: what comes of them is written over."""
-    n, columns = tile.shape
-    if tile.numel() == 0:
-        return
+) -> Launch:
+    """The launch of ``mix_tile_kernel`` for N x ``ceil(V / BLOCK)`` programs."""
     mix = mix.to(k.dtype).contiguous()
-    with on_device(tile):
-        mix_tile_kernel[n, triton.cdiv(columns, BLOCK)](
-            tile,
-            mix,
-            k.contiguous(),
-            0.0 if head.softcap is None else head.temperature / head.softcap,
-            tile.stride(0),
-            mix.stride(0),
-            columns,
-            SOFTCAP=head.softcap is not None,
-            BLOCK=BLOCK,
-            num_warps=4,
-            **OPTIONS,
-        )
+    return Launch(
+        mix_tile_kernel,
+        {
+            "tile": tile,
+            "mix": mix,
+            "k": k.contiguous(),
+            "inverse_cap": 0.0 if head.softcap is None else head.temperature / head.softcap,
+            "tile_stride": tile.stride(0),
+            "mix_stride": mix.stride(0),
+            "columns": tile.shape[1],
+        },
+        {"SOFTCAP": head.softcap is not None, "BLOCK": BLOCK},
+        num_warps=4,
+    )
 
 
-def compilations() -> list[Compilation]:
-    """A bf16 tile, a float32 one (of fp16 and float32 operands), and float64, each with a soft-cap and without."""
-    found = []
-    for dtype, acc in (("bf16", "fp32"), ("fp32", "fp32"), ("fp64", "fp64")):
-        types = dict.fromkeys(("tile_stride", "mix_stride", "columns"), "i32") | {"inverse_cap": "fp64"}
-        types |= {"tile": f"*{dtype}", "mix": f"*{acc}", "k": f"*{acc}"}
-        for softcap in (False, True):
-            name = f"mix_tile{'_softcap' * softcap}_{dtype}"
-            constants = {"SOFTCAP": softcap, "BLOCK": BLOCK}
-            found.append(aligned(mix_tile_kernel, name, types, constants, 4, dtype=dtype))
-    return found
+def mix_tile_(
+    tile: Tensor,  # (N, V), updated
+    mix: Tensor,  # (2, N)
+    k: Tensor,  # (N,)
+    head: HeadSpec,
+    options: CoreOptions,
+    *,
+    transposed: bool = False,
+) -> None:
+    """See ``ElementWise.mix_tile_``. The labels' entries may be negative, and become NaN: the caller overwrites them.
+
+    Raises:
+        ValueError: for a ``transposed`` tile (V, N), which only the backend ``cpu`` makes.
+    """
+    if transposed:
+        raise ValueError("transposed must be False: the Triton kernel takes tiles (N, V)")
+    if tile.numel():
+        mix_tile_launch(tile, mix, k, head).run(len(tile), triton.cdiv(tile.shape[1], BLOCK))

@@ -1,26 +1,23 @@
-// dX and dW from the gradient that score_block wrote, by small GEMMs that accumulate in float32. Included by kernels.inc.
+// dX and dW from the gradient that score_block wrote, by small GEMMs that accumulate in float32.
+#pragma once
 
-constexpr int64_t kSlice = 512;        // vocabulary entries that dX takes in at a time
-constexpr int64_t kMaxColumns = 1024;  // hidden elements of a task of dX: they bound what it needs
+#include <cstdint>
+#include <utility>
 
-// (count, columns) rows of bf16 as the small GEMM's B: (count / 2, ld, 2); an odd last row is paired with zeros.
-inline void interleave(const uint16_t* rows, int64_t stride, int64_t count, int64_t columns, int64_t ld, uint16_t* out) {
-  for (int64_t i = 0; i < count; i += 2) {
-    const uint16_t* even = rows + i * stride;
-    const uint16_t* odd = i + 1 < count ? even + stride : nullptr;
-    uint16_t* to = out + i * ld;
-    int64_t j = 0;
-    for (; odd && j + kLanes <= columns; j += kLanes) {
-      const Word low = __builtin_convertvector(load_bits<Half>(even + j), Word);
-      const Word high = __builtin_convertvector(load_bits<Half>(odd + j), Word);
-      store_bits(to + 2 * j, low | (high << 16));
-    }
-    for (; j < columns; ++j) {
-      to[2 * j] = even[j];
-      to[2 * j + 1] = odd ? odd[j] : 0;
-    }
-  }
-}
+#include "logitless/cpu/buffer.h"
+#include "logitless/cpu/isa.h"
+#include "logitless/cpu/ops.h"
+#include "logitless/cpu/pack.h"
+#include "logitless/cpu/platform.h"
+#include "logitless/cpu/storage.h"
+#include "logitless/cpu/vec.h"
+#include "logitless/dtype.h"
+
+LOGITLESS_TARGET_BEGIN
+namespace logitless::cpu::LOGITLESS_ISA {
+
+constexpr int64_t kSlice = 512;        // vocabulary entries of one small GEMM of dX
+constexpr int64_t kMaxColumns = 1024;  // most hidden elements of a task of dX; bounds its memory
 
 // One step of the transposition of kLanes vectors of kLanes words: swaps blocks of D off the diagonal.
 template <int D, int... Lane>
@@ -70,7 +67,7 @@ inline void transpose(const uint16_t* gradient, int64_t stride, int64_t count, i
   }
 }
 
-// Which tokens and hidden elements each task has: as near to a square as the threads allow, since each task transposes its
+// Tokens and hidden elements of each task of dX: as near to a square as the threads allow, since each task transposes its
 // tokens' gradient and interleaves its part of the weight.
 struct Grid {
   int64_t token_step, hidden_step, across;  // tasks: ceil(rows / token_step) * across
@@ -96,19 +93,19 @@ struct Grid {
 };
 
 inline void grad_hidden(const GradHidden& p, ParallelFor run, SmallGemm gemm, ReleaseGemm release) {
-  if (p.rows == 0 || p.width == 0) return;
-  const Grid grid(p.rows, p.hidden, p.threads);
-  parallel(run, (p.rows + grid.token_step - 1) / grid.token_step * grid.across, [&](int64_t task) {
+  if (p.tokens == 0 || p.width == 0) return;
+  const Grid grid(p.tokens, p.hidden, p.threads);
+  parallel(run, (p.tokens + grid.token_step - 1) / grid.token_step * grid.across, [&](int64_t task) {
     const int64_t t0 = task / grid.across * grid.token_step, h0 = task % grid.across * grid.hidden_step;
-    const int64_t tokens = least(grid.token_step, p.rows - t0), columns = least(grid.hidden_step, p.hidden - h0);
-    const bool direct = p.weight_type == DType::BFloat16;
+    const int64_t tokens = least(grid.token_step, p.tokens - t0), columns = least(grid.hidden_step, p.hidden - h0);
+    const bool direct = p.weight_dtype == DType::kBFloat16;
     Buffer<uint16_t> b(kSlice * round_up(columns, kHiddenBlock)), a(kTokenBlock * kSlice), rows(direct ? 0 : kSlice * columns);
     for (int64_t v = 0; v < p.width; v += kSlice) {
       const int64_t depth = least(kSlice, p.width - v), even = round_up(depth, 2);
       const uint16_t* w = static_cast<const uint16_t*>(p.weight) + v * p.weight_stride + h0;
       if (!direct) {
         for (int64_t i = 0; i < depth; ++i) {
-          to_bf16(p.weight, p.weight_type, (v + i) * p.weight_stride + h0, columns, rows.data() + i * columns);
+          to_bf16(p.weight, p.weight_dtype, (v + i) * p.weight_stride + h0, columns, rows.data() + i * columns);
         }
         w = rows.data();
       }
@@ -118,7 +115,7 @@ inline void grad_hidden(const GradHidden& p, ParallelFor run, SmallGemm gemm, Re
       }
       for (int64_t t = 0; t < tokens; t += kTokenBlock) {
         const int64_t some = least(kTokenBlock, tokens - t);
-        transpose(p.gradient + v * p.rows + t0 + t, p.rows, depth, some, even, a.data());
+        transpose(p.gradient + v * p.tokens + t0 + t, p.tokens, depth, some, even, a.data());
         for (int64_t h = 0; h < columns; h += kHiddenBlock) {
           gemm(some, least(kHiddenBlock, columns - h), even, even, kHiddenBlock, p.hidden, true, a.data(),
                b.data() + h * kSlice, p.dhidden + (t0 + t) * p.hidden + h0 + h);
@@ -129,44 +126,12 @@ inline void grad_hidden(const GradHidden& p, ParallelFor run, SmallGemm gemm, Re
   });
 }
 
-LOGITLESS_INLINE void scale_to_bf16(const uint16_t* x, float scale, int64_t count, uint16_t* out) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const Vec<float> v = bf16_to_float(load_bits<Half>(x + i)) * scale;
-    store_bits(out + i, float_to_bf16(v));
-  }
-  const BF16* rest = reinterpret_cast<const BF16*>(x + i);
-  if (i < count)
-    store_some<float>(reinterpret_cast<BF16*>(out + i), load_some<float>(rest, int(count - i)) * scale, int(count - i));
-}
-
 LOGITLESS_INLINE void add_scaled(const uint16_t* x, float scale, int64_t count, float* to) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const int some = int(least(kLanes, count - i));
-    const Vec<float> v = load_some<float>(reinterpret_cast<const BF16*>(x + i), some) * scale;
+    const Vec<float> v = load_some<float>(reinterpret_cast<const bfloat16*>(x + i), some) * scale;
     store_some<float>(to + i, load_some<float>(to + i, some) + v, some);
   }
-}
-
-// scale * x in bf16, in blocks of kHiddenBlock columns, each as the small GEMM's B: (rows / 2, kHiddenBlock, 2).
-inline void pack_rows(const PackRows& p, ParallelFor run) {
-  const int64_t even = round_up(p.rows, 2);
-  parallel(run, (p.hidden + kHiddenBlock - 1) / kHiddenBlock, [&](int64_t block) {
-    const int64_t h = block * kHiddenBlock, columns = least(kHiddenBlock, p.hidden - h);
-    uint16_t* out = p.out + h * even;
-    uint16_t pair[2 * kHiddenBlock] = {};
-    for (int64_t t = 0; t < even; t += 2) {
-      for (int64_t i = 0; i < 2; ++i) {
-        uint16_t* row = pair + i * kHiddenBlock;
-        if (t + i < p.rows) {
-          scale_to_bf16(p.x + (t + i) * p.x_stride + h, p.scale[t + i], columns, row);
-        } else {
-          __builtin_memset(row, 0, kHiddenBlock * 2);
-        }
-      }
-      interleave(pair, kHiddenBlock, 2, kHiddenBlock, kHiddenBlock, out + t * kHiddenBlock);
-    }
-  });
 }
 
 // The tokens of each label of a block of the vocabulary, in order.
@@ -182,7 +147,7 @@ class ByLabel {
     }
   }
 
-  // f(row, token) for rows v0..v1
+  // Calls f(row, token) for rows v0..v1.
   template <class F>
   void each(int64_t v0, int64_t v1, F&& f) {
     for (int64_t v = v0; v < v1; ++v) {
@@ -199,27 +164,27 @@ inline float dot_with(const uint16_t* g, const float* scale, int64_t count) {
   Vec<float> total{};
   for (int64_t i = 0; i < count; i += kLanes) {
     const int some = int(least(kLanes, count - i));
-    total += load_some<float>(reinterpret_cast<const BF16*>(g + i), some) * load_some<float>(scale + i, some);
+    total += load_some<float>(reinterpret_cast<const bfloat16*>(g + i), some) * load_some<float>(scale + i, some);
   }
   return sum_lanes<float>(total);
 }
 
 inline void grad_weight(const GradWeight& p, ParallelFor run, SmallGemm gemm, ReleaseGemm release) {
-  const int64_t even = round_up(p.rows, 2);
-  ByLabel by_label(p.labels, p.rows, p.first, p.width);
+  const int64_t even = round_up(p.tokens, 2);
+  ByLabel by_label(p.labels, p.tokens, p.first, p.width);
   parallel(run, (p.width + kUnitRows - 1) / kUnitRows, [&](int64_t task) {
     const int64_t v = task * kUnitRows, height = least(kUnitRows, p.width - v);
-    const uint16_t* a = p.gradient + v * p.rows;
+    const uint16_t* a = p.gradient + v * p.tokens;
     if (p.dbias) {
-      for (int64_t i = 0; i < height; ++i) p.dbias[v + i] += dot_with(a + i * p.rows, p.scale, p.rows);
+      for (int64_t i = 0; i < height; ++i) p.dbias[v + i] += dot_with(a + i * p.tokens, p.scale, p.tokens);
       by_label.each(v, v + height, [&](int64_t row, int64_t t) { p.dbias[row] += p.values[t]; });
     }
     if (!p.dweight) return;
-    // The GEMM reads pairs: the end of an odd row gets a zero.
-    const int64_t last = even == p.rows ? even : (even - 1) / kDepth * kDepth;
+    // The GEMM reads pairs: the ends of odd rows are copied and padded with a zero.
+    const int64_t last = even == p.tokens ? even : (even - 1) / kDepth * kDepth;
     Buffer<uint16_t> padded(height * (even - last));
     for (int64_t i = 0; i < height && last < even; ++i) {
-      __builtin_memcpy(padded.data() + i * (even - last), a + i * p.rows + last, (p.rows - last) * 2);
+      __builtin_memcpy(padded.data() + i * (even - last), a + i * p.tokens + last, (p.tokens - last) * 2);
     }
     alignas(64) float scratch[kUnitRows * kHiddenBlock];
     for (int64_t h = 0; h < p.hidden; h += kHiddenBlock) {
@@ -231,7 +196,7 @@ inline void grad_weight(const GradWeight& p, ParallelFor run, SmallGemm gemm, Re
       }
       for (int64_t t = 0; t < even; t += kDepth) {
         const bool odd = t == last;
-        gemm(height, columns, least(kDepth, even - t), odd ? even - last : p.rows, kHiddenBlock, ldc, p.accumulate || t > 0,
+        gemm(height, columns, least(kDepth, even - t), odd ? even - last : p.tokens, kHiddenBlock, ldc, p.accumulate || t > 0,
              odd ? padded.data() : a + t, p.packed + h * even + t * kHiddenBlock, c);
       }
       by_label.each(v, v + height, [&](int64_t row, int64_t t) {
@@ -239,7 +204,7 @@ inline void grad_weight(const GradWeight& p, ParallelFor run, SmallGemm gemm, Re
       });
       if (!p.accumulate) {
         for (int64_t i = 0; i < height; ++i) {
-          with_type<float>(p.dweight, p.dweight_type, (v + i) * p.hidden + h,
+          with_type<float>(p.dweight, p.dweight_dtype, (v + i) * p.hidden + h,
                            [&](auto* row) { narrow<float>(scratch + i * kHiddenBlock, row, columns); });
         }
       }
@@ -247,3 +212,6 @@ inline void grad_weight(const GradWeight& p, ParallelFor run, SmallGemm gemm, Re
     release();
   });
 }
+
+}  // namespace logitless::cpu::LOGITLESS_ISA
+LOGITLESS_TARGET_END

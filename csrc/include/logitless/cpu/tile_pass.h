@@ -1,95 +1,34 @@
-// The element-wise pass over a block of raw logits whose rows are tokens. Included by kernels.inc.
+// The element-wise pass over a block of raw logits whose rows are tokens.
+#pragma once
 
-constexpr int kChunk = 1024;       // logits that a row works on at a time, in the L1 cache
-constexpr int kQuickChunk = 4096;  // where it keeps nothing but the entries to write
+#include <cstdint>
+#include <type_traits>
 
-// Raw logits to logits, for vectors: scale, or soft-cap.
-template <class Real>
-struct Transform {
-  Real inner, outer;
-  bool capped;
+#include "logitless/cpu/head.h"
+#include "logitless/cpu/isa.h"
+#include "logitless/cpu/platform.h"
+#include "logitless/cpu/storage.h"
+#include "logitless/cpu/vec.h"
+#include "logitless/dtype.h"
+#include "logitless/ops.h"
 
-  explicit Transform(const Head& h)
-      : inner(Real(h.cap > 0 ? h.scale / h.cap : h.scale / h.temperature)),
-        outer(Real(h.cap > 0 ? h.cap / h.temperature : 1)),
-        capped(h.cap > 0) {}
+LOGITLESS_TARGET_BEGIN
+namespace logitless::cpu::LOGITLESS_ISA {
 
-  LOGITLESS_INLINE Vec<Real> operator()(Vec<Real> r, Vec<Real>& slope) const {
-    if (!capped) return r * inner;
-    return tanh<Real>(r * inner, slope) * outer;
-  }
-};
-
-LOGITLESS_INLINE Vec<float> rounded(Vec<float> r, Rounding rounding) {
-  if (rounding == RoundToBFloat16) return bf16_to_float(float_to_bf16(r));
-  if (rounding == RoundToFloat16) return fp16_to_float(float_to_fp16(r));
-  return r;
-}
-LOGITLESS_INLINE Vec<double> rounded(Vec<double> r, Rounding) { return r; }
-
-inline Rounding rounding_to(DType type) {
-  return type == DType::BFloat16 ? RoundToBFloat16 : type == DType::Float16 ? RoundToFloat16 : KeepFloat;
-}
-
-template <class Real, class T>
-inline void widen(const T* from, Real* to, int64_t count) {
-  constexpr int lanes = Lanes<Real>::count;
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) store_bits(to + i, Memory<Real, T>::load(from + i));
-  if (i < count) store_bits(to + i, load_some<Real>(from + i, int(count - i)));
-}
-
-template <class Real, class T>
-inline void narrow(const Real* from, T* to, int64_t count) {
-  constexpr int lanes = Lanes<Real>::count;
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) Memory<Real, T>::store(to + i, load_bits<Vec<Real>>(from + i));
-  if (i < count) store_some<Real>(to + i, load_bits<Vec<Real>>(from + i), int(count - i));
-}
-
-// f with a typed pointer to element `offset`.
-template <class Real, class F>
-LOGITLESS_INLINE void with_type(void* base, DType type, int64_t offset, F&& f) {
-  if constexpr (sizeof(Real) == 8) {
-    f(static_cast<double*>(base) + offset);
-  } else {
-    switch (type) {
-      case DType::BFloat16: f(static_cast<BF16*>(base) + offset); break;
-      case DType::Float16: f(static_cast<FP16*>(base) + offset); break;
-      default: f(static_cast<float*>(base) + offset);
-    }
-  }
-}
-
-template <class Real, class F>
-LOGITLESS_INLINE void with_type(const void* base, DType type, int64_t offset, F&& f) {
-  with_type<Real>(const_cast<void*>(base), type, offset, static_cast<F&&>(f));
-}
-
-// The destination scaled by a factor, where k was raised after it was written.
-template <class Real, class T>
-inline void rescale(T* row, int64_t count, Real factor) {
-  constexpr int lanes = Lanes<Real>::count;
-  for (int64_t i = 0; i < count; i += lanes) {
-    const int some = int(count - i < lanes ? count - i : lanes);
-    store_some<Real>(row + i, load_some<Real>(row + i, some) * factor, some);
-  }
-}
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int kQuickChunk = 4096;  // logits at a time where only entries to write are kept
 
 template <class Real>
 class TileRow {
  public:
   TileRow(const TilePass& p, int64_t row)
       : p_(p),
-        transform_(p.head),
-        plain_(!transform_.capped && transform_.inner == 1 && !p.bias && !p.rounding && !p.outputs && p.sums),
+        head_(p.head),
+        plain_(!head_.capped && head_.inner == 1 && !p.bias && p.rounding == Rounding::kNone && !p.outputs && p.sums),
         row_(row) {
     k_ = static_cast<const Real*>(p.k)[row];
     if (p.mix) {
       mix_[0] = static_cast<const Real*>(p.mix)[row];
-      mix_[1] = static_cast<const Real*>(p.mix)[p.rows + row];
+      mix_[1] = static_cast<const Real*>(p.mix)[p.mix_stride + row];
     }
   }
 
@@ -114,41 +53,41 @@ class TileRow {
  private:
   void commit(bool inside, const double* top) {
     double* sums = p_.sums + row_;
-    const int64_t n = p_.rows;
+    const int64_t n = p_.sums_stride;
     Real& k = static_cast<Real*>(p_.k)[row_];
-    if (k_ != k && !(k_ != k_ && k != k)) {  // raised: what came before is relative to the old one
+    if (k_ != k && !(k_ != k_ && k != k)) {  // raised: earlier sums are relative to the old k
       const double shift = double(k) - double(k_), factor = __builtin_exp(shift);
-      if (p_.outputs & WantEZ) sums[SumEZ * n] = factor > 0 ? (sums[SumEZ * n] + shift * sums[SumE * n]) * factor : 0;
-      if (p_.outputs & WantEE) sums[SumEE * n] *= factor * factor;
-      sums[SumE * n] *= factor;
+      if (p_.outputs & kWantEz) sums[kSumEz * n] = factor > 0 ? (sums[kSumEz * n] + shift * sums[kSumE * n]) * factor : 0;
+      if (p_.outputs & kWantEe) sums[kSumEe * n] *= factor * factor;
+      sums[kSumE * n] *= factor;
       k = k_;
     }
-    sums[SumE * n] += e_;
-    if (p_.outputs & WantEZ) sums[SumEZ * n] += ez_;
-    if (p_.outputs & WantEE) sums[SumEE * n] += ee_;
-    if (p_.outputs & WantZ) sums[SumZ * n] += z_ + (inside ? double(target_) : 0.0);
-    if (p_.outputs & WantTop) {
-      if (inside) sums[SumTarget * n] = target_;
-      if (top[0] > sums[SumBefore * n]) sums[SumBefore * n] = top[0];
-      if (top[1] > sums[SumAfter * n]) sums[SumAfter * n] = top[1];
+    sums[kSumE * n] += e_;
+    if (p_.outputs & kWantEz) sums[kSumEz * n] += ez_;
+    if (p_.outputs & kWantEe) sums[kSumEe * n] += ee_;
+    if (p_.outputs & kWantZ) sums[kSumZ * n] += z_ + (inside ? double(target_) : 0.0);
+    if (p_.outputs & kWantTop) {
+      if (inside) sums[kSumTarget * n] = target_;
+      if (top[0] > sums[kSumBefore * n]) sums[kSumBefore * n] = top[0];
+      if (top[1] > sums[kSumAfter * n]) sums[kSumAfter * n] = top[1];
     }
   }
 
-  // Logits of columns c0..c1 to z_buffer_, their slopes to slope_buffer_; lanes past the end are -inf.
+  // Logits of columns c0..c1 to buffer_, their slopes to slope_.
   LOGITLESS_INLINE void load(int64_t c0, int64_t c1) {
     const int64_t count = c1 - c0;
-    with_type<Real>(p_.source, p_.source_type, row_ * p_.source_stride + c0,
+    with_type<Real>(p_.source, p_.source_dtype, row_ * p_.source_stride + c0,
                     [&](auto* from) { widen<Real>(from, buffer_, count); });
-    const Real* bias = p_.bias ? static_cast<const Real*>(p_.bias) + p_.first + c0 : nullptr;
+    const Real* bias = p_.bias ? static_cast<const Real*>(p_.bias) + c0 : nullptr;
     for (int64_t i = 0; i < count; i += lanes) {
       Vec<Real> r = load_bits<Vec<Real>>(buffer_ + i);
       if (bias) {
         r += count - i < lanes ? load_some<Real>(bias + i, int(count - i)) : load_bits<Vec<Real>>(bias + i);
       }
       Vec<Real> slope{};
-      const Vec<Real> z = transform_(rounded(r, p_.rounding), slope);
+      const Vec<Real> z = head_(rounded(r, p_.rounding), slope);
       store_bits(buffer_ + i, z);
-      if (transform_.capped) store_bits(slope_ + i, slope);
+      if (head_.capped) store_bits(slope_ + i, slope);
     }
   }
 
@@ -161,14 +100,14 @@ class TileRow {
     for (int64_t c = c0; c < c1; c += kChunk) {
       const int64_t end = c + kChunk < c1 ? c + kChunk : c1, count = end - c;
       load(c, end);
-      if (p_.sums && (p_.outputs & WantZ)) {
+      if (p_.sums && (p_.outputs & kWantZ)) {
         pad(count, 0);
         Vec<Real> total{};
         for (int64_t i = 0; i < count; i += lanes) total += load_bits<Vec<Real>>(buffer_ + i);
         z_ += sum_lanes<Real>(total);
       }
       pad(count, Real(-__builtin_inf()));
-      if (p_.sums && (p_.outputs & WantTop)) {
+      if (p_.sums && (p_.outputs & kWantTop)) {
         const double here = largest(count);
         top = here > top ? here : top;
       }
@@ -176,7 +115,7 @@ class TileRow {
         finish_gradient(count);
       } else if (!exponentials(count, raised_)) {
         raise(c);
-        load(c, end);  // raise() has looked ahead with the buffer
+        load(c, end);  // raise() used the buffer
         pad(count, Real(-__builtin_inf()));
         exponentials(count, true);
       }
@@ -184,13 +123,14 @@ class TileRow {
     }
   }
 
-  // Logits that are only exponentiated, without a stop in memory; false, and nothing done, where k must be raised. Sums are
-  // those of the slower way, to the bit: a log-probability must not depend on what else is asked for.
+  // Logits that are only exponentiated, without a buffer in between; false, and nothing done, where k must be raised. Sums have
+  // the bits of the buffered path: a log-probability must not depend on which other outputs are asked for.
   bool quick(int64_t c, int64_t count) {
     double total = e_;
     bool low = true;
-    alignas(64) char written[kQuickChunk * sizeof(Real)];  // not to the destination yet: that may be the source
-    with_type<Real>(p_.source, p_.source_type, row_ * p_.source_stride + c, [&](auto* source) {
+    alignas(64) char
+        written[kQuickChunk * sizeof(Real)];  // the destination may be the source, which is still needed if k is raised
+    with_type<Real>(p_.source, p_.source_dtype, row_ * p_.source_stride + c, [&](auto* source) {
       const auto add = [&](auto* to) {
         for (int64_t i = 0; i < count; i += kChunk) {
           const Real some = exponentials_between(source + i, to ? to + i : nullptr, least(kChunk, count - i));
@@ -238,7 +178,7 @@ class TileRow {
     return max_lanes<Real>(top);
   }
 
-  // e over the buffer and its sums; false, and nothing added, where k must be raised first.
+  // Exponentials of the buffer and their sums; false, and nothing added, where k must be raised first.
   template <bool EZ, bool EE>
   LOGITLESS_INLINE bool exponentials_of(int64_t count, bool certain) {
     Vec<Real> e_sum{}, ez_sum{}, ee_sum{};
@@ -259,11 +199,11 @@ class TileRow {
   }
 
   bool exponentials(int64_t count, bool certain) {
-    const bool ez = p_.outputs & WantEZ, ee = p_.outputs & WantEE;
+    const bool ez = p_.outputs & kWantEz, ee = p_.outputs & kWantEe;
     return ez || ee ? exponentials_of<true, true>(count, certain) : exponentials_of<false, false>(count, certain);
   }
 
-  // Raise k to the largest logit from column c on, once for the row, and bring what is done to it.
+  // Raises k to the largest logit from column c on, once per row, and rescales sums and entries so far.
   void raise(int64_t c) {
     raised_ = true;
     double top = k_;
@@ -296,11 +236,11 @@ class TileRow {
 
   template <class F>
   void with_destination(F&& f) const {
-    with_type<Real>(p_.destination, p_.destination_type, row_ * p_.destination_stride, f);
+    with_type<Real>(p_.destination, p_.destination_dtype, row_ * p_.destination_stride, f);
   }
 
   void write(int64_t c, int64_t count) {
-    if (transform_.capped && !(p_.outputs & WithoutSlope)) {
+    if (head_.capped && !(p_.outputs & kWithoutSlope)) {
       for (int64_t i = 0; i < count; i += lanes) {
         store_bits(work_ + i, load_bits<Vec<Real>>(work_ + i) * load_bits<Vec<Real>>(slope_ + i));
       }
@@ -319,8 +259,8 @@ class TileRow {
 
   static constexpr int lanes = Lanes<Real>::count;
   const TilePass& p_;
-  const Transform<Real> transform_;
-  const bool plain_;  // nothing asked for but exponentials and their sum
+  const Head<Real> head_;
+  const bool plain_;  // only exponentials and their sum are asked for
   const int64_t row_;
   Real k_, mix_[2] = {1, 0}, target_ = 0;
   bool raised_ = false;
@@ -329,12 +269,12 @@ class TileRow {
 };
 
 inline void tile_pass(const TilePass& p, ParallelFor run) {
-  if (p.rows == 0) return;
-  const int64_t some = p.width > 0 ? (1 << 16) / p.width + 1 : p.rows;  // rows a task: a task is worth its start
-  parallel(run, (p.rows + some - 1) / some, [&](int64_t task) {
-    const int64_t end = task * some + some < p.rows ? task * some + some : p.rows;
+  if (p.tokens == 0) return;
+  const int64_t some = p.width > 0 ? (1 << 16) / p.width + 1 : p.tokens;  // rows per task: at least 2^16 logits
+  parallel(run, (p.tokens + some - 1) / some, [&](int64_t task) {
+    const int64_t end = task * some + some < p.tokens ? task * some + some : p.tokens;
     for (int64_t row = task * some; row < end; ++row) {
-      if (p.source_type == DType::Float64) {
+      if (p.source_dtype == DType::kFloat64) {
         TileRow<double>(p, row).run();
       } else {
         TileRow<float>(p, row).run();
@@ -343,19 +283,5 @@ inline void tile_pass(const TilePass& p, ParallelFor run) {
   });
 }
 
-template <class Real>
-void finish_tile_row(const FinishTile& p, int64_t row) {
-  with_type<Real>(p.tile, p.tile_type, row * p.tile_stride, [&](auto* tile) {
-    for (int64_t j = 0, first = 0; p.factors && first < p.columns; ++j, first += p.width) {
-      const Real factor = static_cast<const Real*>(p.factors)[j * p.rows + row];
-      if (factor != 1) rescale<Real>(tile + first, least(p.width, p.columns - first), factor);
-    }
-    if (p.at_target) store_some<Real>(tile + p.labels[row], splat(static_cast<const Real*>(p.at_target)[row]), 1);
-  });
-}
-
-inline void finish_tile(const FinishTile& p, ParallelFor run) {
-  parallel(run, p.rows, [&](int64_t row) {
-    p.tile_type == DType::Float64 ? finish_tile_row<double>(p, row) : finish_tile_row<float>(p, row);
-  });
-}
+}  // namespace logitless::cpu::LOGITLESS_ISA
+LOGITLESS_TARGET_END

@@ -1,7 +1,13 @@
-// Vectors of one instruction set, by the vector extension of GCC and Clang: the same source for AVX-512, AVX2, SSE2 and NEON.
-// Included inside of a namespace and of a target region (see kernels.inc), so it includes nothing itself.
+// Vectors of one instruction set and their arithmetic, by the vector extension of GCC and Clang: the same source for AVX-512,
+// AVX2, SSE2 and NEON.
+#pragma once
 
-#define LOGITLESS_INLINE inline __attribute__((always_inline))
+#include <cstdint>
+
+#include "logitless/cpu/isa.h"
+
+LOGITLESS_TARGET_BEGIN
+namespace logitless::cpu::LOGITLESS_ISA {
 
 template <class Real>
 struct Lanes;
@@ -38,8 +44,8 @@ LOGITLESS_INLINE Vec<Real> splat(Real x) {
   return x - Vec<Real>{};
 }
 
-// a * b + c, rounded once where the machine can. Compiled without contraction: which products are fused must not depend on what
-// else a loop computes, or a log-probability would change with the metrics that are asked for.
+// a * b + c, rounded once where the machine can. Sources are compiled without contraction: if the compiler chose which products
+// to fuse, a log-probability could change with the metrics that a loop computes beside it.
 template <class V>
 LOGITLESS_INLINE V fma(V a, V b, V c) {
 #if LOGITLESS_VECTOR_BYTES == 64
@@ -101,7 +107,7 @@ LOGITLESS_INLINE Vec<Real> exp(Vec<Real> x) {
 }
 
 #if LOGITLESS_VECTOR_BYTES == 64
-// The same, subnormal results included, with the instructions for it. Above highest it may also be infinite or NaN.
+// With AVX-512's instructions: subnormal results are included, and above highest it may also be infinite or NaN.
 template <>
 LOGITLESS_INLINE Vec<float> exp<float>(Vec<float> x) {
   const __m512 y = _mm512_max_ps(_mm512_set1_ps(-150.0f), (__m512)x);  // in this order NaN stays
@@ -126,7 +132,7 @@ LOGITLESS_INLINE Vec<Real> tanh(Vec<Real> x, Vec<Real>& slope) {
   return x < 0 ? -t : t;
 }
 
-// 16-bit floats, as bits.
+// Vectors of float's lanes: 16-bit elements as bits, and 32-bit words.
 constexpr int kLanes = Lanes<float>::count;
 typedef uint16_t Half __attribute__((vector_size(2 * kLanes)));
 typedef uint32_t Word __attribute__((vector_size(4 * kLanes)));
@@ -141,128 +147,6 @@ LOGITLESS_INLINE V load_bits(const T* p) {
 template <class V, class T>
 LOGITLESS_INLINE void store_bits(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
-}
-
-LOGITLESS_INLINE Vec<float> bf16_to_float(Half h) { return (Vec<float>)(__builtin_convertvector(h, Word) << 16); }
-
-// Round to nearest, ties to even; NaN stays NaN.
-LOGITLESS_INLINE Half float_to_bf16(Vec<float> x) {
-  const Word bits = (Word)x;
-  const Word rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return __builtin_convertvector(x != x ? (Word)(0x7fc0u - Word{}) : rounded, Half);
-}
-
-inline float half_to_float(uint16_t h) {
-  const uint32_t sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 0x1f, mantissa = h & 0x3ff;
-  uint32_t bits = sign;
-  float out;
-  if (exponent == 0x1f) {
-    bits |= 0x7f800000u | (mantissa << 13);
-  } else if (exponent) {
-    bits |= ((exponent + 112) << 23) | (mantissa << 13);
-  } else {  // subnormal: mantissa * 2^-24
-    out = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
-    return sign ? -out : out;
-  }
-  __builtin_memcpy(&out, &bits, 4);
-  return out;
-}
-
-inline uint16_t float_to_half(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, 4);
-  const uint16_t sign = (bits >> 16) & 0x8000u;
-  bits &= 0x7fffffffu;
-  if (bits > 0x7f800000u) return sign | 0x7e00;
-  if (bits >= 0x477ff000u) return sign | 0x7c00;  // rounds to infinity
-  if (bits < 0x38800000u) {                       // subnormal: the addition rounds to a multiple of 2^-24
-    float y;
-    __builtin_memcpy(&y, &bits, 4);
-    y += 0.5f;
-    __builtin_memcpy(&bits, &y, 4);
-    return sign | static_cast<uint16_t>(bits - 0x3f000000u);
-  }
-  bits += 0xfff + ((bits >> 13) & 1);
-  return sign | static_cast<uint16_t>((bits - 0x38000000u) >> 13);
-}
-
-LOGITLESS_INLINE Vec<float> fp16_to_float(Half h) {
-#if LOGITLESS_VECTOR_BYTES == 64
-  return (Vec<float>)_mm512_cvtph_ps((__m256i)h);
-#elif LOGITLESS_VECTOR_BYTES == 32
-  return (Vec<float>)_mm256_cvtph_ps((__m128i)h);
-#else
-  Vec<float> out;
-  for (int i = 0; i < kLanes; ++i) out[i] = half_to_float(h[i]);
-  return out;
-#endif
-}
-
-LOGITLESS_INLINE Half float_to_fp16(Vec<float> x) {
-#if LOGITLESS_VECTOR_BYTES == 64
-  return (Half)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
-#elif LOGITLESS_VECTOR_BYTES == 32
-  return (Half)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
-#else
-  Half out;
-  for (int i = 0; i < kLanes; ++i) out[i] = float_to_half(x[i]);
-  return out;
-#endif
-}
-
-// Memory formats: load and store a vector of Real, or its first `count` lanes.
-struct BF16 {
-  uint16_t bits;
-};
-struct FP16 {
-  uint16_t bits;
-};
-
-template <class Real, class T>
-struct Memory;
-
-template <class Real>
-struct Memory<Real, Real> {
-  LOGITLESS_INLINE static Vec<Real> load(const Real* p) { return load_bits<Vec<Real>>(p); }
-  LOGITLESS_INLINE static void store(Real* p, Vec<Real> x) { store_bits(p, x); }
-};
-
-template <>
-struct Memory<float, BF16> {
-  LOGITLESS_INLINE static Vec<float> load(const BF16* p) { return bf16_to_float(load_bits<Half>(p)); }
-  LOGITLESS_INLINE static void store(BF16* p, Vec<float> x) { store_bits(p, float_to_bf16(x)); }
-};
-
-template <>
-struct Memory<float, FP16> {
-  LOGITLESS_INLINE static Vec<float> load(const FP16* p) { return fp16_to_float(load_bits<Half>(p)); }
-  LOGITLESS_INLINE static void store(FP16* p, Vec<float> x) { store_bits(p, float_to_fp16(x)); }
-};
-
-// An entry of the gradient tile: the instruction for bf16 flushes subnormal numbers to 0, which there nobody misses.
-template <class Real, class T>
-LOGITLESS_INLINE void store_entry(T* p, Vec<Real> x) {
-  Memory<Real, T>::store(p, x);
-}
-#ifdef LOGITLESS_AVX512_BF16
-template <>
-LOGITLESS_INLINE void store_entry<float, BF16>(BF16* p, Vec<float> x) {
-  store_bits(p, _mm512_cvtneps_pbh((__m512)x));
-}
-#endif
-
-template <class Real, class T>
-LOGITLESS_INLINE Vec<Real> load_some(const T* p, int count) {
-  T padded[Lanes<Real>::count] = {};
-  __builtin_memcpy(padded, p, count * sizeof(T));
-  return Memory<Real, T>::load(padded);
-}
-
-template <class Real, class T>
-LOGITLESS_INLINE void store_some(T* p, Vec<Real> x, int count) {
-  T padded[Lanes<Real>::count];
-  Memory<Real, T>::store(padded, x);
-  __builtin_memcpy(p, padded, count * sizeof(T));
 }
 
 template <class Real>
@@ -283,3 +167,6 @@ template <class Real>
 LOGITLESS_INLINE Vec<Real> larger(Vec<Real> a, Vec<Real> b) {
   return a > b ? a : b;
 }
+
+}  // namespace logitless::cpu::LOGITLESS_ISA
+LOGITLESS_TARGET_END

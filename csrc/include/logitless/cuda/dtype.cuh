@@ -1,18 +1,12 @@
-// Element types: how they are stored, widened to float or double, and rounded back.
+// Elements of tensors: conversion from storage to float or double, and back.
 #pragma once
 
-#include "ops.cuh"
-#include "platform.cuh"
+#include <cstdint>
+
+#include "logitless/cuda/platform.cuh"
+#include "logitless/dtype.h"
 
 namespace logitless::cuda {
-
-// Storage alone: what a kernel computes in is float or double.
-struct bfloat16 {
-  uint16_t bits;
-};
-struct float16 {
-  uint16_t bits;
-};
 
 template <typename T>
 struct AccumulateType {
@@ -22,12 +16,12 @@ template <>
 struct AccumulateType<double> {
   using type = double;
 };
-// float32, and float64 for float64 data.
+// The type of accumulate_type(DType): double for double, else float.
 template <typename T>
 using Accumulate = typename AccumulateType<T>::type;
 
 #if !defined(LOGITLESS_CUDA_EMULATOR)
-// Single instructions on sm_80 and later. The headers with the vendor's half types would double the time to compile.
+// Single instructions on sm_80 and later. cuda_fp16.h and cuda_bf16.h would double the time to compile.
 __device__ inline float float16_to_float(uint16_t bits) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
@@ -90,14 +84,14 @@ __device__ inline T narrow(Acc value) {
   }
 }
 
-// What `value` is after a trip through T, of the same type as before.
+// `value` rounded to T, in its own type.
 template <typename T, typename Acc>
 __device__ inline Acc rounded_to(Acc value) {
   return static_cast<Acc>(widen(narrow<T>(value)));
 }
 
-// Calls `use` with a null pointer of the type that `dtype` names. The branch is the same for all threads of a launch, which is
-// why an operand read or written once an element does not multiply the number of kernels.
+// Calls `use` with a null pointer of the type that `dtype` names. The branch is the same for all threads of a launch, so
+// operands that are read or written once per element do not multiply the number of kernels.
 template <typename Use>
 __device__ inline void with_type(DType dtype, Use use) {
   switch (dtype) {

@@ -1,15 +1,19 @@
-// What is left to do on a finished gradient tile: blocks whose offset was raised later on, and the labels' entries.
+// The last pass over a gradient tile: blocks whose offset was raised later, and the labels' entries.
 //
-// A block of threads takes a row. Few rows are raised, so most are left after one look at their factors.
+// One thread block per row. Few rows are raised, so most are done after reading their factors.
 #pragma once
 
-#include "ops.cuh"
-#include "vector.cuh"
+#include <cstdint>
+
+#include "logitless/cuda/dtype.cuh"
+#include "logitless/cuda/platform.cuh"
+#include "logitless/cuda/vector.cuh"
+#include "logitless/ops.h"
 
 namespace logitless::cuda {
 
 constexpr int kFinishThreads = 256;
-constexpr int kFinishVector = 8;  // 16 bytes of a 16-bit type, for each of 2048 threads an SM: 32 kB in flight
+constexpr int kFinishVector = 8;  // 16 bytes of a 16-bit type per thread, 2048 threads per SM: 32 kB in flight
 
 // row[i] *= factor for i < count, by all threads of a block.
 template <typename T>
@@ -30,7 +34,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_tile_kernel(const Finis
   using Acc = Accumulate<T>;
   const int columns = static_cast<int>(op.columns);
   const int width = op.width < op.columns ? static_cast<int>(op.width) : columns;
-  for (int64_t row = blockIdx.x; row < op.n; row += gridDim.x) {
+  for (int64_t row = blockIdx.x; row < op.tokens; row += gridDim.x) {
     T* tile = static_cast<T*>(op.tile) + row * op.tile_stride;
     if (op.factors != nullptr) {
       const Acc* factors = static_cast<const Acc*>(op.factors) + row;
@@ -44,12 +48,12 @@ __global__ void __launch_bounds__(kFinishThreads) finish_tile_kernel(const Finis
           const Acc factor = *factors;
           if (factor != 1) scale_columns(tile + first, columns - first < width ? columns - first : width, factor);
         }
-        __syncthreads();  // another thread may have multiplied the label's entry
+        __syncthreads();  // another thread may be multiplying the label's entry
       }
     }
     if (op.at_target != nullptr && threadIdx.x == 0) {
       const int64_t label = op.labels[row];
-      // labels are in range; one that is not must not write foreign memory
+      // checked by the caller; this keeps a bad label from writing out of bounds
       if (label >= 0 && label < op.columns) tile[label] = narrow<T>(static_cast<const Acc*>(op.at_target)[row]);
     }
   }
@@ -58,7 +62,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_tile_kernel(const Finis
 template <typename T>
 void launch_finish_tile(const FinishTile& op, cudaStream_t stream) {
   auto* kernel = finish_tile_kernel<T>;
-  LOGITLESS_LAUNCH(kernel, blocks_for(op.n, 1), kFinishThreads, stream, op);
+  LOGITLESS_LAUNCH(kernel, blocks_for(op.tokens, 1), kFinishThreads, stream, op);
 }
 
 }  // namespace logitless::cuda

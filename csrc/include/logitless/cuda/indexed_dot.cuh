@@ -1,9 +1,17 @@
-// The logit of each token's label, in float32 (float64): one warp a token.
+// The logit of each token's label, in float32 (float64): one warp per token.
 #pragma once
 
-#include "ops.cuh"
-#include "reduce.cuh"
-#include "vector.cuh"
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "logitless/cuda/dtype.cuh"
+#include "logitless/cuda/math.cuh"
+#include "logitless/cuda/platform.cuh"
+#include "logitless/cuda/reduce.cuh"
+#include "logitless/cuda/vector.cuh"
+#include "logitless/dtype.h"
+#include "logitless/ops.h"
 
 namespace logitless::cuda {
 
@@ -13,14 +21,15 @@ template <typename X>
 __global__ void __launch_bounds__(kDotThreads) indexed_dot_kernel(const IndexedDot op) {
   using Acc = Accumulate<X>;
   constexpr int kVector = kAccess / static_cast<int>(sizeof(X));
-  constexpr int kVectors = sizeof(X) == 2 ? 2 : 4;  // of each operand in flight; they are widened, so 4 would need 64 registers
+  constexpr int kVectors =
+      sizeof(X) == 2 ? 2 : 4;  // in flight per operand; they are widened to float, so 4 would take 64 registers
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t warps = int64_t{gridDim.x} * (kDotThreads / kWarp);
   const bool same_type = op.x_dtype == op.weight_dtype;
 
-  for (int64_t token = int64_t{blockIdx.x} * (kDotThreads / kWarp) + threadIdx.x / kWarp; token < op.n; token += warps) {
+  for (int64_t token = int64_t{blockIdx.x} * (kDotThreads / kWarp) + threadIdx.x / kWarp; token < op.tokens; token += warps) {
     const int64_t label = op.labels[token];
-    // Labels are in range; one that is not must not read foreign memory.
+    // Checked by the caller; this keeps a bad label from reading out of bounds.
     if (label < 0 || label >= op.vocab) {
       if (lane == 0) static_cast<Acc*>(op.out)[token] = static_cast<Acc>(NAN);
       continue;
@@ -29,7 +38,7 @@ __global__ void __launch_bounds__(kDotThreads) indexed_dot_kernel(const IndexedD
     const void* weight = static_cast<const char*>(op.weight) + label * op.weight_stride * size_of(op.weight_dtype);
     const bool x_aligned = is_aligned<X, kVector>(x);
 
-    Acc sums[kVector] = {};  // one for each element of a vector: shorter chains, less rounding
+    Acc sums[kVector] = {};  // one per element of a vector: shorter chains, less rounding
     for (int64_t start = int64_t{lane} * kVector; start < op.hidden; start += int64_t{kVectors} * kWarp * kVector) {
       Acc a[kVectors][kVector], b[kVectors][kVector];
 #pragma unroll
@@ -59,7 +68,7 @@ __global__ void __launch_bounds__(kDotThreads) indexed_dot_kernel(const IndexedD
         });
         sum += bias[0];
       }
-      static_cast<Acc*>(op.out)[token] = op.match ? rounded_to<X>(sum) : sum;
+      static_cast<Acc*>(op.out)[token] = op.rounded ? rounded_to<X>(sum) : sum;
     }
   }
 }
@@ -67,7 +76,7 @@ __global__ void __launch_bounds__(kDotThreads) indexed_dot_kernel(const IndexedD
 template <typename X>
 void launch_indexed_dot(const IndexedDot& op, cudaStream_t stream) {
   auto* kernel = indexed_dot_kernel<X>;
-  LOGITLESS_LAUNCH(kernel, blocks_for(op.n, kDotThreads / kWarp), kDotThreads, stream, op);
+  LOGITLESS_LAUNCH(kernel, blocks_for(op.tokens, kDotThreads / kWarp), kDotThreads, stream, op);
 }
 
 }  // namespace logitless::cuda

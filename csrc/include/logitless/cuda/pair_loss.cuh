@@ -1,11 +1,15 @@
-// Sequence log-probs, the pair loss and the coefficient of every token in one launch: one block a pair.
+// Sequence log-probs, the pair loss and the coefficient of every token in one launch: one block per pair.
 #pragma once
 
+#include <cstdint>
 #include <type_traits>
 
-#include "dtype.cuh"
-#include "ops.cuh"
-#include "reduce.cuh"
+#include "logitless/cuda/dtype.cuh"
+#include "logitless/cuda/platform.cuh"
+#include "logitless/cuda/reduce.cuh"
+#include "logitless/dtype.h"
+#include "logitless/ops.h"
+#include "logitless/pair_loss.h"
 
 namespace logitless::cuda {
 
@@ -23,7 +27,7 @@ __device__ inline double weight_at(const void* weights, DType dtype, int64_t tok
 }
 
 template <typename Acc>
-__global__ void __launch_bounds__(kPairThreads) pair_loss_kernel(const PairLossPass op) {
+__global__ void __launch_bounds__(kPairThreads) pair_loss_kernel(const PairLoss op) {
   __shared__ double shared[kPairThreads / kWarp * 2];
   __shared__ double slope;
   const auto* logps = static_cast<const Acc*>(op.logps);
@@ -61,7 +65,7 @@ __global__ void __launch_bounds__(kPairThreads) pair_loss_kernel(const PairLossP
     __syncthreads();
     for (int side = 0; side < 2; ++side) {
       double unit = side == 0 ? slope : -slope;
-      if (op.mean) unit /= static_cast<double>(end[side] - begin[side]);  // unused where that is 0
+      if (op.mean) unit /= static_cast<double>(end[side] - begin[side]);  // not used for an empty sequence
       for (int64_t token = begin[side] + threadIdx.x; token < end[side]; token += kPairThreads) {
         const double weight = weight_at(op.weights, op.weights_dtype, token);
         coefficients[token] = static_cast<Acc>(weight != 0 ? unit * weight : 0.0);
@@ -71,7 +75,7 @@ __global__ void __launch_bounds__(kPairThreads) pair_loss_kernel(const PairLossP
 }
 
 template <typename Acc>
-void launch_pair_loss(const PairLossPass& op, cudaStream_t stream) {
+void launch_pair_loss(const PairLoss& op, cudaStream_t stream) {
   auto* kernel = pair_loss_kernel<Acc>;
   LOGITLESS_LAUNCH(kernel, blocks_for(op.pairs, 1), kPairThreads, stream, op);
 }

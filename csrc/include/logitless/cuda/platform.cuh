@@ -1,4 +1,4 @@
-// Where the kernels meet their platform: nvcc, or the emulator of the tests that runs the same source on a CPU.
+// The platform of the kernels: nvcc, or the tests' emulator, which runs the same source on a CPU.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +17,7 @@ namespace logitless::cuda {
 
 constexpr int kWarp = 32;
 
-// Blocks stride over rows, so any number of rows works; this many keep every device busy and the last wave short.
+// Blocks stride over rows, so any number of rows works. This many keep every device busy and the last wave short.
 constexpr int64_t kMaxBlocks = int64_t{1} << 20;
 
 inline unsigned blocks_for(int64_t work, int64_t work_per_block) {

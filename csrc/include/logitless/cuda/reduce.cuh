@@ -1,7 +1,10 @@
 // Reductions over a warp and over a block, in an order fixed by the number of threads: the same bits on every run.
 #pragma once
 
-#include "math.cuh"
+#include <cmath>
+
+#include "logitless/cuda/math.cuh"
+#include "logitless/cuda/platform.cuh"
 
 namespace logitless::cuda {
 
@@ -32,14 +35,14 @@ struct Reduction {
     for (int i = 0; i < kValues; ++i) value[i] = i < kSums ? warp_sum(value[i]) : warp_max(value[i]);
   }
 
-  // Right in the first warp alone. shared: kValues for each warp.
+  // The result is valid in the first warp only. shared: kValues per warp.
   __device__ inline void over_block(double* shared) {
     const int warps = static_cast<int>(blockDim.x) / kWarp;
     const int warp = static_cast<int>(threadIdx.x) / kWarp;
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     over_warp();
     if (warps == 1) return;
-    __syncthreads();  // the first warp may still be reading what a reduction before this one left
+    __syncthreads();  // the first warp may still be reading the values of an earlier reduction
     if (lane == 0) {
 #pragma unroll
       for (int i = 0; i < kValues; ++i) shared[warp * kValues + i] = value[i];
@@ -52,7 +55,7 @@ struct Reduction {
   }
 };
 
-// Maximum over the block, in every thread. shared: one value for each warp.
+// Maximum over the block, in every thread. shared: one value per warp.
 template <typename T>
 __device__ inline T block_max(T value, double* shared) {
   value = warp_max(value);

@@ -1,8 +1,13 @@
-// Rows scaled and scattered, and whole tensors scaled and converted, by a factor that lies on the device.
+// Rows scaled and scattered, and whole tensors scaled and converted, by a factor in device memory.
 #pragma once
 
-#include "ops.cuh"
-#include "vector.cuh"
+#include <cstdint>
+
+#include "logitless/cuda/dtype.cuh"
+#include "logitless/cuda/platform.cuh"
+#include "logitless/cuda/vector.cuh"
+#include "logitless/dtype.h"
+#include "logitless/ops.h"
 
 namespace logitless::cuda {
 
@@ -11,19 +16,19 @@ constexpr int kScaleVector = 8;  // one 16-byte store of a 16-bit type, two 16-b
 
 template <typename Value>
 __global__ void __launch_bounds__(kScaleThreads) scale_scatter_kernel(const ScaleScatter op) {
-  for (int64_t i = blockIdx.x; i < op.n; i += gridDim.x) {
+  for (int64_t i = blockIdx.x; i < op.tokens; i += gridDim.x) {
     const int64_t row = op.rows[i];
-    if (row < 0 || row >= op.out_rows) continue;  // rows are in range; one that is not must not write foreign memory
+    if (row < 0 || row >= op.out_rows) continue;  // checked by the caller; keeps a bad row from writing out of bounds
     const Value factor = static_cast<const Value*>(op.factor)[i * op.factor_stride];
     const Value* values = static_cast<const Value*>(op.values) + i * op.values_stride;
     void* out = static_cast<char*>(op.out) + row * op.out_stride * size_of(op.out_dtype);
     const bool aligned = is_aligned<Value, kScaleVector>(values);
-    for (int64_t column = int64_t{threadIdx.x} * kScaleVector; column < op.width; column += kScaleThreads * kScaleVector) {
+    for (int64_t column = int64_t{threadIdx.x} * kScaleVector; column < op.hidden; column += kScaleThreads * kScaleVector) {
       Value scaled[kScaleVector];
-      load<Value, kScaleVector>(values, column, op.width, aligned, scaled);
+      load<Value, kScaleVector>(values, column, op.hidden, aligned, scaled);
 #pragma unroll
       for (int v = 0; v < kScaleVector; ++v) scaled[v] *= factor;
-      store_any(out, op.out_dtype, column, op.width, scaled);
+      store_any(out, op.out_dtype, column, op.hidden, scaled);
     }
   }
 }
@@ -47,7 +52,7 @@ __global__ void __launch_bounds__(kScaleThreads) scaled_convert_kernel(const Sca
 template <typename Value>
 void launch_scale_scatter(const ScaleScatter& op, cudaStream_t stream) {
   auto* kernel = scale_scatter_kernel<Value>;
-  LOGITLESS_LAUNCH(kernel, blocks_for(op.n, 1), kScaleThreads, stream, op);
+  LOGITLESS_LAUNCH(kernel, blocks_for(op.tokens, 1), kScaleThreads, stream, op);
 }
 
 template <typename Source>

@@ -1,23 +1,31 @@
 // The streaming pass over a tile of logits: exponentials relative to an offset, their sums, and the gradient tile.
 //
-// A block takes a row, chunk by chunk. Chunks, and the elements of each thread in them, follow from the width and the type of
-// the source alone: neither the destination, nor alignment, nor other rows change a bit of a row's sums.
+// A block processes a row chunk by chunk. Chunks, and each thread's elements of them, depend on the width and the type of the
+// source only: the destination, alignment and other rows do not change a bit of a row's sums.
 #pragma once
 
-#include "head.cuh"
-#include "ops.cuh"
-#include "reduce.cuh"
-#include "vector.cuh"
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "logitless/cuda/dtype.cuh"
+#include "logitless/cuda/head.cuh"
+#include "logitless/cuda/math.cuh"
+#include "logitless/cuda/platform.cuh"
+#include "logitless/cuda/reduce.cuh"
+#include "logitless/cuda/vector.cuh"
+#include "logitless/dtype.h"
+#include "logitless/ops.h"
 
 namespace logitless::cuda {
 
-// What the pass does besides writing the destination. A template, since each costs registers and instructions an element.
+// What the pass does besides writing the destination. A template parameter, since each costs registers and instructions per
+// element.
 enum class Extra { kNothing, kSum, kStatistics };  // 0, 1 and 2 in the names of kernels
 
 constexpr int kMaxTileThreads = 256;
-constexpr double kFloor = -1000;  // exp underflows below it; keeps -inf * 0 out of sums
 
-// 64 bytes of a row in flight for every thread: some 25 kB an SM hide an H100's latency, and 3 blocks of 256 have 48 kB.
+// 64 bytes of a row in flight per thread: about 25 kB per SM hide an H100's latency, and 3 blocks of 256 threads have 48 kB.
 template <typename Source>
 struct Layout {
   using Acc = Accumulate<Source>;
@@ -26,13 +34,13 @@ struct Layout {
   static constexpr int kVectors = kElements / kVector;
 };
 
-// exp(30)^2 * 2^18 is far from overflow in float32 and bfloat16. float16 ends at exp(11.09).
+// float16 ends at exp(11.09); float32 and bfloat16 have room for kRaiseAbove.
 template <typename Acc>
 __device__ inline Acc raise_above(const TilePass& op) {
-  return op.destination != nullptr && op.destination_dtype == DType::kFloat16 ? Acc{11} : Acc{30};
+  return op.destination != nullptr && op.destination_dtype == DType::kFloat16 ? Acc{11} : Acc{kRaiseAbove};
 }
 
-// A thread's share of a chunk. All loads are issued before one is waited for.
+// A thread's elements of a chunk. All loads are issued before the first result is used.
 template <typename Source>
 __device__ inline void load_chunk(const Source* row, int column, int step, int width, bool aligned,
                                   Accumulate<Source> (&z)[Layout<Source>::kVectors][Layout<Source>::kVector]) {
@@ -49,7 +57,7 @@ __device__ inline void load_chunk(const Source* row, int column, int step, int w
   }
 }
 
-// A row's column of the label: -1 where it is before the block, and beyond every column where it is after it.
+// The label's column in the block: -1 if it is before the block, beyond every column if it is after it.
 __device__ inline int label_column(int64_t label, int64_t first, int64_t width) {
   const int64_t column = label - first;
   return column < 0 ? -1 : column >= width ? INT32_MAX : static_cast<int>(column);
@@ -70,7 +78,7 @@ __device__ inline Accumulate<Source> logit(const TilePass& op, const Head<Accumu
   return z[0];
 }
 
-// One row's running results, in each thread for its own elements.
+// Running sums of a row over a thread's own elements.
 template <typename Acc>
 struct RowSums {
   Acc e = 0, ez = 0, ee = 0, z = 0;
@@ -85,7 +93,7 @@ struct RowSums {
   }
 };
 
-// Raises the offset for what is left of a row, from the chunk at `start` on. top: the largest logit of this thread in it.
+// The offset for the rest of a row, from the current chunk on. top: this thread's largest logit of the chunk.
 template <typename Source>
 __device__ inline Accumulate<Source> raised_offset(const TilePass& op, const Head<Accumulate<Source>>& head, const Source* row,
                                                    int next,  // first column after the chunk
@@ -98,7 +106,7 @@ __device__ inline Accumulate<Source> raised_offset(const TilePass& op, const Hea
   return block_max(top, shared);
 }
 
-// Multiplies what is already written of a row, but for the label's entry.
+// Multiplies the entries of a row written so far, except the label's.
 template <typename Acc>
 __device__ inline void rescale_prefix(const TilePass& op, char* destination, int count, int at, Acc factor) {
   with_type(op.destination_dtype, [&](auto* type) {
@@ -117,18 +125,18 @@ __device__ inline void add_sums(const TilePass& op, int64_t row, const Totals& t
   const double f = shift == 0 ? 1.0 : exp(shift);
   auto& e = op.sums[kSumE * op.sums_stride + row];
   if constexpr (kExtra == Extra::kStatistics) {
-    if (op.outputs & kEntropy) {
+    if (op.outputs & kWantEz) {
       auto& ez = op.sums[kSumEz * op.sums_stride + row];
       ez = (f > 0 ? (ez + shift * e) * f : 0.0) + totals.value[1];
     }
-    if (op.outputs & kSquares) {
+    if (op.outputs & kWantEe) {
       auto& ee = op.sums[kSumEe * op.sums_stride + row];
       ee = ee * f * f + totals.value[2];
     }
-    if (op.outputs & kLogitSum) op.sums[kSumZ * op.sums_stride + row] += totals.value[3];
-    if (op.outputs & kTopOne) {
-      auto& before = op.sums[kBefore * op.sums_stride + row];
-      auto& after = op.sums[kAfter * op.sums_stride + row];
+    if (op.outputs & kWantZ) op.sums[kSumZ * op.sums_stride + row] += totals.value[3];
+    if (op.outputs & kWantTop) {
+      auto& before = op.sums[kSumBefore * op.sums_stride + row];
+      auto& after = op.sums[kSumAfter * op.sums_stride + row];
       before = larger(before, totals.value[4]);
       after = larger(after, totals.value[5]);
     }
@@ -150,7 +158,7 @@ __global__ void __launch_bounds__(kMaxTileThreads, sizeof(Source) == 8 ? 2 : 3)
   const int lane_column = static_cast<int>(threadIdx.x) * L::kVector;
   const Acc limit = raise_above<Acc>(op);
 
-  for (int64_t row = blockIdx.x; row < op.n; row += gridDim.x) {
+  for (int64_t row = blockIdx.x; row < op.tokens; row += gridDim.x) {
     const Source* source = static_cast<const Source*>(op.source) + row * op.source_stride;
     char* destination = nullptr;
     if (op.destination != nullptr) {
@@ -183,13 +191,13 @@ __global__ void __launch_bounds__(kMaxTileThreads, sizeof(Source) == 8 ? 2 : 3)
         head.transform(z[u]);
         if constexpr (kSumming) {
           const bool has_label = static_cast<unsigned>(at - column) < static_cast<unsigned>(L::kVector);
-          if (has_label || column + L::kVector > width) {  // one vector of a row, and the last
+          if (has_label || column + L::kVector > width) {  // the label's vector, and the last one
 #pragma unroll
             for (int i = 0; i < L::kVector; ++i) {
               const bool inside = column + i < width;
               if constexpr (kExtra == Extra::kStatistics) {
-                sums.z += z[u][i];  // 0 beyond the row, as load fills in and T keeps
-                if (column + i == at && (op.outputs & kTopOne)) op.sums[kTarget * op.sums_stride + row] = z[u][i];
+                sums.z += z[u][i];  // load gives 0 beyond the row, and T keeps 0
+                if (column + i == at && (op.outputs & kWantTop)) op.sums[kSumTarget * op.sums_stride + row] = z[u][i];
               }
               if (!inside || column + i == at) z[u][i] = -INFINITY;
               if constexpr (kExtra == Extra::kStatistics) {
@@ -219,7 +227,7 @@ __global__ void __launch_bounds__(kMaxTileThreads, sizeof(Source) == 8 ? 2 : 3)
       }
 
       if (kSumming && !raised) {
-        // Also the barrier that an overlapping destination needs, which is why all threads stop at the same chunk.
+        // Also the barrier that an overlapping destination needs: all threads have read the chunk.
         if (__syncthreads_or(top - k > limit)) {
           const Acc new_k = raised_offset(op, head, source, start + step * L::kVectors, at, top, shared);
           const Acc shift = k - new_k;
@@ -232,7 +240,7 @@ __global__ void __launch_bounds__(kMaxTileThreads, sizeof(Source) == 8 ? 2 : 3)
         __syncthreads();
       }
 
-      Acc chunk_e = 0;  // adding a chunk first keeps the rounding of a long row's sum small
+      Acc chunk_e = 0;  // summing each chunk first keeps the rounding of a long row's sum small
 #pragma unroll
       for (int u = 0; u < L::kVectors; ++u) {
         const int column = start + u * step + lane_column;
@@ -289,7 +297,7 @@ __global__ void __launch_bounds__(kMaxTileThreads, sizeof(Source) == 8 ? 2 : 3)
   }
 }
 
-// Threads for a row: enough work for each that the reduction at its end is small beside it, and no fewer than a warp.
+// Threads per row: a warp at least, and enough elements per thread for the final reduction to be cheap in comparison.
 inline int tile_threads(int64_t width) {
   int threads = kWarp;
   while (threads < kMaxTileThreads && int64_t{threads} * 64 < width) threads *= 2;
@@ -298,12 +306,12 @@ inline int tile_threads(int64_t width) {
 
 template <typename Source>
 void launch_tile_pass(const TilePass& op, cudaStream_t stream) {
-  const Head<Accumulate<Source>> head(op.logit_scale, op.softcap, op.temperature, op.rounding);
+  const Head<Accumulate<Source>> head(op.head, op.rounding);
   auto* kernel = tile_pass_kernel<Source, Extra::kNothing>;
   if (op.sums != nullptr) {
     kernel = op.outputs != 0 ? tile_pass_kernel<Source, Extra::kStatistics> : tile_pass_kernel<Source, Extra::kSum>;
   }
-  LOGITLESS_LAUNCH(kernel, blocks_for(op.n, 1), tile_threads(op.width), stream, op, head);
+  LOGITLESS_LAUNCH(kernel, blocks_for(op.tokens, 1), tile_threads(op.width), stream, op, head);
 }
 
 }  // namespace logitless::cuda

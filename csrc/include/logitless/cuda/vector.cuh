@@ -1,11 +1,14 @@
 // N neighbouring elements of a row: by 16-byte accesses where the address allows, else one by one.
 //
-// Which thread handles which element never depends on addresses. A row's sums are therefore the same bits wherever it lies.
+// Which thread handles which element does not depend on addresses, so a row's sums have the same bits wherever it lies.
 #pragma once
 
+#include <cstdint>
 #include <type_traits>
 
-#include "dtype.cuh"
+#include "logitless/cuda/dtype.cuh"
+#include "logitless/cuda/platform.cuh"
+#include "logitless/dtype.h"
 
 namespace logitless::cuda {
 
@@ -121,7 +124,7 @@ __device__ inline void store(T* row, Index column, Index width, bool aligned, co
   }
 }
 
-// The same for a type known at run time, with the alignment found out here.
+// The same for a type known at run time; alignment is determined here.
 template <int N, typename Index, typename Acc>
 __device__ inline void load_any(const void* row, DType dtype, Index column, Index width, Acc (&values)[N]) {
   with_type(dtype, [&](auto* type) {

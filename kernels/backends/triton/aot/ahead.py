@@ -12,9 +12,9 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from .. import compat
+from ..launch import OPTIONS
 from .compilation import Compilation
 
 #: What to look for in the PTX. ``cp.async`` is Ampere's 16-byte copy, ``tma`` a copy of a descriptor's box.
@@ -59,14 +59,9 @@ def compile_ahead(compilation: Compilation, architecture: int) -> Resources:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, constexprs = _arguments(compilation)
-    source = ASTSource(compilation.kernel, signature=signature, constexprs=constexprs, attrs=dict(compilation.attrs))
-    options = {
-        "num_warps": compilation.num_warps,
-        "num_stages": compilation.num_stages,
-        # Fused multiply-adds are the default, but 3.9 warns where it is left to the default and 3.10 changes it.
-        "enable_fp_fusion": True,
-    }
+    given = {"signature": compilation.signature, "constexprs": compilation.constexprs, "attrs": dict(compilation.attrs)}
+    source = ASTSource(compilation.kernel, **given)
+    options = {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages, **OPTIONS}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     ptx: str = compiled.asm["ptx"]
     usage, sass = _disassembly(compiled.asm["cubin"])
@@ -106,24 +101,6 @@ def _serialized(ptx: str, sass: str) -> bool:
     """
     arrivals = sass.count("WARPGROUP.ARRIVE")
     return arrivals > ptx.count("wgmma.fence.sync") and arrivals >= sass.count("HGMMA")
-
-
-def _arguments(compilation: Compilation) -> tuple[dict[str, str], dict[str, Any]]:
-    """The signature in the kernel's order with every constant in it, and all constants, defaults of the kernel included.
-
-    An optional pointer that is absent is a constant None: ``JITFunction`` does the same with a None at a launch.
-    """
-    names = compilation.kernel.arg_names
-    unknown = {*compilation.signature, *compilation.constexprs}.difference(names)
-    signature = {name: compilation.signature.get(name, "constexpr") for name in names}
-    defaults = {parameter.name: parameter.default for parameter in compilation.kernel.params if parameter.has_default}
-    constexprs = {name: value for name, value in {**defaults, **compilation.constexprs}.items() if name in names}
-    constexprs = {name: value for name, value in constexprs.items() if signature[name] == "constexpr"}
-    missing = [name for name in names if signature[name] == "constexpr" and name not in constexprs]
-    if unknown or missing:
-        # 3.4 fails obscurely where a constant has no value, the later ones take it for None.
-        raise ValueError(f"{compilation.name}: no such arguments {sorted(unknown)}, no values for {missing}")
-    return signature, constexprs
 
 
 def _disassembly(cubin: bytes) -> tuple[str, str]:

@@ -1,20 +1,61 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The sums of all blocks of a row become its statistics."""
+"""The statistics of each row from the sums of its blocks."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..math import log1p
-from .epilogue import FLOOR
+from ..launch import Launch
+from ..math import FLOOR, log1p
+
+#: Rows per program of ``combine_kernel``, and blocks that it adds at a time.
+COMBINE_ROWS, COMBINE_CHUNK = 32, 32
+#: Rows of ``stats`` in ``combine_kernel``.
+STATS = ("logps", "sum_others", "log_denom", "target_offset", "entropy", "mean_logits", "log_sum_sq_probs")
+
+
+@dataclass(frozen=True)
+class PartialRows:
+    """The rows of the partial sums: 0 for those not wanted. Rows 0 and 1 are the sums of e and the offsets."""
+
+    ez: int
+    z: int
+    ee: int
+    target: int  # and the next two
+    top: int
+    count: int
+
+    @classmethod
+    def of(cls, outputs: frozenset[str], filtered: bool) -> PartialRows:
+        """The rows for some token statistics; ``filtered``: a gradient tile follows, some of whose blocks may be left out."""
+        count, rows = 2, {}
+        names = {"ez": "entropy", "z": "mean_logits", "ee": "log_sum_sq_probs", "target": "is_top1"}
+        wanted = {row: name in outputs for row, name in names.items()} | {"top": filtered}
+        for row, is_wanted in wanted.items():
+            rows[row] = count if is_wanted else 0
+            count += (3 if row == "target" else 1) * is_wanted
+        return cls(**rows, count=count)
+
+    def constants(self) -> dict[str, Any]:
+        return {
+            "ROW_EZ": self.ez,
+            "ROW_Z": self.z,
+            "ROW_EE": self.ee,
+            "ROW_TARGET": self.target,
+            "ROW_TOP": self.top,
+        }
 
 
 @triton.jit
 def weighted_sum(partial, row: tl.constexpr, plane, at, mask, factor):
-    """Sum over blocks (dimension 0) of a row of ``partial`` times ``factor``, in float64."""
+    """The sum over blocks (dimension 0) of a row of ``partial`` times ``factor``, in float64."""
     values = tl.load(partial + row * plane + at, mask=mask, other=0.0).to(tl.float64)
-    # a block whose factor is 0 may hold sums that are infinite beside it
+    # a block whose factor is 0 may hold infinite sums
     return tl.sum(tl.where(factor > 0, values * factor, 0.0), axis=0)
 
 
@@ -22,10 +63,10 @@ def weighted_sum(partial, row: tl.constexpr, plane, at, mask, factor):
     do_not_specialize=["partial", "k", "zy", "sums", "stats", "is_top1", "num_tokens", "v_blocks", "vocab_size"],
 )
 def combine_kernel(
-    partial,  # (rows, v_blocks, N), from score_kernel; row 1 gets what each block's gradient is to be multiplied by
-    k,  # (N,) float32, what score_kernel was given; gets the offset common to all blocks
+    partial,  # (rows, v_blocks, N), from score_kernel; row 1 gets the factor of each block's gradient
+    k,  # (N,) float32, as given to score_kernel; gets the offset common to all blocks
     zy,  # (N,) float32 logits of the labels
-    sums,  # (7, N) float64, sums of earlier blocks relative to the k of before; updated. Or None, if there were none
+    sums,  # (7, N) float64, sums of earlier blocks relative to the old k, updated; or None
     stats,  # (7, N) float32 or None: logps, sum_others, log_denom, target_offset, entropy, mean_logits, log_sum_sq_probs
     is_top1,  # (N,) bool or None
     num_tokens,
@@ -36,7 +77,7 @@ def combine_kernel(
     ROW_EE: tl.constexpr,
     ROW_TARGET: tl.constexpr,
     ROW_TOP: tl.constexpr,
-    FIRST: tl.constexpr,  # nothing is in ``sums`` yet
+    FIRST: tl.constexpr,  # ``sums`` is empty
     FACTORS: tl.constexpr,  # row 1 (and ROW_TOP, as exponentials) are wanted
     BLOCK_R: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -61,7 +102,7 @@ def combine_kernel(
     before = tl.full((BLOCK_R,), -float("inf"), dtype=tl.float32)
     others = tl.full((BLOCK_R,), -float("inf"), dtype=tl.float32)
     if not FIRST:
-        raised = before_k.to(tl.float64) - wide_k  # names of the loop below would have two types
+        raised = before_k.to(tl.float64) - wide_k  # not ``shift``: a name in the loop below must keep its type
         lowered = tl.exp(raised)
         wide_n = num_tokens.to(tl.int64)
         sum_e = tl.load(sums + r, mask=is_row, other=0.0) * lowered
@@ -133,7 +174,7 @@ def combine_kernel(
             tl.store(to + 4 * wide_n, (log_denom - mean).to(tl.float32), mask=is_row)
         if ROW_Z:
             tl.store(to + 5 * wide_n, (sum_z / vocab_size).to(tl.float32), mask=is_row)
-        if ROW_EE:  # 1 - sum p^2 is small where the model is sure: see torch_scan.combine
+        if ROW_EE:  # 1 - sum p^2 is small for a confident model: see ``combine`` in tile/sums.py
             p_y = e_target / denominator
             squares = sum_ee / denominator / denominator
             rest = tl.maximum(sum_e / denominator * (1 + p_y) - squares, 0.0)
@@ -141,3 +182,33 @@ def combine_kernel(
             tl.store(to + 6 * wide_n, value.to(tl.float32), mask=is_row)
         if ROW_TARGET:
             tl.store(is_top1 + r, (target > before) & (target >= others), mask=is_row)
+
+
+def combine_launch(
+    partial: Tensor,  # (rows.count, v_blocks, N) float32
+    k: Tensor,  # (N,) float32
+    zy: Tensor,  # (N,) float32
+    sums: Tensor | None,  # (7, N) float64
+    stats: Tensor | None,  # (7, N) float32
+    is_top1: Tensor | None,  # (N,) bool
+    rows: PartialRows,
+    *,
+    vocab_size: int,
+    is_first: bool,
+    factors: bool,
+) -> Launch:
+    """The launch of ``combine_kernel`` for ``ceil(N / COMBINE_ROWS)`` programs."""
+    arguments = {
+        "partial": partial,
+        "k": k,
+        "zy": zy,
+        "sums": sums,
+        "stats": stats,
+        "is_top1": is_top1,
+        "num_tokens": partial.shape[2],
+        "v_blocks": partial.shape[1],
+        "vocab_size": vocab_size,
+    }
+    sizes = {"BLOCK_R": COMBINE_ROWS, "CHUNK": COMBINE_CHUNK}
+    constants = {**rows.constants(), "FIRST": is_first, "FACTORS": factors, **sizes}
+    return Launch(combine_kernel, arguments, constants, num_warps=4)

@@ -1,12 +1,12 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Blocks of logits that never leave registers: the head's GEMM with an epilogue.
+"""The head's GEMM with an epilogue: blocks of logits that stay in registers.
 
-``score_kernel`` turns each block of logits into row sums relative to the target (and, if asked, the gradient tile), which
-``combine_kernel`` adds up. ``gradient_kernel`` makes a block's gradient once the statistics are known.
+``score_kernel`` reduces each block of logits to row sums relative to the target (and writes the gradient tile, if there is
+one); ``combine_kernel`` adds these up. ``recompute_kernel`` writes a block's gradient once the statistics are known.
 
 Each program makes blocks ``program, program + programs, ...`` of BLOCK_N tokens by BLOCK_V vocabulary entries. Blocks are
-ordered so that those made at one time share GROUP blocks of tokens, which stay in the L2 cache with the weight rows that
-meet them. Nothing is added to by two programs: results are the same bits in every run.
+ordered so that programs that run together share GROUP blocks of tokens, which stay in the L2 cache with the weight rows that
+they are multiplied by. No two programs add to the same number: results are the same bits in every run.
 """
 
 from __future__ import annotations
@@ -14,11 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..math import logits_of, rounded
-from .epilogue import add_exponentials, halves, joined, label_and_before, mask_label, sum_logits, write_gradient
-
-#: As RAISE_ABOVE of torch_scan, which says why.
-RAISE_ABOVE = tl.constexpr(30.0)
+from ..math import RAISE_ABOVE, logits_of
+from .epilogue import add_bias, add_exponentials, label_and_before, mask_label, sum_logits, write_gradient
 
 
 @triton.jit
@@ -37,12 +34,13 @@ def load_block(
     """A block of a matrix, 0 beyond its rows and columns."""
     if TMA:
         return source.load([row, column])
-    r = row + tl.arange(0, ROWS)
-    c = column + tl.arange(0, COLUMNS)
-    inside = (r < rows)[:, None]
-    if not EVEN:
-        inside = inside & (c < columns)[None, :]
-    return tl.load(source + r.to(tl.int64)[:, None] * stride + c[None, :], mask=inside, other=0.0)
+    else:
+        r = row + tl.arange(0, ROWS)
+        c = column + tl.arange(0, COLUMNS)
+        inside = (r < rows)[:, None]
+        if not EVEN:
+            inside = inside & (c < columns)[None, :]
+        return tl.load(source + r.to(tl.int64)[:, None] * stride + c[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -74,7 +72,7 @@ def multiply(
 
 @triton.jit
 def place(block, n_blocks, v_blocks, GROUP: tl.constexpr):
-    """Which block of tokens and which of the vocabulary a number means: GROUP token blocks meet every vocabulary block."""
+    """The token block and the vocabulary block of a number: GROUP token blocks go through the whole vocabulary."""
     span = GROUP * v_blocks
     first = block // span * GROUP
     size = tl.minimum(n_blocks - first, GROUP)
@@ -82,28 +80,8 @@ def place(block, n_blocks, v_blocks, GROUP: tl.constexpr):
     return first + within % size, within // size
 
 
-@triton.jit
-def add_bias(
-    acc,  # (ROWS, COLUMNS)
-    bias,  # to the entry of the block's first column, or None
-    limit,  # the first column beyond the vocabulary
-    MATCH: tl.constexpr,
-    PART: tl.constexpr,
-    SELF: tl.constexpr,
-):
-    """Raw logits."""
-    if bias is not None and acc.shape[1] > PART:
-        left, right = halves(acc)
-        half: tl.constexpr = acc.shape[1] // 2
-        left = SELF(left, bias, limit, MATCH, PART, SELF)
-        return joined(left, SELF(right, bias + half, limit - half, MATCH, PART, SELF))
-    if bias is not None:
-        v = tl.arange(0, acc.shape[1])
-        acc += tl.load(bias + v, mask=v < limit, other=0.0).to(tl.float32)[None, :]
-    return rounded(acc, MATCH)
-
-
-# What depends on the number of tokens, be it only by its address, is not specialised: no batch compiles anything anew.
+# Arguments that depend on the number of tokens, even only by their address, are not specialised, so that no batch needs a new
+# compilation.
 @triton.jit(do_not_specialize=["labels", "k", "partial", "num_tokens", "num_entries", "first", "scale", "cap"])
 def score_kernel(
     x,  # (N, H)
@@ -125,8 +103,8 @@ def score_kernel(
     SOFTCAP: tl.constexpr,
     SLOPE: tl.constexpr,
     MATCH: tl.constexpr,
-    # rows of ``partial``, 0 for what is not wanted: sums of e (z - k), of z, of e^2; u at the label, followed by
-    # the largest u before it and but for it; the largest logit but for the label
+    # rows of ``partial``, 0 for those not wanted: sums of e (z - k), of z, of e^2; u at the label, followed by the largest u
+    # before it and the largest except it; the largest logit except the label's
     ROW_EZ: tl.constexpr,
     ROW_Z: tl.constexpr,
     ROW_EE: tl.constexpr,
@@ -146,7 +124,7 @@ def score_kernel(
     n_blocks = tl.cdiv(num_tokens, BLOCK_N)
     v_blocks = tl.cdiv(num_entries, BLOCK_V)
     plane = v_blocks.to(tl.int64) * num_tokens
-    tl.assume(hidden_size > 0)  # else a flattened loop has a copy for no iterations
+    tl.assume(hidden_size > 0)  # otherwise a flattened loop gets a copy for no iterations
     for block in tl.range(tl.program_id(0), n_blocks * v_blocks, tl.num_programs(0), flatten=FLATTEN):
         n_block, v_block = place(block, n_blocks, v_blocks, GROUP)
         row, entry = n_block * BLOCK_N, v_block * BLOCK_V
@@ -160,27 +138,27 @@ def score_kernel(
         offset = tl.load(k + r, mask=is_row, other=0.0)
         to = partial + v_block.to(tl.int64) * num_tokens + r
         biases = None if bias is None else bias + entry
-        u = add_bias(acc, biases, num_entries - entry, MATCH, PART, add_bias) * scale
+        u = add_bias(acc, biases, num_entries - entry, MATCH, PART) * scale
         zero = tl.zeros((BLOCK_N,), dtype=tl.float32)
         none = tl.full((BLOCK_N,), -float("inf"), dtype=tl.float32)
         if ROW_TARGET:
             target, before = label_and_before(u, none, label, PART)
             tl.store(to + ROW_TARGET * plane, target, mask=is_row)
         if ROW_Z:  # entries beyond the vocabulary are 0
-            tl.store(to + ROW_Z * plane, sum_logits(u, num_entries - entry, cap, SOFTCAP, PART, APART, sum_logits), mask=is_row)
-        u, top = mask_label(u, none, label, num_entries - entry, SOFTCAP, PART, mask_label)
+            tl.store(to + ROW_Z * plane, sum_logits(u, num_entries - entry, cap, SOFTCAP, PART, APART), mask=is_row)
+        u, top = mask_label(u, none, label, num_entries - entry, SOFTCAP, PART)
         if ROW_TARGET:
             tl.store(to + (ROW_TARGET + 1) * plane, tl.where(label >= BLOCK_V, top, before), mask=is_row)
             tl.store(to + (ROW_TARGET + 2) * plane, top, mask=is_row)
-        # The transform is monotonic, so the largest logit is that of the largest u. Ordinary rows keep their offset; one
-        # whose sum could overflow takes its largest logit, in this block alone.
+        # The transform is monotonic, so the largest logit is that of the largest u. Ordinary rows keep their offset. A row
+        # whose sum could overflow takes its largest logit as the offset of this block alone.
         top, _ = logits_of(top, cap, SOFTCAP)
         offset = tl.where(top - offset > RAISE_ABOVE, top, offset)
         sum_e = tl.zeros((BLOCK_N,), dtype=tl.float32)
         rows_of_gradient = None if gradient is None else gradient + (r.to(tl.int64) * gradient_stride + entry)[:, None]
         sum_e, sum_ez, sum_ee = add_exponentials(
             u, offset, sum_e, zero, zero, rows_of_gradient, is_row, num_entries - entry, cap, SOFTCAP, SLOPE,
-            ROW_EZ > 0, ROW_EE > 0, PART, APART, add_exponentials,
+            ROW_EZ > 0, ROW_EE > 0, PART, APART,
         )  # fmt: skip
         tl.store(to, sum_e, mask=is_row)
         tl.store(to + plane, offset, mask=is_row)
@@ -198,7 +176,7 @@ def score_kernel(
         "num_tokens", "num_entries", "first", "scale", "cap", "threshold",
     ],
 )  # fmt: skip
-def gradient_kernel(
+def recompute_kernel(
     x,  # (N, H)
     w,  # (W, H): vocabulary entries first..first+W
     x_stride,
@@ -253,16 +231,16 @@ def gradient_kernel(
         if at_target is not None:
             at_label = tl.load(at_target + r, mask=is_row, other=0.0)
         biases = None if bias is None else bias + entry
-        u = add_bias(acc, biases, num_entries - entry, MATCH, PART, add_bias) * scale
+        u = add_bias(acc, biases, num_entries - entry, MATCH, PART) * scale
         largest = tl.zeros((BLOCK_N,), dtype=tl.float32)
         rows_of_gradient = gradient + (r.to(tl.int64) * gradient_stride + entry)[:, None]
         largest = write_gradient(
             u, largest, offset, constant, linear, at_label, rows_of_gradient, is_row, label, num_entries - entry, cap,
-            SOFTCAP, PART, APART, write_gradient,
+            SOFTCAP, PART, APART,
         )  # fmt: skip
         if active is not None:
             a = tl.abs(tl.load(row_scale + r, mask=is_row, other=0.0))
-            # a label's entry is never dropped: its block stays whatever it is
+            # a label's entry is never dropped, whatever its size
             has_label = (label >= 0) & (label < tl.minimum(BLOCK_V, num_entries - entry))
             keep = tl.max((has_label | (largest * a >= threshold)).to(tl.int32), axis=0)
             tl.store(active + n_block * v_blocks + v_block, keep.to(tl.int8))

@@ -1,4 +1,4 @@
-"""Measured configurations become rows of configs.json: what ``logitless tune`` does."""
+"""Measured configurations as rows of ``configs.json``: what ``logitless tune`` does."""
 
 from __future__ import annotations
 
@@ -8,20 +8,24 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from .configs import TABLE, GemmConfig, dumps, operand_bits, parse
-from .tune import Prepare, Problem, Timing, Workload, device_name, search, store
+from ..gemm.config import GemmConfig
+from .cache import store
+from .configs import TABLE, dumps, operand_bits, parse
+from .problem import Problem, Timing, device_name
+from .search import Prepare, search
+from .workload import Workload
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured for a problem: as :func:`search`, and milliseconds of the vendor's GEMM."""
+    """What was measured for a problem: timings as from :func:`search`, and milliseconds of the vendor's GEMM."""
 
     problem: Problem
     timings: list[Timing]
     mm: float
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON has it: sizes, and milliseconds of all candidates, the one to take first."""
+        """For JSON: sizes, and milliseconds of all candidates, the chosen one first."""
         problem = {field.name: getattr(self.problem, field.name) for field in fields(self.problem)}
         problem |= {"device": device_name(self.problem.device), "dtype": str(self.problem.dtype).removeprefix("torch.")}
         problem["architecture"] = self.problem.architecture
@@ -29,7 +33,7 @@ class Result:
 
 
 def tune(problem: Problem, deadline: float | None = None, prepare: Prepare | None = None) -> Result:
-    """Measure now, whatever is cached, and cache what is found; the last two as for :func:`search`."""
+    """Measure now, whatever is cached, and cache the result; ``deadline`` and ``prepare`` as for :func:`search`."""
     workload = Workload(problem)
     result = Result(problem, search(workload, deadline, prepare), workload.mm_milliseconds())
     store(problem.path(), problem, result.timings[0], overwrite=True)
@@ -37,7 +41,7 @@ def tune(problem: Problem, deadline: float | None = None, prepare: Prepare | Non
 
 
 def compromise(results: Sequence[Result]) -> GemmConfig:
-    """Of the table's configuration and those that are best for one shape, the one that loses least on all shapes."""
+    """The configuration that loses least on all shapes, of the table's and those that are best for one shape."""
     winners = [result.timings[0] for result in results]
     if len(results) == 1:
         return winners[0].config
@@ -50,20 +54,20 @@ def compromise(results: Sequence[Result]) -> GemmConfig:
                 del losses[config]
             else:
                 losses[config] += math.log(timing.total / winner.total)
-        del workload  # before the next one is made: each has a weight
+        del workload  # frees its weight before the next workload is made
     if not losses:
         raise RuntimeError(f"no configuration runs for all of {[result.problem for result in results]}")
     return min(losses, key=lambda config: losses[config])
 
 
 def export(results: Sequence[Result], environment: str) -> str:
-    """The table with rows for what was measured, as text of configs.json. Shapes of one number of tokens share a row.
+    """The table with rows for the measured shapes, as text of configs.json. Shapes with the same number of tokens share a row.
 
     Rows for fewer tokens than were measured stay, as do all other architectures and operands.
 
     Args:
         results: of one device and dtype.
-        environment: on what was measured, for ``source``.
+        environment: the machine and versions, for ``source``.
     """
     by_tokens: dict[int, list[Result]] = {}
     for result in results:

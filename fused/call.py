@@ -1,0 +1,159 @@
+"""The checked arguments of a loss module's call that both families share: head, labels, layout and reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from logitless.kernels.core.checks import (
+    check_cu_seqlens,
+    check_head,
+    check_labels,
+    check_spec,
+    check_tensor,
+    compute_dtype,
+)
+from logitless.kernels.core.head_spec import HeadSpec
+
+from .checks import check_data, check_per_sequence, check_per_token
+
+
+@dataclass(frozen=True)
+class ReferenceStates:
+    """Hidden states and head of the reference model. Detached."""
+
+    hidden: Tensor  # (P, H'), P positions in the order of the policy's
+    weight: Tensor  # (V, H')
+    bias: Tensor | None  # (V,)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What is known of the reference model: its log-probabilities, or what to compute them from. At most one of the two.
+
+    Attributes:
+        logps: (S,) for a preference loss, like ``labels`` for a policy loss. Detached.
+        states: scored forward-only, in the same tiles as the policy.
+    """
+
+    logps: Tensor | None = None
+    states: ReferenceStates | None = None
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """The checked arguments of one call. P positions, S sequences.
+
+    Attributes:
+        hidden: (S, T, H), or packed (P, H), as given.
+        weight: (V, H).
+        labels: (S, T), or packed (P,).
+        bias: (V,) or ``None``.
+        head: the transforms of the logits, for the reference too.
+        bounds: where packed sequences start and end, S + 1 values; ``None`` for padded ones.
+        num_sequences: S.
+        ignore_index: the label of positions that are not scored.
+        reference: see :meth:`with_reference`.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    bias: Tensor | None
+    head: HeadSpec
+    bounds: list[int] | None
+    num_sequences: int
+    ignore_index: int
+    reference: Reference = Reference()
+
+    @classmethod
+    def check(
+        cls,
+        hidden: Tensor,  # (S, T, H), or packed (P, H)
+        weight: Tensor,  # (V, H)
+        labels: Tensor,  # (S, T), or packed (P,)
+        bias: Tensor | None,  # (V,)
+        head: HeadSpec | None,
+        cu_seqlens: Tensor | None,  # (S + 1,)
+        ignore_index: int,
+    ) -> LossCall:
+        """Check what every loss is called with; no reference yet."""
+        named = {"hidden": hidden, "weight": weight, "labels": labels, "bias": bias, "cu_seqlens": cu_seqlens}
+        for name, value in named.items():
+            check_data(name, value)
+        head = check_spec(head)
+        check_head(hidden, weight, bias)
+        check_labels(labels, hidden)
+        bounds = None
+        if cu_seqlens is not None:
+            if labels.dim() != 1:
+                raise ValueError(f"labels must have shape [N] with cu_seqlens, got {tuple(labels.shape)}")
+            bounds = check_cu_seqlens(cu_seqlens, len(labels), labels.device)
+        elif labels.dim() != 2:
+            raise ValueError(
+                f"labels must have shape [S, T], or [N] with cu_seqlens, got {tuple(labels.shape)} and no cu_seqlens"
+            )
+        count = len(labels) if bounds is None else len(bounds) - 1
+        return cls(hidden, weight, labels, bias, head, bounds, count, ignore_index)
+
+    def with_reference(
+        self,
+        ref_logps: Tensor | None,  # (S,), or like labels with per_token
+        ref_hidden: Tensor | None,  # like hidden, up to its last dimension
+        ref_weight: Tensor | None,  # (V, H')
+        ref_bias: Tensor | None,  # (V,)
+        *,
+        uses: bool,
+        needs: bool,
+        per_token: bool = False,
+    ) -> LossCall:
+        """Check the reference: log-probabilities or hidden states, not both.
+
+        Args:
+            uses: whether the loss can use a reference; passing one is an error otherwise.
+            needs: whether the loss is undefined without one.
+            per_token: whether ``ref_logps`` has one value per position, not one per sequence.
+        """
+        named = {"ref_logps": ref_logps, "ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
+        given = [name for name, value in named.items() if value is not None]
+        for name, value in named.items():
+            check_data(name, value)
+        if given and not uses:
+            raise ValueError(f"{given[0]} is given, but this loss does not use a reference")
+        if ref_logps is not None and len(given) > 1:
+            raise ValueError(f"ref_logps and {given[1]} are given: pass the log-probabilities or the hidden states, not both")
+        if needs and ref_logps is None and ref_hidden is None:
+            raise ValueError("this loss needs a reference: pass ref_logps, or ref_hidden and ref_weight")
+        if ref_logps is None:
+            return replace(self, reference=Reference(states=self._reference_states(ref_hidden, ref_weight, ref_bias)))
+        if per_token:
+            logps = check_per_token("ref_logps", ref_logps, self.labels)
+        else:
+            logps = check_per_sequence("ref_logps", ref_logps, self.num_sequences, self.hidden.device)
+        return replace(self, reference=Reference(logps))
+
+    def _reference_states(self, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> ReferenceStates | None:
+        """Hidden states shaped like the policy's up to the hidden size, and a head of as many rows."""
+        if hidden is None or weight is None:
+            named = {"ref_hidden": hidden, "ref_weight": weight, "ref_bias": bias}
+            if given := [name for name, value in named.items() if value is not None]:
+                raise ValueError(f"ref_hidden and ref_weight must be given together, got only {', '.join(given)}")
+            return None
+        check_tensor("ref_hidden", hidden)
+        mine = self.hidden
+        if hidden.device != mine.device:
+            raise ValueError(f"ref_hidden is on {hidden.device} but hidden is on {mine.device}: move one of them")
+        check_head(hidden, weight, bias, prefix="ref_")
+        if hidden.shape[:-1] != mine.shape[:-1]:
+            raise ValueError(f"ref_hidden must have shape {(*mine.shape[:-1], 'H')} like hidden, got {tuple(hidden.shape)}")
+        if len(weight) != len(self.weight):
+            raise ValueError(f"ref_weight must have {len(self.weight)} rows like weight, got {len(weight)}")
+        states = hidden.detach().to(compute_dtype(hidden)).reshape(-1, hidden.shape[-1])
+        return ReferenceStates(states, weight.detach(), None if bias is None else bias.detach())
+
+    @property
+    def wide_dtype(self) -> torch.dtype:
+        """The dtype in which losses are evaluated: float64, or float32 on devices that have no float64."""
+        return torch.float32 if self.hidden.device.type == "mps" else torch.float64

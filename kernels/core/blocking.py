@@ -1,0 +1,56 @@
+"""Block sizes: how a call's memory budget is split, and which blocks of logits the backends work in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .stats import CoreOptions
+
+#: Vocabulary entries per block of logits: a block of 768 tokens fits a 32 MiB L3, and the GEMM runs at full speed.
+VOCAB_BLOCK = 8192
+#: Elements of [tokens, hidden] that are converted at a time.
+ROW_ELEMENTS = 1 << 19
+#: float32 buffers of the element-wise pass, in elements of its cache block: the block, a second one, the soft-cap's square.
+PASS_BUFFERS = 3
+_MIN_BLOCK = 256
+_CACHE_ELEMENTS = 1 << 20
+_WORKSPACE = 32 << 20
+
+
+def block_shape(num_tokens: int, vocab_size: int, bytes_per_element: int, workspace: int) -> tuple[int, int]:
+    """Rows and columns of a block of logits that fits ``workspace`` bytes; columns shrink before rows fall below 256."""
+    width = min(vocab_size, VOCAB_BLOCK)
+    rows = max(1, workspace // (width * bytes_per_element))
+    if rows < min(num_tokens, 256):
+        width = min(width, max(_MIN_BLOCK, workspace // (min(num_tokens, 256) * bytes_per_element)))
+        rows = max(1, workspace // (width * bytes_per_element))
+    return min(rows, max(1, num_tokens)), width
+
+
+def core_options(
+    memory_budget: int,
+    outputs: frozenset[str],
+    precision: str,
+    itemsize: int,
+    device: torch.device,
+    grad_filter: float = 0.0,
+) -> CoreOptions:
+    """Split the budget: at most a quarter for the cache blocks of the element-wise pass; for blocks of logits the size of an L3
+    cache on a CPU, or another quarter on a GPU, whose GEMMs need more rows."""
+    cache = min(_CACHE_ELEMENTS, max(256, memory_budget // (4 * PASS_BUFFERS * itemsize)))
+    most = max(_WORKSPACE, memory_budget // 4) if device.type == "cuda" else _WORKSPACE
+    workspace = min(most, max(1, memory_budget - cache * PASS_BUFFERS * itemsize))
+    return CoreOptions(outputs, precision, workspace, cache, grad_filter)
+
+
+def blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, total, size):
+        yield start, min(start + size, total)
+
+
+def weight_block(weight: Tensor, v0: int, v1: int, dtype: torch.dtype) -> Tensor:
+    block = weight[v0:v1]
+    return block if block.dtype == dtype else block.to(dtype)

@@ -1,0 +1,82 @@
+"""Sums over the vocabulary relative to the target logit, block by block, and the statistics that they add up to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.stats import RowStats
+
+#: A logit this far (nats) above the offset k raises k to the row maximum. exp(30)^2 * V stays finite in float32.
+RAISE_ABOVE = 30.0
+#: exp underflows to 0 below this in float32 and float64; keeps -inf * 0 out of the entropy sum.
+FLOOR = -1000.0
+
+
+@dataclass
+class BlockSums:
+    """Sums over one block of the vocabulary without the target, relative to ``k`` (``None``: the target logit). Each (N,)."""
+
+    e: Tensor
+    ez: Tensor | None = None
+    ee: Tensor | None = None
+    z: Tensor | None = None
+    #: For the argmax, as the GEMM made them: the target (-inf where it is not in this block), and the largest logit before
+    #: and after it in the vocabulary.
+    target: Tensor | None = None
+    before: Tensor | None = None
+    after: Tensor | None = None
+    k: Tensor | None = None
+
+
+def combine(
+    parts: list[BlockSums], zy: Tensor, k: Tensor, ty: Tensor | None, vocab: int
+) -> tuple[RowStats, list[Tensor | None]]:
+    """Totals over all blocks, and for each block the factor (N,) from its offset to the common one (``None``: 1)."""
+    factors: list[Tensor | None] = [None] * len(parts)
+    if any(p.k is not None for p in parts):
+        offsets = torch.stack([k if p.k is None else p.k for p in parts])
+        k = offsets.amax(dim=0)
+        for i, p in enumerate(parts):
+            shift = offsets[i] - k
+            factors[i] = f = shift.exp()
+            if p.ez is not None:
+                p.ez = (p.ez + torch.where(f > 0, shift, 0) * p.e) * f
+            if p.ee is not None:
+                p.ee = p.ee * f * f
+            p.e = p.e * f
+
+    def total(name: str) -> Tensor | None:
+        columns = [getattr(p, name) for p in parts]
+        return None if columns[0] is None else torch.stack(columns).sum(dim=0)
+
+    r = total("e")
+    assert r is not None
+    offset = zy - k
+    target = offset.exp()
+    denominator = r + target
+    at_target = offset == 0
+    log_denom = torch.where(at_target, r.log1p(), denominator.log())
+    stats = RowStats(
+        logps=torch.where(at_target, -log_denom, offset - log_denom),
+        k=k,
+        sum_others=r,
+        log_denom=log_denom,
+        target_offset=offset,
+        target_slope=ty,
+    )
+    if (ez := total("ez")) is not None:
+        stats.entropy = log_denom - (ez + target * offset.clamp(min=FLOOR)) / denominator
+    if (ee := total("ee")) is not None:
+        # 1 - sum p^2 = R / D (1 + p_y) - sum of p_v^2 over v != y: small where the model is sure, and then log1p keeps it
+        p_y, squares = target / denominator, ee / denominator / denominator
+        rest = (r / denominator * (1 + p_y) - squares).clamp(min=0)
+        stats.log_sum_sq_probs = torch.where(rest < 0.5, (-rest).log1p(), (squares + p_y * p_y).log())
+    if (z := total("z")) is not None:
+        stats.mean_logits = z / vocab
+    if parts[0].target is not None:
+        target, before, after = (torch.stack([getattr(p, n) for p in parts]).amax(dim=0) for n in ("target", "before", "after"))
+        stats.is_top1 = (target > before) & (target >= after)
+    return stats, factors
