@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     start, found = time.perf_counter(), []
     for usage in compile_all(chosen, options.jobs):
         found.append(usage)
-        print(f"[{len(found)}/{len(chosen)}]", "; ".join(usage.cells()), flush=True)
+        print(f"[{len(found)}/{len(chosen)}]", "; ".join(usage.cells().values()), flush=True)
     print(f"{len(found)} compilations, {time.perf_counter() - start:.0f} s")
     if options.update:
         BUDGET.write_text(json.dumps(as_budget(found), indent=1) + "\n")
