@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import logitless as ll
 from logitless.kernels.backends.torch import blockwise as torch_backend
-from logitless.kernels.core.stats import OPTIONAL_OUTPUTS
+from logitless.kernels.core.stats import OPTIONAL_OUTPUTS, OUTPUTS
 from logitless.kernels.tile import rows as scored_rows
 
 from ..helpers import NAMES_THE_CPU, Case, gradients, make_case, plain_logps, relative_error, run_op, run_reference
@@ -26,9 +26,9 @@ quick = hypothesis_settings(max_examples=40, deadline=None, suppress_health_chec
 
 def assert_matches_reference(case: Case, tolerance: float) -> None:
     """All statistics and both gradients; tolerance relative to 1 + |value|, and to the gradient's norm."""
-    stats, wide = run_op(case, ll.OUTPUTS), case.double()
+    stats, wide = run_op(case, OUTPUTS), case.double()
     reference = run_reference(wide)
-    for name in ll.OUTPUTS:
+    for name in OUTPUTS:
         value, expected = getattr(stats, name), getattr(reference, name)
         if name == "is_top1":
             assert torch.equal(value, expected)
@@ -143,7 +143,7 @@ def test_a_target_all_but_ruled_out_is_exact(gap, blocks, train, monkeypatch):
     case = Case(
         x.requires_grad_(), w.requires_grad_("w" in train), torch.zeros(vocab).requires_grad_("b" in train), labels, HEADS[0]
     )
-    stats, wide = run_op(case, ll.OUTPUTS), case.double()
+    stats, wide = run_op(case, OUTPUTS), case.double()
     reference = run_reference(wide)
     for name in ("logps", "entropy", "mean_logits", "log_sum_sq_probs"):
         value, expected = getattr(stats, name), getattr(reference, name)
@@ -254,7 +254,7 @@ def test_ignored_positions_change_nothing(value, train):
     ignored = case.labels == -100
     with torch.no_grad():
         poisoned.hidden[ignored] = value
-    clean, dirty = run_op(case, ll.OUTPUTS), run_op(poisoned, ll.OUTPUTS)
+    clean, dirty = run_op(case, OUTPUTS), run_op(poisoned, OUTPUTS)
     for a, b in zip(clean, dirty, strict=True):
         assert torch.equal(a, b)
         assert (a[ignored] == 0).all()
@@ -328,7 +328,7 @@ def test_autocast_computes_in_its_dtype_and_keeps_gradient_dtypes():
 @pytest.mark.parametrize("train", ["h", "hwb"])
 def test_nothing_to_score_is_a_differentiable_zero(empty, train):
     case = make_case(bias=True, train=train, tokens=0 if empty == "no positions" else 4, masked=1.0)
-    stats = run_op(case, ll.OUTPUTS)
+    stats = run_op(case, OUTPUTS)
     assert all((value == 0).all() for value in stats)
     for gradient in gradients(stats.logps.sum() + stats.entropy.sum(), case):
         assert (gradient == 0).all()
@@ -451,9 +451,9 @@ def test_what_a_cuda_graph_captures_is_the_same_and_asks_no_label(train, use_ent
         case = replace(case, hidden=case.hidden[:0].detach().requires_grad_("h" in train), labels=case.labels[:0])
 
     def run() -> list[torch.Tensor]:
-        stats = run_op(case, ll.OUTPUTS)
+        stats = run_op(case, OUTPUTS)
         loss = (stats.logps * 1.5).sum() + (stats.entropy.sum() if use_entropy else 0)
-        return [*(getattr(stats, name) for name in ll.OUTPUTS), *gradients(loss, case)]
+        return [*(getattr(stats, name) for name in OUTPUTS), *gradients(loss, case)]
 
     expected = run()
     monkeypatch.setattr(scored_rows, "capturing", lambda labels: True)
@@ -533,7 +533,7 @@ def test_sequence_logps(packed, reduction, weighted):
 
 
 def test_optional_outputs_are_all_reported():
-    assert set(OPTIONAL_OUTPUTS) | {"logps"} == set(ll.OUTPUTS) == set(ll.TokenStats._fields)
+    assert set(OPTIONAL_OUTPUTS) | {"logps"} == set(OUTPUTS) == set(ll.TokenStats._fields)
 
 
 @pytest.mark.parametrize("train", ["h", "hw"])
@@ -548,7 +548,7 @@ def test_a_default_device_elsewhere_changes_nothing(train, packed):
             if packed:
                 logps = ll.sequence_logps(case.hidden.flatten(0, 1), case.weight, case.labels.flatten(), cu_seqlens=bounds)
             else:
-                logps = run_op(case, ll.OUTPUTS).logps
+                logps = run_op(case, OUTPUTS).logps
             results.append([logps, *gradients(logps.sum(), case)])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import logitless as ll
-from logitless.kernels.core.stats import OPTIONAL_OUTPUTS, CoreOptions, RowStats
+from logitless.kernels.core.stats import OPTIONAL_OUTPUTS, OUTPUTS, CoreOptions, RowStats
 
 from ..helpers import Case, gradients, make_case, plain_logps, relative_error, run_op, run_reference
 from .conftest import DEVICE, moved, replace_in_backend
@@ -161,7 +161,7 @@ def test_shapes_that_are_multiples_of_nothing(n, hidden, vocab, dtype, head, bia
         sequences=1, tokens=n, hidden=hidden, vocab=vocab, dtype=dtype, head=head, bias=bias, peaked=peaked, masked=0.0,
         seed=seed, train=train, scale=0.5,
     ).to(DEVICE)  # fmt: skip
-    stats, wide = run_op(case, ll.OUTPUTS), case.double()
+    stats, wide = run_op(case, OUTPUTS), case.double()
     reference = run_reference(wide)
     # H = 1 can tie but for its rounding: what is compared exactly must be clear
     raw = Rows(case.hidden[0], case.weight, case.bias, case.labels[0]).raw().detach() * head.logit_scale
@@ -194,7 +194,7 @@ def test_labels_at_the_borders_of_blocks():
 def test_a_vocabulary_of_one_entry_is_certain():
     for head in HEADS:
         case = make_case(vocab=1, masked=0.0, head=head, bias=True).to(DEVICE)
-        stats = run_op(case, ll.OUTPUTS)
+        stats = run_op(case, OUTPUTS)
         assert (stats.logps == 0).all() and (stats.entropy == 0).all() and stats.is_top1.all()
         assert all((g == 0).all() for g in gradients(stats.logps.sum() + stats.entropy.sum(), case))
 
@@ -393,7 +393,7 @@ def test_any_strides_give_the_same_bits():
 def statistics(rows: Rows) -> dict[str, Tensor]:
     """All outputs of the op and the gradients."""
     x, weight, bias = (t.detach().requires_grad_() for t in (rows.x, rows.weight, rows.bias))
-    stats = ll.linear_logps(x, weight, rows.labels, bias, outputs=ll.OUTPUTS)
+    stats = ll.linear_logps(x, weight, rows.labels, bias, outputs=OUTPUTS)
     grads = torch.autograd.grad(stats.logps.sum() + stats.entropy.sum(), (x, weight, bias))
     return stats._asdict() | dict(zip(("dx", "dw", "db"), grads, strict=True))
 
