@@ -35,9 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--providers", nargs="+", default=[], metavar="NAME", help="default: those of each suite")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller shapes (except for the headline)")
     parser.add_argument("--no-memory", action="store_true", help="leave out the memory processes")
-    parser.add_argument(
-        "--profile", action="store_true", help="one more step of ours and of the bare GEMMs, after the timed ones, by kernel"
-    )
+    parser.add_argument("--profile", action="store_true", help="one more step of ours and of the bare GEMMs, by kernel")
     return parser
 
 
