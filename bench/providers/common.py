@@ -28,8 +28,9 @@ TokenValues = Callable[[Tensor, Tensor, Tensor], "tuple[Tensor, Tensor | None]"]
 def finish(loss: Tensor, inputs: Inputs, *, token_logps: Tensor | None = None, **more: Any) -> Result:
     """The backward pass, where there is one, and the result."""
     leaves = {name: t for name, t in (("dhidden", inputs.hidden), ("dweight", inputs.weight)) if t.requires_grad}
-    grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True)) if leaves else {}
-    return Result(loss.detach(), None if token_logps is None else token_logps.detach(), **grads, **more)
+    if leaves:
+        more |= zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True)
+    return Result(loss.detach(), None if token_logps is None else token_logps.detach(), **more)
 
 
 def on_positions(case: Case, inputs: Inputs, values: TokenValues, chosen: Tensor | None) -> Work:

@@ -56,6 +56,10 @@ def _pass(name: str, case: Case, inputs: Inputs) -> Work:
     return Work(step, prepare=lambda: tile.copy_(source))
 
 
+def _register(name: str) -> None:
+    build = provider(f"pass@{name}", tasks={"tile"}, why_not=needs_backend(name))
+    build(lambda case, inputs: _pass(name, case, inputs))
+
+
 for _name in _BACKENDS:
-    _register = provider(f"pass@{_name}", tasks={"tile"}, why_not=needs_backend(_name))
-    _register(lambda case, inputs, name=_name: _pass(name, case, inputs))
+    _register(_name)

@@ -105,7 +105,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     done: dict[str, list[Outcome]] = {}
     failures: dict[str, list[dict[str, Any]]] = {}
     deadline = start + (options.time_limit or math.inf)
-    limits = {"limit_bytes": int(options.limit_gb * 1e9), "seconds": _STEP_SECONDS, "deadline": deadline}
+    limits: dict[str, Any] = {"limit_bytes": int(options.limit_gb * 1e9), "seconds": _STEP_SECONDS, "deadline": deadline}
 
     def path(name: str, ending: str = "json") -> Path:
         return Path(options.out, f"{device.type}-training-{name}.{ending}")
