@@ -76,7 +76,7 @@ def _body(bench: Workbench, data: Data) -> Tensor:
 def _not_in_one_row(bench: Workbench) -> list[str]:
     bench.use_attention(bench.packed_attention)
     with bench.autocast():
-        return ll.why_not_padding_free(bench.model)
+        return ll.models.why_not_padding_free(bench.model)
 
 
 ARMS: dict[str, Arm] = {

@@ -91,7 +91,10 @@ class Workbench:
 
     def _sums(self, model: nn.Module, packed: ll.PackedSequences) -> Tensor:
         """(S,) log-probs of sequences, in one row or padded."""
-        sums = lambda at: ll.sequence_logps(at.hidden, at.weight, at.labels, at.bias, at.head, cu_seqlens=at.cu_seqlens)  # noqa
+
+        def sums(at: ll.models.AtHead) -> Tensor:
+            return ll.sequence_logps(at.hidden, at.weight, at.labels, at.bias, at.head, cu_seqlens=at.cu_seqlens)
+
         return ll.at_head(model, packed, sums, padding_free=self.in_one_row)
 
     def _reference_sums(self, packed: ll.PackedSequences) -> Tensor:

@@ -1,0 +1,1 @@
+"""Hugging Face causal language models: packed sequences, padding-free runs, and functions in place of the head."""

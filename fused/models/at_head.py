@@ -1,4 +1,4 @@
-"""Runs a Hugging Face model on packed sequences, and a function of your own where the model would have called its head."""
+"""Runs a Hugging Face model on packed sequences, and a function or loss of the caller's in place of its head."""
 
 from __future__ import annotations
 
@@ -15,24 +15,32 @@ from ..policy.base import FusedLinearPolicyLoss, PolicyOutput
 from ..preference.base import FusedLinearPreferenceLoss, KTOOutput, PreferenceOutput
 from ..preference.modules import FusedLinearKTOLoss
 from ..preference.objectives import FusedLinearMultiObjectiveLoss, MultiObjectiveOutput
-from .model_logps import HeadCall, run_packed
 from .packing import PackedSequences
+from .runner import HeadCall, RunOptions, place_packed, run_packed
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class AtHead:
-    """What there is where a model calls its head.
+    """The call of a model's head, on packed sequences; the argument of ``fn`` in :func:`at_head`.
 
     Attributes:
-        hidden: (N, H) hidden states, one row a packed token, differentiable.
+        hidden: (N, H) input of the head, one row per packed token, differentiable.
         weight: (V, H) of the head.
-        bias: (V,), or ``None``.
-        head: what the model does to its logits, and the temperature.
+        bias: (V,) of the head, or ``None``.
+        head: logit scale and soft-cap of the model, and the temperature.
         labels: (N,) shifted labels of the packed sequences.
-        cu_seqlens: (S + 1,) where each of them starts and ends.
+        cu_seqlens: (S + 1,) where each sequence starts and ends.
         ignore_index: the label of positions that are not scored.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=16, n_layer=1, n_head=2))
+        >>> def mean_nll(at: AtHead) -> torch.Tensor:
+        ...     return -linear_logps(at.hidden, at.weight, at.labels, at.bias, at.head).logps.sum() / (at.labels >= 0).sum()
+        >>> at_head(model, pack([[5, 6, 7, 8], [9, 10]]), mean_nll).shape
+        torch.Size([])
     """
 
     hidden: Tensor
@@ -55,15 +63,15 @@ def at_head(
     padding_free: bool | None = None,
     **model_kwargs: Any,
 ) -> Result:
-    """Run a model on packed sequences, and ``fn`` in place of its head; returns what ``fn`` returns.
+    """Run a model on packed sequences, with ``fn`` in place of its head; returns the result of ``fn``.
 
-    ``fn`` runs within the model's forward pass, so autocast, gradient checkpointing, wrappers and adapters are in force: the
-    place for losses, value heads and whatever else wants hidden states of packed tokens.
+    ``fn`` runs inside the model's forward pass, so autocast, gradient checkpointing, wrappers and adapters apply. Use it for
+    losses, value heads and other functions of the hidden states of packed tokens.
 
     Args:
         model, head, temperature, padding_free, model_kwargs: as for :func:`logitless.model_logps`.
         packed: see :func:`logitless.pack`.
-        fn: takes :class:`AtHead`.
+        fn: a function of :class:`logitless.models.AtHead`.
 
     Raises:
         TypeError, ValueError: as :func:`logitless.model_logps`.
@@ -87,13 +95,8 @@ def at_head(
             AtHead(rows.to(device), at.weight, at.bias, at.head, labels.to(device), packed.cu_seqlens, packed.ignore_index)
         )
 
-    options: dict[str, Any] = {
-        "head": head,
-        "temperature": temperature,
-        "padding_free": padding_free,
-        "model_kwargs": model_kwargs,
-    }
-    result: Result = run_packed(model, packed, call, **options)
+    options = RunOptions(head, temperature, padding_free, model_kwargs)
+    result: Result = run_packed(model, place_packed(packed), call, options)
     return result
 
 
@@ -128,15 +131,15 @@ def model_loss(
     model_kwargs: Mapping[str, Any] | None = None,
     **inputs: Any,
 ) -> PreferenceOutput | KTOOutput | MultiObjectiveOutput | PolicyOutput:
-    """A loss module on a model's packed sequences; see :func:`at_head`.
+    """A loss module applied to a model's packed sequences; see :func:`at_head`.
 
     Args:
         model, head, temperature, padding_free: as for :func:`logitless.model_logps`.
         loss: any loss module of this library.
         packed: see :func:`logitless.pack`; for losses of pairs the chosen sequences first, then the rejected ones.
         model_kwargs: further arguments of the model's forward.
-        inputs: further arguments of the loss: ``ref_logps``, ``desirable``, ``advantages``, ``old_logps`` ...; those of tokens
-            aligned with ``packed.labels``.
+        inputs: further arguments of the loss: ``ref_logps``, ``desirable``, ``advantages``, ``old_logps`` ...; values per
+            token are aligned with ``packed.labels``.
 
     Raises:
         TypeError, ValueError: as :func:`logitless.model_logps` and the loss.

@@ -1,4 +1,4 @@
-"""Sequences of different lengths laid end to end, with no padding between them, and back."""
+"""Packs sequences of different lengths end to end without padding, and unpacks them."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch import Tensor
 
 from logitless.kernels.core.checks import check_cu_seqlens, check_ignore_index, check_tensor
 
-#: What holds token ids: padded (S, T), packed (N,), or a list of 1-D tensors or of lists of ints.
+#: Accepted forms of token ids: padded (S, T), packed (N,), or a list of 1-D tensors or of lists of ints.
 TokenSequences: TypeAlias = Tensor | Sequence[Tensor] | Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True, eq=False)
 class PackedSequences:
-    """S sequences of N tokens in all, laid end to end. Made by :func:`pack`.
+    """S sequences with N tokens in total, laid end to end. Made by :func:`pack`.
 
     Attributes:
         input_ids: (N,) int64.
         position_ids: (N,) int64, 0, 1, 2 ... in each sequence.
         cu_seqlens: (S + 1,) int32, where each sequence starts and ends.
-        max_seqlen: tokens of the longest sequence.
-        labels: (N,) int64, already shifted as every operation of this library takes them: ``labels[i]`` is the token that
-            position i predicts, ``ignore_index`` at the last token of each sequence and where nothing is scored. ``None``:
-            every token that has another before it is scored.
+        max_seqlen: number of tokens of the longest sequence.
+        labels: (N,) int64, shifted as all operations of this library take them: ``labels[i]`` is the token that position i
+            predicts, and ``ignore_index`` at the last token of each sequence and where nothing is scored. ``None``: every token
+            but the first of each sequence is scored.
         ignore_index: the label of positions that are not scored.
 
     Raises:
@@ -55,7 +55,7 @@ class PackedSequences:
             if value.dtype != torch.int64:
                 raise TypeError(f"{name} must be int64, got {value.dtype}")
             if value.dim() != 1 or len(value) != len(self.input_ids):
-                raise ValueError(f"{name} must have shape [N], one value a token, got {tuple(value.shape)}")
+                raise ValueError(f"{name} must have shape [N], one value per token, got {tuple(value.shape)}")
         check_tensor("cu_seqlens", self.cu_seqlens)
         if self.cu_seqlens.dtype != torch.int32 or self.cu_seqlens.dim() != 1 or len(self.cu_seqlens) < 1:
             raise ValueError(
@@ -76,28 +76,28 @@ class PackedSequences:
 
     @property
     def mask(self) -> Tensor:
-        """Which positions are scored, (N,) bool: what advantages, rewards and values of tokens are taken over."""
+        """Which positions are scored, (N,) bool: the mask for advantages, rewards and values of tokens."""
         if self.labels is not None:
             return self.labels != self.ignore_index
-        last = torch.ones_like(self.input_ids, dtype=torch.bool)  # a token that has another after it predicts it
+        last = torch.ones_like(self.input_ids, dtype=torch.bool)  # the last token of a sequence predicts none
         last[:-1] = self.position_ids[1:] == 0
         return ~last
 
     def to(self, device: torch.device | str) -> PackedSequences:
-        """The same on a device."""
+        """A copy on a device."""
         moved: dict[str, Any] = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
         return replace(self, **moved)
 
     def model_inputs(self, *, flash_attention: bool = False) -> dict[str, Any]:
-        """Keyword arguments with which a Hugging Face model reads the pack as one row.
+        """Keyword arguments for a Hugging Face model that runs the pack as one row.
 
-        There is no attention mask among them: with none given and without a cache, transformers tells the sequences apart
-        by their position ids. Not every model does (see :func:`logitless.why_not_padding_free`).
+        They contain no attention mask: without a mask and without a cache, transformers tells the sequences apart by their
+        position ids. Some models do not (see :func:`logitless.models.why_not_padding_free`).
 
         Args:
             flash_attention: also pass ``cu_seq_lens_q``, ``cu_seq_lens_k`` (int32), ``max_length_q`` and ``max_length_k``,
-                from which FlashAttention takes the sequences, in place of finding them by position ids in every layer.
-                Sequences without tokens are left out.
+                so that FlashAttention need not derive them from the position ids in every layer. Sequences without tokens are
+                left out.
 
         Example:
             >>> inputs = pack([[5, 6, 7], [8, 9]]).model_inputs()
@@ -133,7 +133,7 @@ class PackedSequences:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """How a caller's sequences were laid out, so that what belongs to their tokens can be flattened the same way."""
+    """How the caller's sequences were laid out, to flatten other values of their tokens in the same way."""
 
     kind: str  # "padded", "packed" or "list"
     shape: tuple[int, ...]  # of the caller's tensor; (N,) for a list
@@ -142,7 +142,7 @@ class Layout:
     real: Tensor | None = None  # padded only: (N,) index of each token in the flattened (S, T)
 
     def flatten(self, name: str, value: Any) -> Tensor:
-        """Values of the tokens, (N,) int64, from one laid out as the sequences were."""
+        """Values of the tokens, (N,) int64, from values laid out like the sequences."""
         if self.kind == "list":
             flat, lengths = _concatenated(name, value)
             wanted = [b - a for a, b in itertools.pairwise(self.bounds)]
@@ -157,7 +157,7 @@ class Layout:
         return flat if self.real is None else flat[self.real]
 
     def unflatten(self, values: Tensor) -> Tensor:
-        """Values of the tokens (N,) in the caller's shape, 0 at padding."""
+        """Values of the tokens (N,) in the caller's shape, with 0 at padding."""
         if self.real is None:
             return values
         size = self.shape[0] * self.shape[1]
@@ -198,7 +198,7 @@ def _concatenated(name: str, sequences: Any) -> tuple[Tensor, list[int]]:
 
 
 def _of_padded(ids: Tensor, attention_mask: Tensor | None) -> Layout:
-    """Where the tokens of padded ids (S, T) lie."""
+    """The layout of padded ids (S, T)."""
     if attention_mask is None:
         real = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
     else:
@@ -210,7 +210,7 @@ def _of_padded(ids: Tensor, attention_mask: Tensor | None) -> Layout:
         mask = attention_mask.to(ids.device)
         real = mask.bool()
         starts = real & ~torch.nn.functional.pad(real, (1, 0))[:, :-1]
-        # one answer from the device for both questions
+        # one synchronisation for both checks
         holes, other = torch.stack(((starts.sum(1) > 1).any(), (mask != real.to(mask.dtype)).any())).tolist()
         if other:
             raise ValueError("attention_mask must be 1 at tokens and 0 at padding, got other values")
@@ -231,7 +231,7 @@ def lay_out(
     device: torch.device | str | None = None,
     name: str = "sequences",
 ) -> tuple[Tensor, Layout]:
-    """The token ids end to end, (N,) int64, and how they were laid out; what :func:`pack` says of its arguments holds."""
+    """The token ids end to end, (N,) int64, and their layout; arguments as for :func:`pack`."""
     if attention_mask is not None and not (isinstance(sequences, Tensor) and sequences.dim() == 2):
         raise ValueError("attention_mask is for padded ids of shape [S, T]; packed ids and lists have no padding to mask")
     if cu_seqlens is not None and not (isinstance(sequences, Tensor) and sequences.dim() == 1):
@@ -260,7 +260,7 @@ def make_pack(
     prompt_lengths: Any = None,
     ignore_index: int = -100,
 ) -> PackedSequences:
-    """:func:`pack` of what :func:`lay_out` returned."""
+    """:func:`pack`, given the result of :func:`lay_out`."""
     check_ignore_index(ignore_index)
     if labels is not None and prompt_lengths is not None:
         raise ValueError("labels and prompt_lengths both say which tokens are scored: pass one of them")
@@ -271,12 +271,12 @@ def make_pack(
     starts = torch.repeat_interleave(cu_seqlens[:-1], lengths, output_size=len(ids))
     positions = torch.arange(len(ids), device=device) - starts
     targets = ids if labels is None else layout.flatten("labels", labels)
-    scored = positions > 0  # nothing comes before the first token of a sequence
+    scored = positions > 0  # no position predicts the first token of a sequence
     if prompt_lengths is not None:
         prompts = _checked_prompts(prompt_lengths, sizes)
         scored &= positions >= torch.repeat_interleave(prompts.to(device), lengths, output_size=len(ids))
     targets = torch.where(scored, targets, ignore_index)
-    # Position i predicts token i + 1, which is not scored where i is the last of its sequence: it starts the next one.
+    # position i predicts token i + 1; after the last token of a sequence, that is the first token of the next one: not scored
     shifted = torch.cat((targets[1:], targets.new_full((min(1, len(ids)),), ignore_index)))
     return PackedSequences(ids, positions, cu_seqlens.int(), max(sizes, default=0), shifted, ignore_index)
 
@@ -287,7 +287,7 @@ def _checked_prompts(prompt_lengths: Any, sizes: list[int]) -> Tensor:
         prompts = prompts.long()
     _check_integers("prompt_lengths", prompts)
     if tuple(prompts.shape) != (len(sizes),):
-        raise ValueError(f"prompt_lengths must have one value a sequence, shape [{len(sizes)}], got {tuple(prompts.shape)}")
+        raise ValueError(f"prompt_lengths must have one value per sequence, shape [{len(sizes)}], got {tuple(prompts.shape)}")
     bad = ((prompts < 0) | (prompts > torch.tensor(sizes, dtype=torch.int64, device=prompts.device))).nonzero()
     if len(bad):
         i = int(bad[0])
@@ -309,21 +309,21 @@ def pack(
 
     Args:
         sequences: token ids, int32 or int64: a list of 1-D tensors or of lists of ints; padded ``[S, T]`` with
-            ``attention_mask``; or packed already, ``[N]`` with ``cu_seqlens``. Sequences of no or one token are fine.
+            ``attention_mask``; or packed ``[N]`` with ``cu_seqlens``. Sequences may have no or one token.
         attention_mask: (S, T) bool or integer, 1 over one stretch of each row. ``None``: no padding.
         cu_seqlens: (S + 1,) int32 or int64, rising from 0 to N.
-        labels: as Hugging Face has them, not shifted, and laid out as the sequences are: the token itself where it is
-            scored, ``ignore_index`` where it is not. ``None``: every token is.
-        prompt_lengths: (S,) tokens at the start of each sequence that are not scored, in place of ``labels``.
-        ignore_index: marks what is not scored, in ``labels`` and in the result.
-        device: where the result goes; ``None``: where the sequences are.
+        labels: as in Hugging Face, not shifted, and laid out like the sequences: the token itself where it is scored, else
+            ``ignore_index``. ``None``: every token is scored.
+        prompt_lengths: (S,) number of tokens at the start of each sequence that are not scored; an alternative to ``labels``.
+        ignore_index: the label of tokens that are not scored, in ``labels`` and in the result.
+        device: device of the result; ``None``: that of the sequences.
 
     Returns:
         PackedSequences: with labels shifted by one inside each sequence. The first token of a sequence is never scored.
 
     Raises:
-        TypeError, ValueError: naming the argument: ids that are not integers, lengths that differ, a mask with holes, a
-            prompt longer than its sequence.
+        TypeError, ValueError: naming the argument; for ids that are not integers, lengths that differ, a mask with holes, and
+            a prompt longer than its sequence.
 
     Example:
         >>> mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
@@ -343,18 +343,18 @@ def unpack(
     padding_side: str = "right",
     max_seqlen: int | None = None,
 ) -> list[Tensor] | Tensor:
-    """Take packed values apart again. Differentiable, and exact.
+    """Split packed values into sequences. Differentiable and exact.
 
     Args:
         values: (N, ...) of any dtype.
         cu_seqlens: (S + 1,) int32 or int64, rising from 0 to N.
-        padded: return one tensor ``[S, T, ...]``; else a list of S views.
-        padding_value: stands where a sequence has no token.
-        padding_side: ``"right"`` or ``"left"``: where the padding goes.
-        max_seqlen: T; default the length of the longest sequence. It may be longer, not shorter.
+        padded: return one tensor ``[S, T, ...]``; otherwise a list of S views.
+        padding_value: value at padding.
+        padding_side: ``"right"`` or ``"left"``.
+        max_seqlen: T, at least the length of the longest sequence, which is the default.
 
     Raises:
-        TypeError, ValueError: naming the argument; also for an argument about padding without ``padded=True``.
+        TypeError, ValueError: naming the argument; also for an argument about padding when ``padded`` is False.
 
     Example:
         >>> unpack(torch.arange(5), torch.tensor([0, 3, 5]), padded=True, padding_value=-1, padding_side="left")

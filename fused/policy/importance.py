@@ -9,8 +9,10 @@ from torch import Tensor
 
 from logitless.kernels.backends.registry import choose_elementwise
 
+from ..bounds import LARGEST_ROOT
 from ..checks import check_choice, check_number
-from ..rl.gae import Segments, check_float, check_like
+from ..rl.checks import check_float, check_like
+from ..rl.segments import Segments
 
 #: What ``mode`` may be, as TRL names them.
 IMPORTANCE_SAMPLING_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
@@ -91,7 +93,7 @@ def importance_weights(
     difference = torch.nan_to_num(difference, nan=0.0)
     if mode.startswith("sequence_"):
         difference = add(difference, segments.offsets)
-    ratio = difference.exp()
+    ratio = difference.exp().clamp(max=LARGEST_ROOT)
     if mode.endswith("_truncate"):
         ratio = ratio.clamp(clip_min, clip_max)
     else:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..call import LossCall
 from ..checks import check_data, check_number, check_per_token
-from ..rl.gae import Segments
+from ..rl.segments import Segments
 from ..scored_tokens import ScoredTokens
 from .importance import importance_weights
 

@@ -1,0 +1,1 @@
+"""Reinforcement learning on log-probabilities: advantages, KL estimates, masked statistics, value and reward-model losses."""

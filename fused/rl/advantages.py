@@ -1,7 +1,7 @@
-"""Advantages from rewards alone: group-relative, leave-one-out and REINFORCE++, and rewards shaped by a KL penalty.
+"""Advantages from rewards alone: group-relative, leave-one-out and REINFORCE++; and rewards shaped by a KL penalty.
 
-A *group* is the sequences sampled for one prompt. In functions that return advantages, a reward of NaN says that nothing
-could score the sequence: it enters no mean, and its advantage is 0, as in TRL. Nothing here carries a gradient.
+A *group* is the set of sequences sampled for one prompt. In functions that return advantages, a reward of NaN marks a sequence
+without a score: it is left out of every mean, and its advantage is 0, as in TRL. Results carry no gradient.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from logitless.kernels.core.checks import check_tensor
 from logitless.kernels.sequence_logps import segment_sum
 
 from ..checks import check_bool, check_choice, check_number
-from .gae import Segments, check_float, check_like, check_one_each, check_rate, gae
+from .checks import check_float, check_like, check_one_each, check_rate
+from .gae import gae
 from .kl import KL_ESTIMATORS, kl_estimate
 from .masked import masked_whiten
+from .segments import Segments
 
 SCALES = ("group", "batch", "none")
 BASELINES = ("none", "group")
@@ -25,7 +27,7 @@ def _check_rewards(rewards: object) -> None:
     check_float("rewards", rewards)
     assert isinstance(rewards, Tensor)
     if rewards.dim() != 1:
-        raise ValueError(f"rewards must have shape [S], one value a sequence, got {tuple(rewards.shape)}")
+        raise ValueError(f"rewards must have shape [S], one value per sequence, got {tuple(rewards.shape)}")
 
 
 def _dtype(rewards: Tensor) -> torch.dtype:
@@ -36,7 +38,7 @@ class _Groups:
     """Which sequences were sampled for the same prompt."""
 
     def __init__(self, rewards: Tensor, group_size: int | None, group_ids: Tensor | None, *, pairs: str | None) -> None:
-        """``pairs`` says for what each group must have two sequences; None: it need not."""
+        """``pairs``: the option that needs at least two sequences per group, for the error message; None: no option does."""
         if (group_size is None) == (group_ids is None):
             given = "neither" if group_size is None else "both"
             raise ValueError(f"exactly one of group_size and group_ids must be given, got {given}")
@@ -64,23 +66,23 @@ class _Groups:
             self.order = self.index.argsort(stable=True)
             if pairs and bool((alone := self.sizes == 1).any()):
                 raise ValueError(
-                    f"group_ids must have at least 2 sequences a group for {pairs}, got one of group {int(ids[alone][0])}"
+                    f"group_ids must have at least 2 sequences per group for {pairs}, got one of group {int(ids[alone][0])}"
                 )
         self.offsets = torch.cat([self.sizes.new_zeros(1), self.sizes.cumsum(0)])
 
     def sums(self, values: Tensor) -> Tensor:
-        """The sum of each sequence's group, (S,); added in the sequences' order, the same bits in every run."""
+        """The sum over each sequence's group, (S,); added in a fixed order, so bitwise repeatable."""
         return segment_sum(values if self.order is None else values[self.order], self.offsets)[self.index]
 
 
 def _scored(rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """Rewards in float64 with 0 for NaN, and which are not NaN."""
+    """Rewards in float64 with 0 in place of NaN, and a mask of those that are not NaN."""
     scored = ~rewards.isnan()
     return torch.where(scored, rewards.to(torch.float32 if rewards.device.type == "mps" else torch.float64), 0), scored
 
 
 def _std(centered: Tensor, total: Tensor, squares: Tensor | None = None) -> Tensor:
-    """With Bessel's correction; 0 of one value or none."""
+    """Standard deviation with Bessel's correction; 0 for fewer than two values."""
     squares = centered.square().sum() if squares is None else squares
     return (squares / (total - 1).clamp(min=1)).sqrt()
 
@@ -98,10 +100,10 @@ def group_advantages(
     ``(reward - mean of its group) / (std + eps)``.
 
     Args:
-        rewards: one of each sequence, floating point. NaN: nothing could score it.
-        group_size: sequences of a prompt, which stand next to each other (TRL's ``num_generations``).
-        group_ids: or integers that are equal for sequences of the same prompt, in any order.
-        scale_rewards: whose standard deviation to divide by (with Bessel's correction): that of the ``"group"``, of the
+        rewards: one per sequence, floating point. NaN: the sequence has no score.
+        group_size: number of sequences per prompt; they are adjacent (TRL's ``num_generations``).
+        group_ids: alternatively, integers that are equal for sequences of the same prompt, in any order.
+        scale_rewards: the standard deviation to divide by (with Bessel's correction): that of the ``"group"``, that of the
             ``"batch"`` (https://huggingface.co/papers/2508.08221), or ``"none"`` (Dr. GRPO,
             https://huggingface.co/papers/2503.20783).
         eps: added to the standard deviation.
@@ -110,7 +112,7 @@ def group_advantages(
         Tensor: (S,) in the rewards' dtype, at least float32.
 
     Raises:
-        TypeError, ValueError: naming the argument; a group of one, or a batch of one, whose standard deviation is asked for.
+        TypeError, ValueError: naming the argument; for a group or batch of one whose standard deviation is needed.
 
     Example:
         >>> group_advantages(torch.tensor([1.0, 0.0, 3.0, 1.0]), group_size=2, scale_rewards="none")
@@ -143,15 +145,15 @@ def leave_one_out_advantages(
     normalize: bool = False,
     eps: float = 1e-4,
 ) -> Tensor:
-    """Leave-one-out advantages of RLOO, https://huggingface.co/papers/2402.14740, as TRL 1.16 computes them: the reward less
-    the mean of the others of its group.
+    """Leave-one-out advantages of RLOO, https://huggingface.co/papers/2402.14740, as TRL 1.16 computes them: the reward minus
+    the mean reward of the other sequences of its group.
 
-    A sequence whose others could not be scored has advantage 0.
+    If none of the other sequences has a score, the advantage is 0.
 
     Args:
-        rewards: one of each sequence, floating point, the KL penalty already in it. NaN: nothing could score it.
-        group_size, group_ids: as for :func:`group_advantages`; at least two sequences a group.
-        normalize: then subtract the batch's mean and divide by its standard deviation plus ``eps`` (TRL's
+        rewards: one per sequence, floating point, with the KL penalty included. NaN: the sequence has no score.
+        group_size, group_ids: as for :func:`group_advantages`; at least two sequences per group.
+        normalize: afterwards subtract the mean of the batch and divide by its standard deviation plus ``eps`` (TRL's
             ``normalize_advantages``).
         eps: added to the standard deviation.
 
@@ -159,7 +161,7 @@ def leave_one_out_advantages(
         Tensor: (S,) in the rewards' dtype, at least float32.
 
     Raises:
-        TypeError, ValueError: naming the argument; a group of one.
+        TypeError, ValueError: naming the argument; for a group of one.
 
     Example:
         >>> leave_one_out_advantages(torch.tensor([1.0, 0.0, 2.0]), group_size=3)
@@ -181,7 +183,7 @@ def leave_one_out_advantages(
 
 
 def _token_rewards(rewards: Tensor, segments: Segments, of_tokens: Tensor | None) -> Tensor:
-    """Rewards of the tokens that count, float64: those given, and the sequence's at its last token. (N',)"""
+    """Rewards of the kept tokens in float64: those given, plus the sequence's reward at its last token. (N',)"""
     wide = torch.float32 if rewards.device.type == "mps" else torch.float64
     filled, last = segments.last
     if of_tokens is None:
@@ -204,20 +206,20 @@ def kl_shaped_rewards(
     kl_estimator: str = "k1",
     reward_clip_range: tuple[float, float] | None = None,
 ) -> Tensor:
-    """Rewards of tokens: the KL penalty ``-kl_coef * kl`` at each, and the sequence's reward at its last one.
+    """Token rewards: the KL penalty ``-kl_coef * kl`` at each token, plus the sequence's reward at its last token.
 
     The rewards of PPO from human feedback, https://huggingface.co/papers/1909.08593 eq. 2; ``compute_reward`` of OpenRLHF.
-    The reward of a sequence without tokens has no place, and is dropped.
+    The reward of a sequence without tokens is dropped.
 
     Args:
-        rewards: one of each sequence, floating point.
-        logps: log-probabilities under the policy that sampled; padded ``[S, T]``, or packed ``[N]`` with ``cu_seqlens``.
-        ref_logps: those under the reference.
+        rewards: one per sequence, floating point.
+        logps: log-probabilities under the sampling policy; padded ``[S, T]``, or packed ``[N]`` with ``cu_seqlens``.
+        ref_logps: log-probabilities under the reference.
         cu_seqlens: int32 or int64, where each packed sequence starts and ends.
-        mask: the tokens that count. Whatever stands at the others changes nothing.
+        mask: the tokens to keep. Values at other positions are ignored, NaN included.
         kl_coef: weight of the penalty, not negative.
-        kl_estimator: one of :data:`logitless.KL_ESTIMATORS`.
-        reward_clip_range: clamp the sequences' rewards, not the penalty, to this range first.
+        kl_estimator: one of :data:`logitless.rl.KL_ESTIMATORS`; ``"k3"`` is bounded as in :func:`kl_estimate`.
+        reward_clip_range: clamp the sequence rewards, but not the penalty, to this range first.
 
     Returns:
         Tensor: shaped like ``logps``, in the dtype that holds both, at least float32; 0 at masked positions.
@@ -241,7 +243,7 @@ def kl_shaped_rewards(
             raise TypeError(f"reward_clip_range must be a pair (low, high), got {reward_clip_range!r}")
         low = check_number("reward_clip_range[0]", reward_clip_range[0])
         rewards = rewards.clamp(low, check_number("reward_clip_range[1]", reward_clip_range[1], low))
-    kl = kl_estimate(logps, ref_logps, kl_estimator)  # NaN where a masked token has it
+    kl = kl_estimate(logps, ref_logps, kl_estimator)  # may be NaN at masked tokens
     packed = _token_rewards(rewards, segments, -kl_coef * kl)
     return segments.unpack(packed.to(torch.promote_types(kl.dtype, rewards.dtype)))
 
@@ -262,29 +264,32 @@ def reinforce_plus_plus_advantages(
 ) -> Tensor:
     """Advantages of REINFORCE++, https://huggingface.co/papers/2501.03262: returns of tokens, whitened over the batch.
 
-    The return of a token is the discounted sum of the rewards from it to the end of its sequence: ``token_rewards``, and the
-    sequence's reward at its last token. ``baseline="group"`` (REINFORCE++-baseline) first subtracts the mean of its group from
-    each sequence's reward. Without masked tokens amid a sequence, equals ``compute_reinforce_plus_plus_outcome_advantage`` of
-    verl, and with ``gamma=1`` and no ``token_rewards`` ``..._baseline_outcome_advantage``. (verl ends a return at a hole of the
-    mask, and puts the tokens' rewards of a whole sequence under the baseline; here a masked token does not exist, and a token
-    is credited with what follows it, as in OpenRLHF.) In the batch means: over the tokens of this call.
+    The return of a token is the discounted sum of rewards from that token to the end of its sequence: ``token_rewards``, plus
+    the sequence's reward at its last token. ``baseline="group"`` (REINFORCE++-baseline) first subtracts the group mean from
+    each sequence's reward. Whitening uses all tokens of this call.
+
+    Without masked tokens inside a sequence, the result equals verl's ``compute_reinforce_plus_plus_outcome_advantage``, and
+    with ``gamma=1`` and no ``token_rewards`` its ``..._baseline_outcome_advantage``. Two differences remain: verl ends a return
+    at a masked token, and subtracts the baseline from a sequence's token rewards as well. Here masked tokens are skipped, and
+    a token is credited with the rewards that follow it, as in OpenRLHF.
 
     Args:
-        rewards: one of each sequence, floating point. That of a sequence without tokens counts for its group alone.
+        rewards: one per sequence, floating point. The reward of a sequence without tokens counts only in its group mean.
         cu_seqlens: int32 or int64, where each packed sequence starts and ends.
-        mask: the tokens that count; without ``cu_seqlens`` or ``token_rewards`` it says where the sequences are.
-        token_rewards: rewards besides, such as ``-kl_coef * kl_estimate(logps, ref_logps, "k1")``.
+        mask: the tokens to keep; without ``cu_seqlens`` and ``token_rewards`` its shape ``[S, T]`` gives the sequences.
+        token_rewards: additional rewards per token, such as ``-kl_coef * kl_estimate(logps, ref_logps, "k1")``.
         gamma: discount, in [0, 1].
         baseline: ``"none"`` or ``"group"``.
-        group_size, group_ids: the groups, for ``baseline="group"``, as for :func:`group_advantages`; at least two a group.
-        whiten: False returns them as they are.
+        group_size, group_ids: the groups for ``baseline="group"``, as for :func:`group_advantages`; at least two sequences per
+            group.
+        whiten: False returns the returns unchanged.
         eps: added to the variance when whitening.
 
     Returns:
         Tensor: shaped like the tokens, (N,) or (S, T), in the rewards' dtype, at least float32; 0 at masked positions.
 
     Raises:
-        TypeError, ValueError: naming the argument; fewer than two tokens to whiten; a group of one.
+        TypeError, ValueError: naming the argument; for fewer than two tokens to whiten, and for a group of one.
 
     Example:
         >>> rewards, lengths = torch.tensor([1.0, 0.0]), torch.tensor([0, 2, 4])

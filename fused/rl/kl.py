@@ -7,12 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..bounds import bounded_exponent
 from ..checks import check_choice
-from .gae import check_float, check_like
+from .checks import check_float, check_like
 
-#: Below it, ``exp(x) - 1 - x`` is summed as a series: the difference would lose ``2 / |x|`` units of rounding.
+#: Below this size of x, ``exp(x) - 1 - x`` is a series: the difference would lose ``2 / |x|`` units of rounding.
 _SMALL = 0.25
-#: 1/k! from k = 3 to 12. What is left out is below 8e-17 of the sum.
+#: 1/k! from k = 3 to 12. The terms left out are below 8e-17 of the sum.
 _TERMS = (1 / 6, 1 / 24, 1 / 120, 1 / 720, 1 / 5040, 1 / 40320, 1 / 362880, 1 / 3628800, 1 / 39916800, 1 / 479001600)
 
 
@@ -27,10 +28,10 @@ def _k2(logratios: Tensor) -> Tensor:
 
 
 def _k3(logratios: Tensor) -> Tensor:
-    """Unbiased, never negative: ``exp(x) - 1 - x`` of ``x = -logratios``."""
-    x = -logratios
+    """Unbiased, never negative: ``exp(x) - 1 - x`` of ``x = min(-logratios, 80)``."""
+    x = bounded_exponent(-logratios)
     small = x.abs() < _SMALL
-    near = torch.where(small, x, 0)  # an overflow in a branch that is not taken would make its gradient NaN
+    near = torch.where(small, x, 0)  # an overflow in the branch that is not selected would make the gradient NaN
     series = torch.full_like(near, _TERMS[-1])
     for term in _TERMS[-2::-1]:
         series = series * near + term
@@ -46,12 +47,15 @@ def kl_estimate(
     ref_logps: Tensor,  # like logps
     estimator: str = "k3",
 ) -> Tensor:
-    """Estimate of ``KL(policy || reference)`` at each token that the policy sampled; differentiable.
+    """Estimate of ``KL(policy || reference)`` at each token sampled from the policy. Differentiable.
 
-    With ``d = logps - ref_logps``, Schulman's http://joschu.net/blog/kl-approx.html names: ``"k1"`` is ``d``, ``"k2"`` is
-    ``d**2 / 2`` and ``"k3"`` is ``exp(-d) - 1 + d``, here with full relative precision however small ``d`` is. As a *loss*,
-    the gradient of ``k2`` is on average that of the divergence, the one of ``k1`` is 0, and the one of ``k3`` is that of
+    With ``d = logps - ref_logps`` and Schulman's names (http://joschu.net/blog/kl-approx.html), ``"k1"`` is ``d``, ``"k2"`` is
+    ``d**2 / 2`` and ``"k3"`` is ``exp(-d) - 1 + d``, computed with full relative precision for small ``d``. As a *loss*, the
+    expected gradient of ``k2`` is that of the divergence, that of ``k1`` is 0, and that of ``k3`` is the gradient of
     ``KL(reference || policy)``.
+
+    ``"k3"`` takes ``d`` as at least -80: for a token further below its reference the value stays ``exp(80) - 81`` and the
+    gradient is 0, so that it is finite in float32.
 
     Args:
         logps: log-probabilities under the policy, floating point, any shape.

@@ -1,4 +1,4 @@
-"""Means, variances and whitening over the tokens that count."""
+"""Means, variances and whitening over the values that a mask keeps."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ..checks import check_bool, check_number
-from .gae import check_float, check_like
+from .checks import check_float, check_like
 
 
 def _kept(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | int]:
-    """The values in float64, 0 where they are masked, and their number."""
+    """The values in float64, 0 where they are masked, and the number of kept values."""
     check_float("values", values)
     wide = values.to(torch.float32 if values.device.type == "mps" else torch.float64)
     if mask is None:
@@ -26,7 +26,7 @@ def _at_least_two(count: Tensor | int, mask: Tensor | None, what: str) -> None:
 
 
 def _moments(values: Tensor, mask: Tensor | None, unbiased: bool, what: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The values less their mean, 0 where they are masked; mean and variance, 0-dim."""
+    """The values minus their mean, 0 where they are masked; mean and variance, 0-dim."""
     wide, count = _kept(values, mask)
     if unbiased:
         _at_least_two(count, mask, what)
@@ -41,14 +41,14 @@ def _dtype(values: Tensor) -> torch.dtype:
 
 
 def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean of the values that the mask keeps, 0 of none; differentiable.
+    """Mean of the values that the mask keeps; 0 if it keeps none. Differentiable.
 
     Args:
-        values: floating point, any shape. Masked ones may be anything, NaN too.
+        values: floating point, any shape. Masked values are ignored, NaN included.
         mask: bool, like ``values``.
 
     Returns:
-        Tensor: 0-dim, in the values' dtype, at least float32; added in float64.
+        Tensor: 0-dim, in the dtype of the values, at least float32; summed in float64.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -63,18 +63,18 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def masked_var(values: Tensor, mask: Tensor | None = None, *, unbiased: bool = True) -> Tensor:
-    """Variance of the values that the mask keeps; differentiable.
+    """Variance of the values that the mask keeps. Differentiable.
 
     Args:
-        values: floating point, any shape. Masked ones may be anything, NaN too.
+        values: floating point, any shape. Masked values are ignored, NaN included.
         mask: bool, like ``values``.
-        unbiased: divide by their number less 1. Otherwise by their number, and the variance of none is 0.
+        unbiased: divide by the number of kept values minus 1. Otherwise by their number; the variance of no values is then 0.
 
     Returns:
         Tensor: 0-dim, in the values' dtype, at least float32; computed in float64.
 
     Raises:
-        TypeError, ValueError: naming the argument; an unbiased variance of fewer than two values.
+        TypeError, ValueError: naming the argument; for an unbiased variance of fewer than two values.
 
     Example:
         >>> masked_var(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([True, True, False]))
@@ -85,21 +85,21 @@ def masked_var(values: Tensor, mask: Tensor | None = None, *, unbiased: bool = T
 
 
 def masked_whiten(values: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
-    """Scale the values that the mask keeps to variance 1, and shift their mean to 0; differentiable.
+    """Scale the values that the mask keeps to variance 1 and shift their mean to 0. Differentiable.
 
     ``(values - mean) / sqrt(var + eps)`` with the unbiased variance, as verl's and TRL's ``masked_whiten``.
 
     Args:
-        values: floating point, any shape. Masked ones may be anything, NaN too.
+        values: floating point, any shape. Masked values are ignored, NaN included.
         mask: bool, like ``values``.
-        shift_mean: False adds the mean again.
+        shift_mean: False keeps the mean.
         eps: added to the variance, above 0.
 
     Returns:
         Tensor: shaped like ``values``, in their dtype, at least float32; 0 at masked positions.
 
     Raises:
-        TypeError, ValueError: naming the argument; fewer than two values.
+        TypeError, ValueError: naming the argument; for fewer than two values.
 
     Example:
         >>> masked_whiten(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([True, True, False]))

@@ -1,4 +1,4 @@
-"""Reward models: the Bradley-Terry loss of their scores, and the hidden state that they score."""
+"""Reward models: the Bradley-Terry loss, and pooling of the hidden state that is scored."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from logitless.kernels.core.checks import check_cu_seqlens
 
 from ..checks import check_number
-from .gae import check_float, check_like
+from .checks import check_float, check_like
 
 
 @dataclass
 class RewardModelOutput:
-    """What :class:`BradleyTerryLoss` returns; only ``loss`` carries a gradient.
+    """The result of :class:`BradleyTerryLoss`; only ``loss`` carries a gradient.
 
     Attributes:
         loss: 0-dim, float32 (float64 for float64 rewards).
         chosen_rewards, rejected_rewards: (P,).
         margins: (P,) ``chosen_rewards - rejected_rewards``.
-        accuracy: 0-dim, the share of pairs whose chosen reward is the larger one.
+        accuracy: 0-dim, the fraction of pairs whose chosen reward is the larger one.
         metrics: 0-dim, under the names that TRL's RewardTrainer logs: ``min_reward``, ``mean_reward``, ``max_reward``,
             ``accuracy`` and ``margin``. Empty without pairs.
     """
@@ -43,7 +43,7 @@ class BradleyTerryLoss(nn.Module):
     RewardTrainer, but computed in float32 at least.
 
     Args:
-        center_rewards_coefficient: weight of ``(chosen + rejected)**2``, which keeps rewards around 0. None: not there.
+        center_rewards_coefficient: weight of ``(chosen + rejected)**2``, which keeps rewards near 0. None: no such term.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -73,13 +73,13 @@ class BradleyTerryLoss(nn.Module):
         """Compute the loss.
 
         Args:
-            rewards: scores, floating point: the chosen ones first and then the rejected ones, as a model with one output
-                returns them for a stacked batch; or with ``rejected_rewards`` the chosen ones alone.
-            rejected_rewards: those of the rejected sequences.
-            margin: by how much each pair's rewards should differ at least.
+            rewards: scores, floating point: chosen first, then rejected, as a model with one output returns them for a
+                stacked batch; with ``rejected_rewards`` the chosen ones only.
+            rejected_rewards: scores of the rejected sequences.
+            margin: the least difference that each pair's rewards should have.
 
         Returns:
-            RewardModelOutput: the loss, 0 without pairs, and detached rewards and metrics.
+            RewardModelOutput: the loss (0 without pairs), and detached rewards and metrics.
 
         Raises:
             TypeError, ValueError: naming the argument.
@@ -91,7 +91,7 @@ class BradleyTerryLoss(nn.Module):
             rewards = rewards[:, 0]
             rejected_rewards = None if rejected_rewards is None else rejected_rewards[:, 0]
         if rewards.dim() != 1:
-            raise ValueError(f"rewards must have one score a sequence, shape [S] or [S, 1], got {tuple(rewards.shape)}")
+            raise ValueError(f"rewards must have one score per sequence, shape [S] or [S, 1], got {tuple(rewards.shape)}")
         if rejected_rewards is None:
             if len(rewards) % 2:
                 raise ValueError(
@@ -126,19 +126,19 @@ def last_token_pool(
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     attention_mask: Tensor | None = None,  # (S, T)
 ) -> Tensor:
-    """The hidden state of each sequence's last token, which a reward model scores; differentiable.
+    """The hidden state of each sequence's last token, which reward models score. Differentiable.
 
     Args:
         hidden: hidden states, floating point; padded ``[S, T, H]``, or packed ``[N, H]`` with ``cu_seqlens``.
         cu_seqlens: int32 or int64, where each packed sequence starts and ends.
-        attention_mask: bool or integers, 0 at padding, which may stand on the right, on the left, or on both sides. None: no
+        attention_mask: bool or integers, 0 at padding, which may be on the right, on the left, or on both sides. None: no
             sequence is padded.
 
     Returns:
         Tensor: (S, H), in the dtype of ``hidden``.
 
     Raises:
-        TypeError, ValueError: naming the argument; a sequence without tokens, by its index.
+        TypeError, ValueError: naming the argument; for a sequence without tokens, with its index.
 
     Example:
         >>> hidden = torch.arange(6.0).view(1, 3, 2)

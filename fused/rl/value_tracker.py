@@ -1,4 +1,4 @@
-"""Single-stream policy optimisation: a baseline for each prompt that persists from batch to batch."""
+"""Single-stream policy optimisation: a baseline per prompt that persists across batches."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ import torch
 from torch import Tensor
 
 from ..checks import check_bool, check_number
-from .gae import check_float, check_one_each
+from .checks import check_float, check_one_each
 from .masked import masked_whiten
 
 
 class ValueTracker:
     """Value of each prompt, tracked over training steps, https://huggingface.co/papers/2509.13232 (SPO).
 
-    A prompt has an estimate ``v`` of the reward that the policy gets, and the number ``n`` of observations that it is worth.
-    In the paper's terms, for rewards in [0, 1], a Beta distribution with ``alpha = n * v`` and ``beta = n * (1 - v)``. After an
-    observed reward, with ``rho = 2 ** (-kl / half_life)`` clamped to ``[rho_min, rho_max]``,
+    For each prompt, the tracker keeps an estimate ``v`` of the policy's reward and an effective number ``n`` of observations.
+    In the paper, for rewards in [0, 1], this is a Beta distribution with ``alpha = n * v`` and ``beta = n * (1 - v)``. A reward
+    updates it with ``rho = 2 ** (-kl / half_life)`` clamped to ``[rho_min, rho_max]``:
 
         alpha <- rho * alpha + reward        beta <- rho * beta + 1 - reward
 
-    which is ``v <- v + (reward - v) / (rho * n + 1)``, ``n <- rho * n + 1``: an average that forgets the faster, the further
-    the policy has moved on this prompt (``kl``) since it was last tried. This form takes rewards of any range. A prompt starts
-    at ``n = 1 / (1 - rho_min)``. The advantage is ``reward - v``, whitened over the batch, with the ``v`` from before it.
+    This is ``v <- v + (reward - v) / (rho * n + 1)``, ``n <- rho * n + 1``: a moving average whose memory shortens with the
+    policy's KL divergence on this prompt since its last use. In this form it accepts rewards of any range. A prompt starts
+    with ``n = 1 / (1 - rho_min)``. The advantage is ``reward - v``, whitened over the batch, with the ``v`` from before it.
 
-    Choices where the paper is silent: without ``kl``, ``rho`` is ``rho_max``; a prompt that occurs several times in a batch
-    forgets once, by the mean of its ``kl``, and then counts each of its rewards; whitening is
-    :func:`logitless.masked_whiten`'s, with the unbiased variance; a reward that is NaN (nothing could score the sequence)
-    leaves its prompt as it is and has advantage 0.
+    Choices that the paper leaves open: without ``kl``, ``rho`` is ``rho_max``; a prompt that occurs several times in a batch is
+    discounted once, by the mean of its ``kl``, and then each of its rewards is added; whitening is that of
+    :func:`logitless.rl.masked_whiten`, with the unbiased variance; a reward of NaN (no score) leaves its prompt unchanged and
+    has advantage 0.
 
     Args:
-        half_life: the KL divergence, in nats, at which half of the past is forgotten.
-        rho_min, rho_max: bounds of the part of the past that is kept; 0.875 and 0.96 are windows of 8 and 25 observations.
-        initial_value: ``v`` of a prompt that :meth:`initialize` has not seen.
+        half_life: the KL divergence, in nats, at which the weight of past observations halves.
+        rho_min, rho_max: bounds of the factor ``rho``; 0.875 and 0.96 are windows of 8 and 25 observations.
+        initial_value: ``v`` of a prompt that was not passed to :meth:`initialize`.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -69,18 +69,18 @@ class ValueTracker:
         return self._table.get(key, (self.initial_value, 1 / (1 - self.rho_min)))
 
     def initialize(self, keys: Sequence[Hashable] | Tensor, values: Tensor) -> None:
-        """Set prompts to estimates, such as the mean reward of a few samples of each before training. values: (S,)."""
+        """Set the estimates of prompts, for example to mean rewards of a few samples before training. values: (S,)."""
         names = _names(keys)
         check_one_each("values", values, len(names), values.device if isinstance(values, Tensor) else torch.device("cpu"))
         for name, value in zip(names, values.tolist(), strict=True):
             self._table[name] = (check_number("values", value), 1 / (1 - self.rho_min))
 
     def values(self, keys: Sequence[Hashable] | Tensor) -> Tensor:
-        """The estimates of prompts. (S,) float32."""
+        """Estimates of the prompts' rewards. (S,) float32."""
         return torch.tensor([self._get(name)[0] for name in _names(keys)], dtype=torch.float32)
 
     def counts(self, keys: Sequence[Hashable] | Tensor) -> Tensor:
-        """How many observations each estimate is worth. (S,) float32."""
+        """Effective number of observations of each estimate. (S,) float32."""
         return torch.tensor([self._get(name)[1] for name in _names(keys)], dtype=torch.float32)
 
     @torch.no_grad()
@@ -93,21 +93,21 @@ class ValueTracker:
         whiten: bool = True,
         update: bool = True,
     ) -> Tensor:
-        """Advantages of a batch, and what it says about its prompts.
+        """Advantages of a batch; then updates the estimates of its prompts.
 
         Args:
-            keys: the prompt of each sequence: strings, numbers or other hashable things, or a tensor of integers. The whole
-                batch, of all processes: its statistics whiten.
-            rewards: one of each sequence, floating point. NaN: nothing could score it.
-            kl: divergence, in nats, between the policy now and when the prompt was last tried; not negative.
+            keys: the prompt of each sequence: strings, numbers or other hashable values, or a tensor of integers. Pass the
+                whole batch, of all processes: whitening uses its statistics.
+            rewards: one per sequence, floating point. NaN: the sequence has no score.
+            kl: divergence in nats of the current policy from the policy at the prompt's last use; not negative.
             whiten: False returns ``rewards - values``.
-            update: False leaves the tracker as it is (evaluation).
+            update: False leaves the tracker unchanged (evaluation).
 
         Returns:
             Tensor: (S,) in the rewards' dtype, at least float32.
 
         Raises:
-            TypeError, ValueError: naming the argument; fewer than two rewards to whiten.
+            TypeError, ValueError: naming the argument; for fewer than two rewards to whiten.
         """
         check_float("rewards", rewards)
         check_bool("whiten", whiten)
@@ -146,12 +146,12 @@ class ValueTracker:
             self._table[name] = (value + sum(score - value for score, _ in observed) / total, total)
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` takes; ``torch.save`` can write it."""
+        """The state, for ``torch.save`` and :meth:`load_state_dict`."""
         pairs = torch.tensor(list(self._table.values()), dtype=torch.float64).reshape(-1, 2)
         return {"keys": list(self._table), "values": pairs[:, 0].clone(), "counts": pairs[:, 1].clone()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Replace all prompts by those of a state. The settings stay those of the constructor."""
+        """Replace all prompts by those of a state. The constructor's settings stay."""
         missing = {"keys", "values", "counts"}.symmetric_difference(state_dict)
         if missing:
             raise ValueError(f"state_dict must have exactly keys, values and counts, got {sorted(map(str, state_dict))}")
@@ -169,9 +169,9 @@ def _names(keys: Sequence[Hashable] | Tensor) -> list[Hashable]:
             )
         return list(keys.tolist())
     if isinstance(keys, str) or not isinstance(keys, Sequence):
-        raise TypeError(f"keys must be a sequence of prompts' keys, one a sequence of the batch, got {type(keys).__name__}")
+        raise TypeError(f"keys must be a sequence of hashable keys, one per sequence of the batch, got {type(keys).__name__}")
     names = [k.item() if isinstance(k, Tensor) and k.dim() == 0 and not k.is_floating_point() else k for k in keys]
     for name in names:
-        if isinstance(name, Tensor):  # which would be known by its identity, not by its values
+        if isinstance(name, Tensor):  # hashed by identity, not by value
             raise TypeError(f"keys must be hashable by value, got a tensor of {name.dtype} {tuple(name.shape)}")
     return names

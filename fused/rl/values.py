@@ -10,18 +10,19 @@ from torch import Tensor
 from logitless.kernels.sequence_logps import segment_sum
 
 from ..checks import check_choice, check_number
-from .gae import Segments, check_float, check_like
+from .checks import check_float, check_like
 from .masked import masked_mean
+from .segments import Segments
 
 AGGREGATIONS = ("token-mean", "sequence-mean")
 
 
 class ValueLoss(NamedTuple):
-    """What :func:`value_loss` returns.
+    """The result of :func:`value_loss`.
 
     Attributes:
         loss: 0-dim, differentiable in the values.
-        clip_fraction: 0-dim, the share of tokens whose clipped error is the larger one; 0 without clipping.
+        clip_fraction: 0-dim, the fraction of tokens whose clipped error is the larger one; 0 without clipping.
     """
 
     loss: Tensor
@@ -42,17 +43,18 @@ def value_loss(
     ``0.5 * max((v - R)**2, (clamp(v, v_old - clip_range, v_old + clip_range) - R)**2)``, as verl's ``compute_value_loss``.
 
     Args:
-        values: the value function's estimates, floating point; padded ``[S, T]``, or packed ``[N]``.
-        returns: their targets, see :func:`logitless.gae`. No gradient reaches them.
-        old_values: estimates at the time of sampling; no gradient reaches them. They come with ``clip_range``.
-        clip_range: how far a value may move from the old one, above 0. None: no clipping.
-        mask: the tokens that count. Whatever stands at the others, changes neither the loss nor a gradient.
-        cu_seqlens: int32 or int64, where each packed sequence starts and ends; needed for ``"sequence-mean"`` of packed ones.
-        aggregation: ``"token-mean"`` over all tokens that count, or ``"sequence-mean"``: the mean over sequences of the mean
-            over tokens of each. A sequence without tokens contributes 0, and is counted.
+        values: estimates of the value function, floating point; padded ``[S, T]``, or packed ``[N]``.
+        returns: their targets, see :func:`logitless.gae`; treated as constants.
+        old_values: estimates at the time of sampling; treated as constants. Required with ``clip_range``.
+        clip_range: largest distance of a value from the old one, above 0. None: no clipping.
+        mask: the tokens to keep. Values at other positions change neither the loss nor a gradient.
+        cu_seqlens: int32 or int64, where each packed sequence starts and ends; required for ``"sequence-mean"`` of packed
+            values.
+        aggregation: ``"token-mean"``: the mean over all kept tokens; ``"sequence-mean"``: the mean over sequences of the mean
+            over each sequence's tokens. A sequence without tokens contributes 0 and is counted.
 
     Returns:
-        ValueLoss: loss and clip fraction in the values' dtype, at least float32; 0 of no tokens.
+        ValueLoss: loss and clip fraction in the dtype of the values, at least float32; 0 without tokens.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -95,5 +97,5 @@ def value_loss(
 
 
 def _only(tokens: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """0 at masked positions, whatever stands there."""
+    """The values, with 0 at masked positions."""
     return tokens.to(dtype) if mask is None else torch.where(mask, tokens.to(dtype), 0)

@@ -30,7 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logitless.fused.models.model_logps import causal_lm, model_logps
+from logitless.fused.models.causal_lm import causal_lm
+from logitless.fused.models.logps import model_logps
 from logitless.kernels.core.checks import compute_dtype
 from logitless.kernels.core.head_spec import HeadSpec
 from logitless.kernels.core.stats import OPTIONAL_OUTPUTS

@@ -19,7 +19,7 @@ import logitless as ll
 from logitless.kernels.backends.registry import get_backend
 from logitless.kernels.core.blocking import core_options
 from logitless.kernels.core.dtypes import tile_dtype
-from logitless.kernels.core.stats import CoreOptions, RowStats
+from logitless.kernels.core.stats import OUTPUTS, CoreOptions, RowStats
 from logitless.kernels.tile.head_gradient import HeadGradient
 
 from ..helpers import Case, gradients, make_case, relative_error, run_op, run_reference
@@ -421,7 +421,7 @@ def test_no_loss_module_takes_more_than_its_plan_says(shape, budget, train, dtyp
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("train", ["", "h", "hw"])
-@pytest.mark.parametrize("outputs", [("logps",), ll.OUTPUTS], ids=["logps", "all"])
+@pytest.mark.parametrize("outputs", [("logps",), OUTPUTS], ids=["logps", "all"])
 def test_linear_logps_takes_no_more_than_its_plan_says(shape, budget, train, outputs):
     tokens, hidden, vocab = shape
     case = case_on_gpu(shape, BF16, train)

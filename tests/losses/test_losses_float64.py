@@ -20,6 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import logitless as ll
+from logitless.fused.preference.losses.dpo import DPO_LOSSES
+from logitless.fused.preference.losses.kto import KTO_LOSSES
+from logitless.fused.preference.losses.simple import CPO_LOSSES
+from logitless.kernels.core.settings import current_settings
 
 from ..helpers import relative_error
 
@@ -524,7 +528,7 @@ def assert_loses_no_more_than_plain_pytorch(variant: Variant, logits: str, dtype
         exact_case = case.to(torch.float64)
         plain, seen_plain = variant.evaluate(case)
         out, exact = variant.run(case), variant.expected(exact_case)
-        assert (schedules(out) == [FORWARD]) == (ll.current_settings().memory_budget > 1 << 20)
+        assert (schedules(out) == [FORWARD]) == (current_settings().memory_budget > 1 << 20)
         plain_error = max(abs(plain.item() - exact.item()), first_order(variant, exact_case, seen_plain))
         assert abs(out.loss.item() - exact.item()) <= 2 * plain_error + 2.0**-24 * abs(exact.item())
         right = gradients(exact, exact_case)
@@ -1057,15 +1061,15 @@ PAGE = Path(__file__).parents[2] / "docs" / "losses.md"
 
 
 def test_examples_of_the_page_on_losses_run():
-    registry = dict(ll.DPO_LOSSES)
+    registry = dict(DPO_LOSSES)
     blocks = [b for b in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf8"), re.DOTALL) if "import" in b]
     assert len(blocks) == 2
     try:
         for block in blocks:
             exec(compile(block, str(PAGE), "exec"), {})
     finally:
-        ll.DPO_LOSSES.clear()
-        ll.DPO_LOSSES.update(registry)
+        DPO_LOSSES.clear()
+        DPO_LOSSES.update(registry)
 
 
 def test_conventions_are_backed_by_tests_that_exist():
@@ -1079,5 +1083,5 @@ def test_conventions_are_backed_by_tests_that_exist():
             assert named, row
         for name in named:
             assert any(f"def {name}(" in text for text in files), name
-    for name in ll.DPO_LOSSES | ll.CPO_LOSSES | ll.KTO_LOSSES:
+    for name in DPO_LOSSES | CPO_LOSSES | KTO_LOSSES:
         assert f"`{name}`" in page or f'"{name}"' in page

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import logitless as ll
+from logitless.fused.preference.losses.dpo import DPO_LOSSES
+from logitless.fused.preference.losses.kto import KTO_LOSSES
 
 from ..integrations.tiny import make_model, make_tokenizer, text
 
@@ -291,15 +293,15 @@ DIVERGENT = ["sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "d
 
 
 @setups
-@pytest.mark.parametrize("name", list(ll.DPO_LOSSES))
+@pytest.mark.parametrize("name", list(DPO_LOSSES))
 def test_dpo_loss_types_agree_with_trl(trainer_of, kind, precision, name):
     compare_dpo(trainer_of("dpo", kind), precision, [name], label_smoothing=SMOOTHING.get(name, 0.0))
 
 
 def test_every_loss_type_of_trl_is_here():
     described = trl.DPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
-    assert all(f"'{name}'" in described for name in ll.DPO_LOSSES)
-    assert described.count("'") == 2 * len(ll.DPO_LOSSES)
+    assert all(f"'{name}'" in described for name in DPO_LOSSES)
+    assert described.count("'") == 2 * len(DPO_LOSSES)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
@@ -369,7 +371,7 @@ def test_alpha_divergence_coefficients_agree_with_trl(trainer_of, coef):
     )
 
 
-@pytest.mark.parametrize("name", sorted(set(ll.DPO_LOSSES) - set(DIVERGENT)))
+@pytest.mark.parametrize("name", sorted(set(DPO_LOSSES) - set(DIVERGENT)))
 def test_f_divergences_are_refused_where_trl_refuses_them(name):
     with pytest.raises(ValueError, match="f_divergence_type"):
         ll.FusedLinearDPOLoss(loss_type=name, f_divergence_type="js_divergence")
@@ -395,7 +397,7 @@ def test_sft_with_weight_1_beside_another_type_with_weight_0_logs_trls_rewards(t
 
 
 @setups
-@pytest.mark.parametrize("name", sorted(set(ll.DPO_LOSSES) - {"aot", "aot_unpaired", "sft", "hinge"}))
+@pytest.mark.parametrize("name", sorted(set(DPO_LOSSES) - {"aot", "aot_unpaired", "sft", "hinge"}))
 def test_wpo_weights_agree_with_trl(trainer_of, kind, precision, name):
     compare_dpo(trainer_of("dpo", kind), precision, [name], use_weighting=True, label_smoothing=SMOOTHING.get(name, 0.0))
 
@@ -618,7 +620,7 @@ ALL, DESIRABLE, UNDESIRABLE = [0, 1, 2, 3, 4], [0, 2, 4], [1, 3]
 
 
 @setups
-@pytest.mark.parametrize("loss_type", list(ll.KTO_LOSSES))
+@pytest.mark.parametrize("loss_type", list(KTO_LOSSES))
 @pytest.mark.parametrize("which", [ALL, DESIRABLE, UNDESIRABLE, [2, 1]], ids=["both", "desirable", "undesirable", "two"])
 def test_kto_agrees_with_trl(trainer_of, kind, precision, loss_type, which):
     trainer = trainer_of("kto", kind)

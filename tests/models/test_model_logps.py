@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import socket
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,119 +12,30 @@ import torch
 from torch import Tensor, nn
 
 import logitless as ll
-from logitless.fused.models.model_logps import model_logps, why_not_padding_free
+from logitless.fused.models.attention import why_not_padding_free
+from logitless.fused.models.logps import model_logps
 from logitless.fused.models.packing import PackedSequences, pack
+from logitless.kernels.core.stats import OUTPUTS
 
 from ..helpers import relative_error
+from .tiny import (
+    EPS,
+    LENGTHS,
+    VOCAB,
+    assert_like_plain,
+    gradients,
+    make_ids,
+    make_model,
+    padded,
+    plain_logits,
+    plain_logps,
+    transformers,
+)
 
-transformers = pytest.importorskip("transformers")
-
-VOCAB = 61
-LENGTHS = [7, 0, 1, 9, 4, 1]
-EPS = torch.finfo(torch.float32).eps
-#: Model type, and what its config needs besides. Windows are shorter than the sequences.
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
-    "qwen2-window": (
-        "qwen2",
-        {"use_sliding_window": True, "sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"]},
-    ),
-    "gemma2": (
-        "gemma2",
-        {"head_dim": 8, "sliding_window": 3, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.5},
-    ),
-    "mistral": ("mistral", {"sliding_window": 3}),
-    "phi": ("phi", {}),  # a head with a bias
-    "granite": ("granite", {"logits_scaling": 4.0}),
-    "gpt2": ("gpt2", {}),  # learned positions
-    "bloom": ("bloom", {}),  # no position ids
-    "opt": ("opt", {}),  # positions from the attention mask
-    "gpt_oss": ("gpt_oss", {"head_dim": 8, "sliding_window": 3, "num_local_experts": 2, "num_experts_per_tok": 1}),
-    "mamba": ("mamba", {"state_size": 4}),
-}
 ROW_WITH = [
     *[(kind, "eager") for kind in ("llama", "qwen2", "qwen2-window", "gemma2", "mistral", "phi", "granite", "gpt2")],
     *[(kind, "sdpa") for kind in ("llama", "qwen2", "qwen2-window", "mistral", "gpt2")],
 ]
-
-
-def make_model(kind: str, attention: str | None = "eager", seed: int = 0) -> Any:
-    model_type, extra = MODELS[kind]
-    config = transformers.AutoConfig.for_model(
-        model_type,
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1 if model_type not in ("gpt2", "opt", "bloom", "mamba") else None,
-        max_position_embeddings=32,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        **{"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attention_dropout": 0.0, "dropout": 0.0, **extra},
-    )
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.4)
-    return model
-
-
-def make_ids(lengths: list[int] = LENGTHS, seed: int = 0) -> list[Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, VOCAB, (n,), generator=g) for n in lengths]
-
-
-def plain_logits(model: Any, ids: Tensor) -> Tensor:
-    return model(input_ids=ids[None], use_cache=False).logits[0].float()
-
-
-def plain_logps(model: Any, ids: list[Tensor], temperature: float = 1.0) -> Tensor:
-    """Of every token but the first of a sequence, (N,), by plain forward passes of one sequence at a time."""
-    out = []
-    for sequence in ids:
-        out.append(torch.zeros(min(1, len(sequence))))
-        if len(sequence) > 1:
-            logp = (plain_logits(model, sequence) / temperature).log_softmax(-1)
-            out.append(logp[:-1].gather(-1, sequence[1:, None])[:, 0])
-    return torch.cat(out)
-
-
-def gradients(model: Any, value: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    model.zero_grad(set_to_none=True)
-    (value * weights).sum().backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return found
-
-
-def assert_like_plain(model: Any, ids: list[Tensor], score: Callable[[], Tensor], scored: Tensor | None = None) -> None:
-    """Log-probabilities and the gradients of all parameters are those of plain forward passes, up to rounding."""
-    # small numbers come out of large ones: a few roundings of the logits, whatever the log-probability
-    weights = torch.randn(sum(map(len, ids)), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(weights) if scored is None else scored
-    expected = plain_logps(model, ids) * mask
-    wanted = gradients(model, expected, weights)
-    logps = score()
-    assert logps.shape == expected.shape
-    torch.testing.assert_close(logps, expected, rtol=0, atol=64 * EPS * max(1.0, float(expected.detach().abs().max())))
-    found = gradients(model, logps, weights)
-    assert found.keys() == wanted.keys() and len(wanted) == sum(p.requires_grad for p in model.parameters())
-    for name, gradient in wanted.items():
-        assert relative_error(found[name], gradient) < 128 * EPS or float((found[name] - gradient).norm()) < 16 * EPS, name
-
-
-def padded(ids: list[Tensor], side: str, extra: int = 1) -> tuple[Tensor, Tensor]:
-    width = max(map(len, ids)) + extra
-    out, mask = torch.zeros(len(ids), width, dtype=torch.long), torch.zeros(len(ids), width, dtype=torch.long)
-    for row, sequence in enumerate(ids):
-        where = slice(0, len(sequence)) if side == "right" else slice(width - len(sequence), width)
-        out[row, where], mask[row, where] = sequence, 1
-    return out, mask
 
 
 @pytest.fixture(scope="module")
@@ -159,47 +69,6 @@ def test_a_model_that_would_mix_sequences_runs_padded_and_says_so(kind, caplog):
         assert "packed sequences: right-padded batch: " in caplog.text
         with pytest.raises(ValueError, match="padding_free=True cannot be had: "):
             model_logps(model, ids, padding_free=True)
-
-
-def forgetful(what: str) -> Any:
-    """A Llama with a flaw that no attribute tells of."""
-
-    class Forgetful(transformers.LlamaForCausalLM):
-        def forward(self, input_ids=None, position_ids=None, attention_mask=None, **kwargs):
-            if what == "positions":
-                position_ids = None
-            elif what == "order":  # sees later tokens
-                input_ids = input_ids.cumsum(-1).flip(-1) % VOCAB
-            elif what == "padding":
-                input_ids = (input_ids + (attention_mask == 0).sum(-1, keepdim=True)) % VOCAB
-            return super().forward(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, **kwargs)
-
-    return Forgetful(make_model("llama").config).eval()
-
-
-def test_a_model_that_drops_position_ids_is_found_out_by_trying():
-    model = forgetful("positions")
-    assert "lets the sequences of one row see each other" in why_not_padding_free(model)[0]
-    with pytest.raises(ValueError, match="see each other"):
-        model_logps(model, make_ids(), padding_free=True)
-
-
-@pytest.mark.parametrize(("what", "message"), [("order", "is not causal"), ("padding", "padding to their right")])
-def test_a_model_that_no_batch_is_right_for_is_refused(what, message):
-    with pytest.raises(ValueError, match=message):
-        model_logps(forgetful(what), make_ids(), padding_free=False)
-
-
-def test_trying_a_model_leaves_it_as_it_was():
-    model = make_model("llama")
-    model.config.attention_dropout = 0.5
-    model.train()
-    model.model.layers[0].eval()
-    modes, state = [m.training for m in model.modules()], torch.get_rng_state()
-    why_not_padding_free(model)
-    assert [m.training for m in model.modules()] == modes
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize(("kind", "attention"), [("llama", "sdpa"), ("gemma2", "eager"), ("mistral", "sdpa")])
@@ -263,7 +132,7 @@ def test_only_what_is_asked_for_is_scored(llama, padding_free):
 def test_every_output_belongs_to_the_distribution_that_the_token_was_drawn_from(llama):
     ids = make_ids([6, 4])
     with torch.no_grad():
-        stats = model_logps(llama, ids, outputs=ll.OUTPUTS, padding_free=True)
+        stats = model_logps(llama, ids, outputs=OUTPUTS, padding_free=True)
         start = 0
         for sequence in ids:
             logits = plain_logits(llama, sequence)[:-1]
@@ -306,6 +175,8 @@ def test_temperature_goes_to_the_head_and_the_config_gives_the_rest(head):
 
 def test_the_head_gets_no_rows_and_the_model_is_left_as_it_was(llama):
     ids, widths = make_ids(), []
+    for padding_free in (True, False):  # probes run once per model
+        model_logps(llama, ids, padding_free=padding_free)
     handle = llama.lm_head.register_forward_hook(lambda module, args, output: widths.append(tuple(output.shape)))
     try:
         model_logps(llama, ids, padding_free=True)

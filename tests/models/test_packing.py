@@ -196,7 +196,7 @@ CU = torch.tensor([0, 2, 6])
             r"prompt_lengths\[0\] must be between 0 and .* got 3",
         ),
         (lambda: pack([[1], [2]], prompt_lengths=[0, -1]), ValueError, r"prompt_lengths\[1\] must be between 0 and"),
-        (lambda: pack([[1, 2]], prompt_lengths=[1, 1]), ValueError, r"prompt_lengths must have one value a sequence"),
+        (lambda: pack([[1, 2]], prompt_lengths=[1, 1]), ValueError, r"prompt_lengths must have one value per sequence"),
         (lambda: pack([[1, 2]], prompt_lengths=[0.5]), TypeError, "prompt_lengths must be int32 or int64"),
         (lambda: pack([[1, 2]], ignore_index=1.0), TypeError, "ignore_index must be an int"),
         (lambda: unpack([1, 2], CU), TypeError, "values must be a torch.Tensor, got list"),

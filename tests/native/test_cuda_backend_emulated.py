@@ -13,6 +13,7 @@ import torch
 import logitless as ll
 from logitless.kernels.backends import registry as backends
 from logitless.kernels.backends.native import passes as native_scan
+from logitless.kernels.core.stats import OUTPUTS
 
 from ..helpers import gradients, make_case, relative_error, run_op, run_reference
 from .emulated import BF16, F16, F32, F64, TYPES
@@ -57,7 +58,7 @@ def test_linear_logps(on_emulator, dtype, head, train):
     for peaked, hidden, budget in ((0.0, 16, 1 << 30), (-60.0, 17, 60_000)):
         case = make_case(dtype=dtype, head=head, peaked=peaked, train=train, bias=True, vocab=611, hidden=hidden)
         with ll.settings(precision="float32", memory_budget=budget):
-            stats, wide = run_op(case, ll.OUTPUTS), case.double()
+            stats, wide = run_op(case, OUTPUTS), case.double()
             reference, (limit, gradient_limit) = run_reference(wide), LIMITS[dtype]
             for name in ("logps", "entropy", "mean_logits", "log_sum_sq_probs"):
                 value, expected = getattr(stats, name), getattr(reference, name)

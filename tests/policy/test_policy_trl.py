@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import logitless as ll
+from logitless.fused.policy.losses.grpo import GRPO_LOSSES
 
 from ..helpers import relative_error
 from ..integrations.tiny import VOCAB, make_model, make_tokenizer
@@ -260,7 +261,7 @@ OF_SEQUENCES = (
     "vespo/phi_seq_mean",
 )
 LENGTH = {"dr_grpo": {"max_completion_length": 11}}
-every_loss = pytest.mark.parametrize("loss_type", ll.GRPO_LOSSES)
+every_loss = pytest.mark.parametrize("loss_type", GRPO_LOSSES)
 clipped_losses = pytest.mark.parametrize("loss_type", CLIPPED)
 
 
@@ -278,9 +279,9 @@ def test_the_batch_has_what_the_options_are_about():
 
 def test_every_loss_type_of_trl_is_here():
     described = trl.GRPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
-    assert all(f"'{name}'" in described for name in ll.GRPO_LOSSES)
+    assert all(f"'{name}'" in described for name in GRPO_LOSSES)
     listed = {part for part in described.split("'")[1::2] if part.islower() and " " not in part}
-    assert listed - {"sequence"} == set(ll.GRPO_LOSSES)  # a level, of which it says what it suits
+    assert listed - {"sequence"} == set(GRPO_LOSSES)  # a level, of which it says what it suits
 
 
 @every_loss
@@ -568,14 +569,14 @@ ranges = pytest.mark.parametrize(("low", "high"), RANGES)
 def test_importance_sampling_ratios_agree_with_trl(mode, low, high):
     batch = make()
     exact = trls_ratio(batch.old_logps, batch.sampling_logps, batch.mask, mode, low, high)
-    ratio = ll.importance_sampling_ratio(
+    ratio = ll.rl.importance_sampling_ratio(
         batch.old_logps, batch.sampling_logps, mask=batch.mask == 1, mode=mode, clip_min=low, clip_max=high
     )
     assert torch.allclose(ratio, exact[:, 0] if mode.startswith("sequence") else exact, rtol=1e-14)
     assert high == 3.0 or ((exact == 0) | (exact == low) | (exact == high)).sum() > 0
     flat = [t.flatten()[batch.completion_mask.flatten() == 1] for t in (batch.old_logps, batch.sampling_logps, batch.mask == 1)]
     bounds = torch.tensor([0, *LENGTHS]).cumsum(0)
-    packed = ll.importance_sampling_ratio(*flat[:2], cu_seqlens=bounds, mask=flat[2], mode=mode, clip_min=low, clip_max=high)
+    packed = ll.rl.importance_sampling_ratio(*flat[:2], cu_seqlens=bounds, mask=flat[2], mode=mode, clip_min=low, clip_max=high)
     assert torch.equal(packed, ratio if mode.startswith("sequence") else ratio[batch.completion_mask == 1])
 
 

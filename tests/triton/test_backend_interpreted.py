@@ -13,12 +13,12 @@ from torch.nn.functional import pad
 import logitless as ll
 from logitless.kernels.core.dtypes import tile_dtype
 from logitless.kernels.core.head_spec import HeadSpec
-from logitless.kernels.core.stats import CoreOptions
+from logitless.kernels.core.settings import current_settings
+from logitless.kernels.core.stats import OUTPUTS, CoreOptions
 from logitless.kernels.tile.head_gradient import HeadGradient
 
 from ..helpers import Case, gradients, make_case, relative_error, run_op, run_reference
 from .conftest import DEVICE, replace_in_backend
-from .test_gemm_interpreted import languages_patched_once  # noqa: F401
 
 pytest.importorskip("triton")
 from logitless.kernels.backends.triton import backend as triton_backend
@@ -26,7 +26,10 @@ from logitless.kernels.backends.triton import tile_gradients
 from logitless.kernels.backends.triton.tuning.configs import table
 
 #: NumPy's, in the interpreter.
-pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.blas,
+    pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning"),
+]
 #: Of logps relative to 1 + |logp|, and of gradients: those of the torch backend's tests.
 LIMITS = {torch.float32: (2e-5, 2e-5), torch.float16: (2e-5, 2**-10)}
 HEADS = {"plain": HeadSpec(), "softcap": HeadSpec(1.2, 8.0, 0.6)}
@@ -124,7 +127,7 @@ def check_loss(name: str, case: Case, train: str, limits: tuple[float, float]) -
     out = loss(case.hidden, case.weight, case.labels, bias=case.bias, head=case.head, **extras)
     with ll.settings(backend="torch", memory_budget=LARGE, grad_filter=0):
         exact = loss(wide.hidden, wide.weight, wide.labels, bias=wide.bias, head=wide.head, **extras)
-    assert out.plan.backend == ll.current_settings().backend
+    assert out.plan.backend == current_settings().backend
     assert out.loss.item() == pytest.approx(exact.loss.item(), rel=limits[0])
     for mine, true in zip(gradients(out.loss, case), torch.autograd.grad(exact.loss, wanted(wide, train)), strict=True):
         assert relative_error(mine, true) <= limits[1]
@@ -178,7 +181,7 @@ def test_bitwise_repeatable():
     for _ in range(2):
         with ll.settings(memory_budget=20_000, grad_filter=1e-4):
             out = LOSSES["simpo"](case.hidden, case.weight, case.labels, bias=case.bias)
-            stats = run_op(case, ll.OUTPUTS)
+            stats = run_op(case, OUTPUTS)
             runs.append([out.loss, *gradients(out.loss, case), *stats, *gradients(stats.logps.square().sum(), case)])
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)
@@ -480,14 +483,14 @@ def test_the_filter_holds_in_a_backward_pass_elsewhere(seen):
 
 @pytest.mark.parametrize("value", [-1e-5, math.inf, math.nan, "1e-5", True, None])
 def test_a_bad_filter_is_an_error_that_names_it(value):
-    before = ll.current_settings()
+    before = current_settings()
     if value is None:  # keeps what is set
         with ll.settings(grad_filter=None) as kept:
             assert kept == before
         return
     with pytest.raises((TypeError, ValueError), match="grad_filter must be"), ll.settings(grad_filter=value):
         pass
-    assert ll.current_settings() == before
+    assert current_settings() == before
 
 
 def test_what_cannot_filter_says_so():

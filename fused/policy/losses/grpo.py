@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...bounds import bounded, bounded_exponent
 from ...rl.kl import kl_estimate
 from ..loss import PolicyLoss, PolicyLossResult, Tokens
-from .ppo import LARGEST_LOGRATIO, divergence_metrics
+from .ppo import divergence_metrics
 
 #: How each loss type adds up its tokens' losses.
 AGGREGATION_OF = {
@@ -107,12 +108,12 @@ def _losses(o: GRPOOptions, tokens: Tokens) -> PolicyLossResult:
     weights = logratios
     if o.importance_sampling_level == "sequence":
         weights = tokens.to_tokens(tokens.sequence_mean(logratios))
-    ratios = weights.clamp(max=LARGEST_LOGRATIO).exp()
+    ratios = bounded_exponent(weights).exp()
     metrics = divergence_metrics(tokens, logratios)
     kl = None
     if tokens.ref_logps is not None:
         kl = kl_estimate(tokens.logps, tokens.ref_logps, "k3")
-        kl = kl * ratios if o.use_bias_correction_kl else kl
+        kl = bounded(kl * ratios) if o.use_bias_correction_kl else kl
         metrics["kl"] = kl
     if o.loss_type == "cispo":
         losses = -ratios.clamp(max=o.epsilon_high).detach() * a * tokens.logps
@@ -127,7 +128,7 @@ def _losses(o: GRPOOptions, tokens: Tokens) -> PolicyLossResult:
     else:
         clamped = ratios.clamp(1 - o.epsilon_low, 1 + o.epsilon_high)
         ratios = ratios if o.delta is None else ratios.clamp(max=o.delta)
-        losses = -torch.minimum(ratios * a, clamped * a)
+        losses = -torch.minimum(bounded(ratios * a), clamped * a)
         low, high = (ratios < 1 - o.epsilon_low) & (a < 0), (ratios > 1 + o.epsilon_high) & (a > 0)
         metrics["clip_ratio/low_mean"] = _as_number(low, a)
         metrics["clip_ratio/high_mean"] = _as_number(high, a)
@@ -142,7 +143,7 @@ def _losses(o: GRPOOptions, tokens: Tokens) -> PolicyLossResult:
         bonus_mask = tokens.entropies.detach() >= _threshold(tokens, o.top_entropy_quantile)
         losses = losses * bonus_mask
     if o.loss_type != "vespo" and "importance_sampling_ratio" in tokens.inputs:
-        losses = losses * tokens.inputs["importance_sampling_ratio"]
+        losses = bounded(losses * tokens.inputs["importance_sampling_ratio"])
     if kl is not None:
         losses = losses + o.beta * kl
     return PolicyLossResult(losses, metrics, bonus_mask)

@@ -7,14 +7,12 @@ import functools
 import torch
 from torch import Tensor
 
+from ...bounds import bounded, bounded_exponent
 from ...rl.kl import KL_ESTIMATORS, kl_estimate
 from ..loss import PolicyLoss, PolicyLossResult, Tokens
 
 #: Estimators whose value comes with the gradient of k2, which is that of the KL divergence on average; verl's names.
 STRAIGHT_THROUGH = {name + "+": name for name in KL_ESTIMATORS if name != "k2"}
-#: A ratio is computed as if its logarithm were no more than this: e^80 is finite in float32. Beyond it (an engine's -inf) the
-#: ratio has no gradient, where an infinite one would make it NaN.
-LARGEST_LOGRATIO = 80.0
 #: What ``kl_estimator`` may be.
 KL_PENALTIES = (*KL_ESTIMATORS, *STRAIGHT_THROUGH)
 
@@ -30,7 +28,7 @@ def kl_penalty(logps: Tensor, ref_logps: Tensor, estimator: str) -> Tensor:
 
 def divergence_metrics(tokens: Tokens, logratios: Tensor) -> dict[str, Tensor]:
     """How far the policy has moved from the one that sampled: both estimates of ``KL(old || new)``, which clipping limits."""
-    moved = logratios.detach().clamp(max=LARGEST_LOGRATIO)
+    moved = bounded_exponent(logratios.detach())
     return {
         "ratio": moved.exp(),
         "approx_kl": -moved,
@@ -57,8 +55,8 @@ def _losses(
 ) -> PolicyLossResult:
     a = tokens.advantages
     logratios = tokens.logps - tokens.old_logps
-    ratios = logratios.clamp(max=LARGEST_LOGRATIO).exp()
-    unclipped, clipped = -a * ratios, -a * ratios.clamp(1 - clip_low, 1 + clip_high)
+    ratios = bounded_exponent(logratios).exp()
+    unclipped, clipped = bounded(-a * ratios), -a * ratios.clamp(1 - clip_low, 1 + clip_high)
     losses = torch.maximum(unclipped, clipped)
     beyond = (unclipped < clipped).detach()
     metrics = divergence_metrics(tokens, logratios)
@@ -71,7 +69,7 @@ def _losses(
         metrics["clip_fraction/dual"] = cut.detach().to(a.dtype)
         losses = torch.where(cut, bound, losses)
     if "importance_sampling_ratio" in tokens.inputs:
-        losses = losses * tokens.inputs["importance_sampling_ratio"]
+        losses = bounded(losses * tokens.inputs["importance_sampling_ratio"])
     if tokens.ref_logps is not None:
         kl = kl_penalty(tokens.logps, tokens.ref_logps, kl_estimator)
         metrics["kl"] = kl.detach()

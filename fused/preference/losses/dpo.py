@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...bounds import bounded_exponent, bounded_power, bounded_square
 from ..loss import ClosedForm, Margin, Pairs, PreferenceLoss, PreferenceLossResult
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
@@ -72,7 +73,7 @@ def hinge(s: Scores, o: DPOOptions) -> Tensor:
 
 def ipo(s: Scores, o: DPOOptions) -> Tensor:
     """IPO, https://huggingface.co/papers/2310.12036 eq. 17; per scored token unless ``length_normalize=False``."""
-    return ((s.mean_delta if o.length_normalize else s.delta) - 1 / (2 * o.beta)) ** 2
+    return bounded_square(s.mean_delta if o.length_normalize else s.delta, 1 / (2 * o.beta))
 
 
 def exo_pair(s: Scores, o: DPOOptions) -> Tensor:
@@ -125,8 +126,9 @@ def apo_down(s: Scores, o: DPOOptions) -> Tensor:
 def discopop(s: Scores, o: DPOOptions) -> Tensor:
     """DiscoPOP's log-ratio modulated loss, https://huggingface.co/papers/2406.08414 eq. 5."""
     h = o.beta * s.delta
-    # exp(-h) overflows where its weight vanishes, so the two are multiplied in the exponent
-    return -F.logsigmoid(h) * torch.sigmoid(-h / o.discopop_tau) + torch.exp(F.logsigmoid(h / o.discopop_tau) - h)
+    # exp(-h) overflows where its weight vanishes, so their logarithms are added
+    weighted = torch.exp(bounded_exponent(F.logsigmoid(h / o.discopop_tau) - h))
+    return -F.logsigmoid(h) * torch.sigmoid(-h / o.discopop_tau) + weighted
 
 
 def sft(s: Scores, o: DPOOptions) -> Tensor:
@@ -172,12 +174,11 @@ _SUM_MARGIN = {"sigmoid", "hinge", "robust", "exo_pair", "discopop"}
 def f_divergence_score(logratios: Tensor, kind: str, alpha: float) -> Tensor:
     """``f'(pi / pi_ref)`` up to a constant, https://huggingface.co/papers/2309.16240 table 1. logratios (p,) -> (p,)."""
     if kind == "forward_kl":
-        return 1 - torch.exp(-logratios)
+        return -torch.expm1(bounded_exponent(-logratios))
     if kind == "js_divergence":
         return math.log(2) + F.logsigmoid(logratios)
     if kind == "alpha_divergence" and abs(alpha - 1) >= 1e-6:
-        # TRL clamps the exponent at 80, the largest that float32 holds; agreeing with it keeps the two comparable
-        return torch.expm1(((alpha - 1) * logratios).clamp(max=80.0)) / (alpha - 1)
+        return bounded_power(logratios, alpha - 1)
     return logratios
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -9,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...bounds import bounded_power, bounded_square
 from ..loss import ClosedForm, Margin, Pairs, PreferenceLoss, PreferenceLossResult
 from .dpo import CLOSED_FORMS, _smoothed
 
 
 def alpha_reward(logps: Tensor, alpha: float) -> Tensor:
     """AlphaPO's reward ``(1 - p^-alpha) / alpha``, https://huggingface.co/papers/2501.03884; ``log p`` at alpha = 0."""
-    return logps if alpha == 0 else -torch.expm1(-alpha * logps) / alpha
+    return logps if alpha == 0 else bounded_power(logps, -alpha)
 
 
 # Each loss is a function of its numbers, bound by ``partial``: a closure could not be pickled, and so no module that holds it.
@@ -44,7 +46,7 @@ def _cpo_hinge(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
 
 
 def _cpo_ipo(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    return (margin - 1 / (2 * beta)) ** 2
+    return bounded_square(margin, 1 / (2 * beta))
 
 
 #: Functions of the margin (p,), beta and label smoothing.
@@ -84,7 +86,10 @@ _NEARLY_ZERO = -1e-12
 def log_odds(mean_logps: Tensor) -> Tensor:
     """``log(p / (1 - p))`` from ``log p`` (s,), by ``log1mexp``; finite, with gradient 0, at p = 1."""
     x = mean_logps.clamp(max=_NEARLY_ZERO)
-    return x - torch.where(x > -0.6931471805599453, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
+    near = x > -math.log(2)
+    # a branch that is not selected is evaluated at -1, where its derivative is finite
+    by_expm1, by_exp = torch.where(near, x, -1.0), torch.where(near, -1.0, x)
+    return x - torch.where(near, torch.log(-torch.expm1(by_expm1)), torch.log1p(-torch.exp(by_exp)))
 
 
 def _orpo(pairs: Pairs, beta: float) -> PreferenceLossResult:
