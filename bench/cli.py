@@ -50,9 +50,8 @@ def _list(console: Console, device: torch.device) -> None:
         reasons = provider.why_not(Case("", min(provider.tasks), Shape()), device)
         state = f"unavailable: {'; '.join(reasons)}" if reasons else f"computes {', '.join(sorted(provider.tasks))}"
         console.print(f"  {name:20} {state}", highlight=False)
-    console.print("[bold]shape keys[/bold]")
-    console.print("  " + ", ".join(Shape.__dataclass_fields__), highlight=False)
-    console.print(f"  dtype: {', '.join(DTYPES)}; logits: {', '.join(LOGITS)}", highlight=False)
+    keys, dtypes, logits = map(", ".join, (Shape.__dataclass_fields__, DTYPES, LOGITS))
+    console.print(f"[bold]shape keys[/bold]\n  {keys}\n  dtype: {dtypes}; logits: {logits}", highlight=False)
 
 
 def _run(options: argparse.Namespace, console: Console) -> int:

@@ -58,6 +58,18 @@ def on_positions(case: Case, inputs: Inputs, values: TokenValues, chosen: Tensor
     return Work(step)
 
 
+def copies(*sources: Tensor) -> Work:
+    """One read and one write of each element."""
+    pairs = [(source, torch.empty_like(source)) for source in sources]
+
+    def step() -> Result:
+        for source, destination in pairs:
+            destination.copy_(source)
+        return Result()
+
+    return Work(step)
+
+
 def all_of(*conditions: WhyNot) -> WhyNot:
     """The reasons of all conditions."""
     return lambda case, device: [reason for condition in conditions for reason in condition(case, device)]
