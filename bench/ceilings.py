@@ -162,9 +162,7 @@ def clock_under_load(shape: Shape, device: torch.device, seconds: float) -> floa
     return float(megahertz) * 1e6 if megahertz is not None and still_busy else None
 
 
-def measure(
-    device: torch.device, shapes: list[Shape], progress: Callable[[str, int], None]
-) -> tuple[float | None, list[Ceiling]]:
+def measure(device: torch.device, shapes: list[Shape], progress: Any) -> tuple[float | None, list[Ceiling]]:
     """The clock under load, and all rows."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False  # torch's default for float32

@@ -35,9 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--providers", nargs="+", default=[], metavar="NAME", help="default: those of each suite")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller shapes (except for the headline)")
     parser.add_argument("--no-memory", action="store_true", help="leave out the memory processes")
-    parser.add_argument(
-        "--profile", action="store_true", help="one more step of ours and of the bare GEMMs, after the timed ones, by kernel"
-    )
+    parser.add_argument("--profile", action="store_true", help="one more step of ours and of the bare GEMMs, by kernel")
     return parser
 
 
@@ -52,9 +50,8 @@ def _list(console: Console, device: torch.device) -> None:
         reasons = provider.why_not(Case("", min(provider.tasks), Shape()), device)
         state = f"unavailable: {'; '.join(reasons)}" if reasons else f"computes {', '.join(sorted(provider.tasks))}"
         console.print(f"  {name:20} {state}", highlight=False)
-    console.print("[bold]shape keys[/bold]")
-    console.print("  " + ", ".join(Shape.__dataclass_fields__), highlight=False)
-    console.print(f"  dtype: {', '.join(DTYPES)}; logits: {', '.join(LOGITS)}", highlight=False)
+    keys, dtypes, logits = map(", ".join, (Shape.__dataclass_fields__, DTYPES, LOGITS))
+    console.print(f"[bold]shape keys[/bold]\n  {keys}\n  dtype: {dtypes}; logits: {logits}", highlight=False)
 
 
 def _run(options: argparse.Namespace, console: Console) -> int:

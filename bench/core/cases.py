@@ -30,11 +30,8 @@ def check(of: object, least: Mapping[str, int], **known: Iterable[str]) -> None:
 class Suite:
     """A named group of cases.
 
-    Attributes:
-        make: the cases; takes replaced values of the shape (of the case, for training), and whether a small run was asked for.
-        providers: names that run by default; empty: all that can.
-        quick_providers: those of ``--quick``, where they are fewer.
-        base: the shape, without replaced values.
+    ``make`` takes replaced values of the shape (for training: of the case), and whether a small run was asked for. By default
+    ``providers`` run (empty: all that can), with ``--quick`` ``quick_providers``. ``base``: the shape without replaced values.
     """
 
     name: str

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -17,12 +17,7 @@ from .figures import can_draw
 from .report import Targets, show_targets
 from .rows import Outcome, Progress, context_is_lost, release_memory
 
-X = TypeVar("X")
-DEFAULT_OUT = Path("bench/out")
-_LOST = (
-    "every call to the GPU fails in this process: the first row that failed above is the cause; run again without it "
-    "(--providers, --arms)"
-)
+_LOST = "the GPU's context is lost; the first row that failed above is the cause: run again without it (--providers, --arms)"
 
 
 class UsageError(Exception):
@@ -33,12 +28,10 @@ def make_parser(prog: str, description: str, default_suites: Sequence[str]) -> a
     """A parser with the options that every benchmark has."""
     parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("--suite", nargs="+", default=[], metavar="NAME", help=f"default: {' '.join(default_suites)}")
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help="for JSON and PNG; default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=None, metavar="N", help="timed steps of each row of a table")
+    parser.add_argument("--out", type=Path, default=Path("bench/out"), metavar="DIR", help="for JSON and PNG (%(default)s)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="timed steps of each row of a table")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda; default: %(default)s")
-    parser.add_argument(
-        "--time-limit", type=float, default=None, metavar="S", help="seconds after which no further case is started"
-    )
+    parser.add_argument("--time-limit", type=float, metavar="S", help="seconds after which no further case is started")
     parser.add_argument("--list", action="store_true", help="list what is available, and stop")
     return parser
 
@@ -73,9 +66,9 @@ def check_positive(options: argparse.Namespace, *names: str) -> None:
 
 def run_cases(
     console: Console,
-    plan: Sequence[tuple[Any, X]],
-    run: Callable[[Any, X, Progress], None],
-    failed: Callable[[Any, X, Exception], None],
+    plan: Sequence[tuple[Any, Any]],
+    run: Callable[[Any, Any, Progress], None],
+    failed: Callable[[Any, Any, Exception], None],
     device: torch.device,
     start: float,
     time_limit: float | None,

@@ -131,8 +131,8 @@ class CaseOutcome(Outcome[ProviderRow]):
 
 #: Providers whose steps ``--profile`` looks into, by how their names start: ours, and the bare GEMMs.
 _PROFILED = ("logitless", "gemm")
-#: Assumptions of an estimate for a GPU of the H100's class: FLOP/s of GEMMs in bf16 and float64, and the average time of a
-#: provider's step over the bare GEMMs (Liger takes 4 to 5 times as long, ours 1.1).
+#: Assumed of a GPU of the H100's class: FLOP/s of GEMMs in bf16 and float64, and the average time of a provider's step over
+#: the bare GEMMs (Liger takes 4 to 5 times as long, ours 1.1).
 _GEMM_RATE, _DOUBLE_RATE, _STEP = 5e14, 3e13, 2.2
 #: Assumed seconds for a case, for a provider in it (checks, memory), for its first case (imports, kernels to compile), and for
 #: one that compiles for each case.
@@ -200,11 +200,10 @@ def run_case(
 
 def _measure_apart(case: Case, rows: list[ProviderRow], device: torch.device, progress: Progress) -> None:
     """Memory by processes of their own, two at a time."""
+    progress("memory")
     with ThreadPoolExecutor(2) as pool:
-        pending = [pool.submit(measure, PROVIDERS[row.name], case, device) for row in rows]
-        for row, result in zip(rows, pending, strict=True):
-            progress(f"memory of {row.name}")
-            found = result.result()
+        results = pool.map(lambda row: measure(PROVIDERS[row.name], case, device), rows)
+        for row, found in zip(rows, results, strict=True):
             row.extra_bytes, row.note = found.extra_bytes, found.message
             if found.fatal:
                 row.fail(FAILED, found.message)

@@ -28,8 +28,9 @@ TokenValues = Callable[[Tensor, Tensor, Tensor], "tuple[Tensor, Tensor | None]"]
 def finish(loss: Tensor, inputs: Inputs, *, token_logps: Tensor | None = None, **more: Any) -> Result:
     """The backward pass, where there is one, and the result."""
     leaves = {name: t for name, t in (("dhidden", inputs.hidden), ("dweight", inputs.weight)) if t.requires_grad}
-    grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True)) if leaves else {}
-    return Result(loss.detach(), None if token_logps is None else token_logps.detach(), **grads, **more)
+    if leaves:
+        more |= zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True)
+    return Result(loss.detach(), None if token_logps is None else token_logps.detach(), **more)
 
 
 def on_positions(case: Case, inputs: Inputs, values: TokenValues, chosen: Tensor | None) -> Work:
@@ -53,6 +54,18 @@ def on_positions(case: Case, inputs: Inputs, values: TokenValues, chosen: Tensor
         logps, entropies = map(spread, values(hidden, inputs.weight, labels))
         assert logps is not None
         return finish(loss_fn(logps, inputs, entropies), inputs, token_logps=logps)
+
+    return Work(step)
+
+
+def copies(*sources: Tensor) -> Work:
+    """One read and one write of each element."""
+    pairs = [(source, torch.empty_like(source)) for source in sources]
+
+    def step() -> Result:
+        for source, destination in pairs:
+            destination.copy_(source)
+        return Result()
 
     return Work(step)
 

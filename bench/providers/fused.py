@@ -19,7 +19,7 @@ from .common import POLICY_TASKS, PREFERENCE_TASKS, TOKEN_TASKS, all_of, finish,
 _SMALL_BUDGET = 64 << 20
 
 
-def _dapo(**options: float) -> Any:
+def _dapo(**options: Any) -> Any:
     return ll.FusedLinearGRPOLoss("dapo", epsilon_low=policy.EPSILON_LOW, epsilon_high=policy.EPSILON_HIGH, **options)
 
 
@@ -99,9 +99,9 @@ def _op(case: Case, inputs: Inputs, **settings: Any) -> Work:
     inputs = inputs.packed or inputs
     sizes: dict[str, Any] = {"num_tokens": shape.scored, "hidden_size": shape.hidden, "vocab_size": shape.vocab}
     trained = {"train_hidden": case.backward, "train_weight": case.backward and case.train_head, "arbitrary_loss": True}
-    of_outputs: dict[str, Any] = {"outputs": outputs, "entropy_gradient": entropic and case.backward}
+    of_outputs = {"outputs": outputs, "entropy_gradient": entropic and case.backward}
     with ll.settings(**settings):
-        plan = ll.plan(dtype=shape.torch_dtype, device=inputs.hidden.device, **sizes, **trained, **of_outputs)
+        plan = ll.plan(dtype=shape.torch_dtype, device=inputs.hidden.device, **{**sizes, **trained, **of_outputs})
 
     def step() -> Result:
         with ll.settings(**settings):
@@ -124,9 +124,12 @@ _KINDS: dict[str, tuple[frozenset[str], Callable[..., Work]]] = {
 def _register(suffix: str, **settings: Any) -> None:
     """Modules and ops under some settings, on the backend that these name."""
     why_not = all_of(*(needs_backend(name) for name in settings.values()))
-    for form, (tasks, build) in _KINDS.items():
-        options: dict[str, Any] = {"tasks": tasks, "why_not": why_not, "quick": not settings}  # ``auto`` need not run twice
-        provider(form.format(suffix), **options)(lambda case, inputs, build=build: build(case, inputs, **settings))
+    for form, (tasks, make) in _KINDS.items():
+
+        def build(case: Case, inputs: Inputs, make: Callable[..., Work] = make) -> Work:
+            return make(case, inputs, **settings)
+
+        provider(form.format(suffix), tasks=tasks, why_not=why_not, quick=not settings)(build)  # ``auto`` need not run twice
 
 
 _register("")

@@ -14,6 +14,7 @@ from ..core.cases import Case
 from ..core.inputs import Inputs
 from ..core.registry import Result, Work, provider
 from ..losses.policy import GAMMA, LAMBDA, loop_over_tokens
+from .common import copies
 
 #: rewards (P,), values (P,) and cu_seqlens (S + 1,) -> advantages (P,)
 Gae = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -22,14 +23,7 @@ Gae = Callable[[Tensor, Tensor, Tensor], Tensor]
 @provider("copy:gae", tasks={"gae"}, roofline=True)
 def copy(case: Case, inputs: Inputs) -> Work:
     """A copy of rewards and values: the fewest reads and writes of any scan."""
-    pairs = [(t, torch.empty_like(t)) for t in (inputs.packed.rewards, inputs.packed.values)]
-
-    def step() -> Result:
-        for source, destination in pairs:
-            destination.copy_(source)
-        return Result()
-
-    return Work(step)
+    return copies(inputs.packed.rewards, inputs.packed.values)
 
 
 def _on_packed(name: str, **options: Any) -> Callable[[Gae], Gae]:

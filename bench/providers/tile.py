@@ -13,7 +13,7 @@ from logitless.kernels.tile.targets import target_logit_and_slope
 from ..core.cases import Case
 from ..core.inputs import Inputs
 from ..core.registry import Result, Work, provider
-from .common import needs_backend
+from .common import copies, needs_backend
 
 #: Backends whose passes over a tile are separate; the others have them in the kernels of their GEMMs.
 _BACKENDS = ("cpu", "cuda", "torch")
@@ -26,15 +26,8 @@ def _tile(inputs: Inputs) -> torch.Tensor:
 
 @provider("copy", tasks={"tile"}, roofline=True)
 def copy(case: Case, inputs: Inputs) -> Work:
-    """A copy of the tile: one read and one write of each logit, the fewest of any pass."""
-    source = _tile(inputs)
-    destination = torch.empty_like(source)
-
-    def step() -> Result:
-        destination.copy_(source)
-        return Result()
-
-    return Work(step)
+    """A copy of the tile: the fewest reads and writes of any pass."""
+    return copies(_tile(inputs))
 
 
 def _pass(name: str, case: Case, inputs: Inputs) -> Work:
@@ -56,6 +49,10 @@ def _pass(name: str, case: Case, inputs: Inputs) -> Work:
     return Work(step, prepare=lambda: tile.copy_(source))
 
 
+def _register(name: str) -> None:
+    build = provider(f"pass@{name}", tasks={"tile"}, why_not=needs_backend(name))
+    build(lambda case, inputs: _pass(name, case, inputs))
+
+
 for _name in _BACKENDS:
-    _register = provider(f"pass@{_name}", tasks={"tile"}, why_not=needs_backend(_name))
-    _register(lambda case, inputs, name=_name: _pass(name, case, inputs))
+    _register(_name)

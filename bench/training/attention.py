@@ -34,9 +34,9 @@ def varlen_attention(
     if len(query) != 1 or attention_mask is not None:
         raise ValueError(f"{VARLEN} takes one row without a mask, got {len(query)} rows")
     tokens, groups = query.shape[2], query.shape[1] // key.shape[1]
-    bounds, longest = options.get("cu_seq_lens_q"), options.get("max_length_q")
+    bounds, longest = options.get("cu_seq_lens_q"), options.get("max_length_q") or tokens
     if bounds is None:
-        bounds, longest = torch.tensor([0, tokens], dtype=torch.int32, device=query.device), tokens
+        bounds = torch.tensor([0, tokens], dtype=torch.int32, device=query.device)
     # torch 2.11 needs as many heads of keys as of queries
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,7 @@ from ..losses.inputs import UNUSED
 _FIRST_ID = 3
 
 
-@dataclass(frozen=True)
-class Profile:
+class Profile(NamedTuple):
     """Lengths of prompts and responses, as shares of the longest sequence; log-normal where ``sigma`` is more than 0.
 
     The medians and spreads are this benchmark's own choice of typical data; the JSON of a run has the actual lengths.

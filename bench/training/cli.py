@@ -104,8 +104,8 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     made_with = environment(device)
     done: dict[str, list[Outcome]] = {}
     failures: dict[str, list[dict[str, Any]]] = {}
-    limits = {"limit_bytes": int(options.limit_gb * 1e9), "seconds": _STEP_SECONDS}
-    limits["deadline"] = start + (options.time_limit or math.inf)
+    deadline = start + (options.time_limit or math.inf)
+    limits: dict[str, Any] = {"limit_bytes": int(options.limit_gb * 1e9), "seconds": _STEP_SECONDS, "deadline": deadline}
 
     def path(name: str, ending: str = "json") -> Path:
         return Path(options.out, f"{device.type}-training-{name}.{ending}")

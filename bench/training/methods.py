@@ -61,8 +61,8 @@ def _tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="a")
 
 
-_PAIRS = {"prompt": ["a"] * 2, "chosen": ["b"] * 2, "rejected": ["a b"] * 2}
-_LABELLED = {"prompt": ["a"] * 4, "completion": ["b", "a b"] * 2, "label": [True, False] * 2}
+_PAIRS: dict[str, list[Any]] = {"prompt": ["a"] * 2, "chosen": ["b"] * 2, "rejected": ["a b"] * 2}
+_LABELLED: dict[str, list[Any]] = {"prompt": ["a"] * 4, "completion": ["b", "a b"] * 2, "label": [True, False] * 2}
 #: Of TRL's CPO and ORPO trainers, which cut sequences by default.
 _WHOLE = {"max_length": 1 << 20, "remove_unused_columns": False}
 _SIMPO = {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": SIMPO_BETA, "simpo_gamma": SIMPO_GAMMA}

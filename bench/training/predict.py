@@ -90,8 +90,8 @@ def _plan(case: TrainCase, config: Any, batch: Batch, tokens: int, **options: An
         pairs = [a + b for a, b in zip(sizes[:half], sizes[half:], strict=True)]
         groups = {"group_sizes": sizes if case.method == "kto" else pairs, "margin": case.method in ("dpo", "simpo")}
     trained = {"train_hidden": True, "train_weight": not MODELS[case.model].lora, **groups}
-    sizes: dict[str, Any] = {"num_tokens": tokens, "hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
-    return ll.plan(dtype=torch.bfloat16, device="cuda", architecture="sm_90", **{**sizes, **trained, **options})
+    head = {"num_tokens": tokens, "hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
+    return ll.plan(dtype=torch.bfloat16, device="cuda", architecture="sm_90", **{**head, **trained, **options})
 
 
 def predict(case: TrainCase, gpu: Gpu | None = None) -> Prediction:

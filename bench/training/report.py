@@ -18,7 +18,6 @@ from .suites import HEADLINE
 Outcome = StepOutcome | LimitOutcome | CurveOutcome
 #: Bounds of the targets: DPO's speed-up at the headline, any case's, the longest sequence, a curve's distance over the noise.
 SPEEDUP, NEVER_SLOWER, LONGER, NOISE = 1.3, 1.0, 1.5, 2.0
-_GIB = 2**30
 _STATED_FOR = "models at their real sizes, on one H100"
 
 

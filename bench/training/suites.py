@@ -45,19 +45,10 @@ def _of_model(name: str, pairs: int, method: str = HEADLINE.method) -> TrainCase
 _METHODS = [replace(HEADLINE, method=name) for name in METHODS]
 _MODELS = [_of_model(name, 4 if MODELS[name].lora else HEADLINE.pairs) for name in MODELS]
 _PROFILES = [replace(HEADLINE, profile=name) for name in ("fixed", "summary", "balanced", "reasoning")]
-_SIZES = [
-    replace(HEADLINE, pairs=pairs, length=length) for pairs, length in ((2, 1024), (24, 512), (4, 2048), (2, 4096), (1, 8192))
-]
-_OTHERS = [
-    _of_model(model, 4, method)
-    for method in METHODS
-    for model in MODELS
-    if method != HEADLINE.method and model != HEADLINE.model
-]
-_OPTIONS = [
-    *(replace(HEADLINE, checkpointing=True), replace(HEADLINE, compiled=True)),
-    *(replace(HEADLINE, precision=name) for name in ("fp16-amp", "bf16-amp")),
-]
+_SIZES = [replace(HEADLINE, pairs=p, length=n) for p, n in ((2, 1024), (24, 512), (4, 2048), (2, 4096), (1, 8192))]
+_OTHERS = [_of_model(m, 4, name) for name in METHODS for m in MODELS if name != HEADLINE.method and m != HEADLINE.model]
+_AUTOCAST = [replace(HEADLINE, precision=name) for name in ("fp16-amp", "bf16-amp")]
+_OPTIONS = [replace(HEADLINE, checkpointing=True), replace(HEADLINE, compiled=True), *_AUTOCAST]
 _LONG = replace(HEADLINE, pairs=1, length=4096, profile="fixed", checkpointing=True)
 _LARGE = replace(_LONG, pairs=4, length=2048)
 _CURVES = [replace(HEADLINE, method=name, pairs=4, length=512) for name in ("dpo", "grpo", "kto")]

@@ -16,14 +16,16 @@ from torch.utils.flop_counter import FlopCounterMode
 import logitless as ll
 from logitless.bench import cli
 from logitless.bench.cli import main
-from logitless.bench.core import command, environment, runner
+from logitless.bench.core import command, environment, report, runner
 from logitless.bench.core.cases import Case, Shape
+from logitless.bench.core.console import Console
 from logitless.bench.core.inputs import make_inputs
 from logitless.bench.core.memory import measure
 from logitless.bench.core.reference import compute_reference
 from logitless.bench.core.registry import PROVIDERS, Result, Work, provider
+from logitless.bench.core.report import Target
 from logitless.bench.core.rows import FAILED, OK, UNAVAILABLE, WRONG
-from logitless.bench.core.runner import estimated_seconds, run_case
+from logitless.bench.core.runner import CaseOutcome, ProviderRow, estimated_seconds, run_case
 from logitless.bench.losses.policy import ENTROPY_COEF, loop_over_tokens
 from logitless.bench.suites import GPU_SHAPES, SUITES, default_providers
 from logitless.bench.targets import targets
@@ -50,7 +52,11 @@ def test_runs_end_to_end_and_writes_json_and_png(tmp_path, capsys):
     assert code == 0
     printed = capsys.readouterr().out
     assert "max logp err" in printed
-    assert "target" in printed
+    assert printed.count("unavailable: quack (does not compute dpo, only nll)") == 4
+    assert printed.count("not stated for this shape: time of plain PyTorch over logitless is ") == 1
+    assert printed.rstrip().splitlines()[-2:] == [
+        f"wrote {tmp_path / name}" for name in ("cpu-dpo-memory.json", "cpu-memory.png")
+    ]
     document = json.loads((tmp_path / "cpu-dpo-memory.json").read_text())
     assert "no figures" not in printed
     assert document["environment"]["versions"]["torch"] == torch.__version__
@@ -277,6 +283,41 @@ def test_runs_as_plain_text_without_rich_matplotlib_and_psutil(tmp_path):
 def test_unknown_name_is_an_error_that_lists_the_known_ones(arguments, known, capsys):
     assert main(arguments) == 2
     assert known in capsys.readouterr().err
+
+
+def test_rows_without_figures_are_one_line_below_the_table(capsys):
+    rows = [
+        ProviderRow("gemm", seconds=[1.0, 3.0], roofline=True),
+        ProviderRow("cce", UNAVAILABLE, "needs a CUDA device; package cut_cross_entropy is not installed"),
+        ProviderRow("quack", UNAVAILABLE, "needs a CUDA device"),
+        ProviderRow("torch", FAILED, "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.3 GiB"),
+        ProviderRow("trl", FAILED, "RuntimeError: no luck"),
+        ProviderRow("liger", WRONG, "dweight is off by 1, allowed 0.06"),
+    ]
+    report.show(Console(), CaseOutcome(CASE, rows))
+    title, _, _, gemm, *below = capsys.readouterr().out.splitlines()
+    assert title == CASE.title and gemm.startswith("gemm ")
+    assert below == [
+        "  unavailable: cce, quack (needs a CUDA device); torch (out of memory)",
+        "  failed: trl (RuntimeError: no luck)",
+        "  wrong: liger (dweight is off by 1, allowed 0.06)",
+        "  GEMM took 2000 (1000..3000) ms: the machine is busy, do not trust the times",
+        "",
+    ]
+
+
+def test_each_target_is_one_sentence_with_its_number(capsys):
+    met, missed = Target("speed", 3.0, 2.5, True), Target("speed", 2.0, 2.5, True)
+    assert str(met) == "met: speed is 3.00 (target: at least 2.5)"
+    assert str(missed) == "missed: speed is 2.00 (target: at least 2.5)"
+    assert (
+        str(replace(missed, at_least=False, stated=False)) == "not stated for this shape: speed is 2.00 (target: at most 2.5)"
+    )
+    assert str(replace(met, value=None)) == "not measured: speed (target: at least 2.5)"
+    elsewhere = replace(missed, stated=False, stated_for="one H100")
+    report.show_targets(Console(), [CaseOutcome(CASE, [])], lambda outcome: [met, elsewhere])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [f"targets of {CASE.title}", f"  {met}", f"  {elsewhere}", "  (targets are stated for one H100)"]
 
 
 def test_list_names_every_suite_and_provider(capsys):
