@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import logitless as ll
+from logitless.fused.policy.base import PolicyOutput
 
 from ..helpers import relative_error
 
@@ -166,7 +167,7 @@ class Variant:
     def expected(self, case: Inputs, aggregation: str = "token-mean") -> Tensor:
         return self.formula(case, *statistics(case), aggregation)
 
-    def run(self, case: Inputs, aggregation: str = "token-mean", **changed: Any) -> ll.PolicyOutput:
+    def run(self, case: Inputs, aggregation: str = "token-mean", **changed: Any) -> PolicyOutput:
         length = MAX_LENGTH if aggregation == "fixed-length" else None
         module = ll.FusedLinearPPOLoss(aggregation=aggregation, max_length=length, **self.options)
         given: dict[str, Any] = {"advantages": case.advantages, "old_logps": case.old_logps, "bias": case.bias}
