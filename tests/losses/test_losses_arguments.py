@@ -11,6 +11,7 @@ from torch import Tensor
 
 import logitless as ll
 
+from ..helpers import ENDS_THE_PROCESS
 from .variants import SEQUENCES, SIMPO, TOKENS, VARIANTS, VOCAB, gradients, make, own_margin
 
 EVERY_BACKEND = True
@@ -112,7 +113,12 @@ BAD_ARGUMENTS = [
     ("simpo", {"token_weights": zeros(8)}, "token_weights"),
     ("simpo", {"token_weights": torch.ones(8, TOKENS, dtype=torch.long)}, "token_weights"),
     ("simpo", {"token_weights": torch.ones(8, TOKENS, requires_grad=True)}, "token_weights"),
-    ("cpo", {"nll_labels": torch.full((8, TOKENS), VOCAB)}, "nll_labels|labels"),
+    pytest.param(
+        "cpo",
+        {"nll_labels": torch.full((8, TOKENS), VOCAB)},
+        "nll_labels|labels",
+        marks=pytest.mark.cpu_only(ENDS_THE_PROCESS),
+    ),
     ("cpo", {"nll_labels": zeros(8, TOKENS)}, "nll_labels"),
     ("simpo", {"bias": zeros(5)}, "bias"),
     ("simpo", {"head": 1.0}, "head"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from logitless.fused.preference.losses.dpo import DPO_LOSSES
 from logitless.fused.preference.losses.kto import KTO_LOSSES
 from logitless.fused.preference.losses.simple import CPO_LOSSES
@@ -15,6 +17,7 @@ EVERY_BACKEND = True
 PAGE = Path(__file__).parents[2] / "docs" / "losses.md"
 
 
+@pytest.mark.cpu_only("runs the page's examples, which are written for a CPU")
 def test_examples_of_the_page_on_losses_run():
     registry = dict(DPO_LOSSES)
     blocks = [b for b in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf8"), re.DOTALL) if "import" in b]

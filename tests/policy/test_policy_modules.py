@@ -13,7 +13,7 @@ from torch import Tensor
 import logitless as ll
 
 from ..core.test_cost import scored
-from ..helpers import make_case, relative_error, run_reference
+from ..helpers import NAMES_THE_CPU, make_case, relative_error, run_reference
 from .cases import (
     BUDGETS,
     GRPO,
@@ -315,6 +315,7 @@ def test_inputs_that_require_a_gradient_get_none():
     assert all(value.grad is None for value in given.values())
 
 
+@pytest.mark.cpu_only(NAMES_THE_CPU)
 def test_autocast_computes_in_its_dtype_and_keeps_gradient_dtypes():
     case = make_case(hidden=64, vocab=500)
     low = make_case(hidden=64, vocab=500, dtype=torch.bfloat16)
