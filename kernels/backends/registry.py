@@ -27,6 +27,13 @@ def register_backend(backend: Backend, *, first: bool = False) -> None:
 
     Raises:
         ValueError: if the name is taken, or ``"auto"``.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from logitless.kernels.backends.registry import get_backend
+        >>> register_backend(replace(get_backend("torch"), name="mine"))
+        >>> available_backends()["mine"]
+        []
     """
     if backend.name == "auto" or backend.name in _registry:
         raise ValueError(f"backend name {backend.name!r} is taken")
@@ -40,7 +47,12 @@ def register_backend(backend: Backend, *, first: bool = False) -> None:
 
 
 def available_backends() -> dict[str, list[str]]:
-    """Every registered backend, in ``auto``'s order, with the reasons why it cannot run here (empty if it can)."""
+    """Every registered backend, in ``auto``'s order, with the reasons why it cannot run here (empty if it can).
+
+    Example:
+        >>> available_backends()["torch"]
+        []
+    """
     return {name: backend.why_unavailable() for name, backend in _registry.items()}
 
 
