@@ -15,7 +15,7 @@ STAMP := build/.ready-$(NAME)
 BENCH_STAMP := build/.ready-bench-$(NAME)
 NEEDED := $(if $(filter bench,$(MAKECMDGOALS)),$(if $(wildcard $(STAMP)),$(STAMP),$(BENCH_STAMP)),$(STAMP))
 
-.PHONY: bench test test-gpu sanitize-gpu bench-gpu bench-gpu-losses bench-gpu-policy bench-gpu-train \
+.PHONY: bench test test-blas test-gpu sanitize-gpu bench-gpu bench-gpu-losses bench-gpu-policy bench-gpu-train \
 	bench-gpu-grid bench-gpu-limits bench-gpu-curves tune-gpu lint types format setup ext clean
 
 setup: $(STAMP)
@@ -38,6 +38,12 @@ bench: ext
 # The tensors are small: a process for each core is faster than threads.
 test: ext
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8
+
+# The tests of Triton's interpreter with the matrix products of other CPUs. BLAS_CORES="Haswell SkylakeX" names some.
+BLAS_CORES ?= Haswell
+
+test-blas: $(NEEDED)
+	bash scripts/test_blas.sh $(BIN)/python $(BLAS_CORES)
 
 # The next ten run on $(PYTHON) as it is, and install nothing: torch and Triton must be there, pytest for the first two; nvcc
 # adds the backend cuda. What the caller's PYTHONPATH brings is used: TRL, Liger and Cut Cross-Entropy take part if they can be

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -147,6 +148,15 @@ def cuda_architectures() -> list[str]:
     return [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs] + [f"-gencode=arch=compute_{newest},code=compute_{newest}"]
 
 
+@contextmanager
+def stage(what: str) -> Iterator[None]:
+    """Prints what takes a while, and how long it took."""
+    start = time.monotonic()
+    print(f"{what} ...", flush=True)
+    yield
+    print(f"{what}: done after {time.monotonic() - start:.0f} s", flush=True)
+
+
 class Build(build_ext):
     """Compiles CUDA sources with nvcc; what nobody asked for may fail, with the reason."""
 
@@ -160,7 +170,8 @@ class Build(build_ext):
         part = "cuda" if ext.name.endswith("_cuda") else "cpu"
         try:
             if part == "cuda":
-                ext.extra_objects = self._cuda_objects(ext)
+                with stage("building the CUDA kernels"):
+                    ext.extra_objects = self._cuda_objects(ext)
             with self._parallel_compiler():
                 super().build_extension(ext)
         except Exception as error:
@@ -178,7 +189,7 @@ class Build(build_ext):
         one_by_one = self.compiler.compile
 
         def compile_all(sources: list[str], **options: Any) -> list[str]:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
+            with stage("building the C++ kernels"), ThreadPoolExecutor(os.cpu_count()) as pool:
                 return list(chain.from_iterable(pool.map(lambda source: one_by_one([source], **options), sources)))
 
         self.compiler.compile = compile_all

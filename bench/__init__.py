@@ -1,9 +1,5 @@
-"""Benchmarks: what to run (cases), who runs it (providers), checks and timings (runner), tables and files (report).
+"""Benchmarks of the head (``python -m logitless.bench``) and of whole training steps (``python -m logitless.bench.training``).
 
-This folder is the package ``logitless.bench``; ``python -m logitless.bench --list`` says what is in it.
+``core`` holds what both share, ``providers`` what is compared, ``losses`` the formulas in plain torch, ``suites`` the cases.
+This folder is the package ``logitless.bench``; ``--list`` names every suite and provider.
 """
-
-
-def register_all() -> None:
-    """Import every module of providers; each registers its own."""
-    from . import providers, providers_peers, providers_policy, providers_tile  # noqa: F401

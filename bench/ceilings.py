@@ -1,7 +1,7 @@
-"""What bounds a step on the device at hand: copies, GEMMs of the head's shapes, and launches. The suite ``ceilings``.
+"""The suite ``ceilings``: what bounds a step on a device: copies, GEMMs of the head's shapes, and launches.
 
-It has no providers and nothing to check: each row is one operation of torch, timed alone. ``scripts/gpu_constants.py`` makes
-the cost model's constants of its JSON.
+It has no providers and checks nothing: each row is one operation of torch, timed alone. ``scripts/gpu_constants.py`` computes
+the cost model's constants from its JSON.
 """
 
 from __future__ import annotations
@@ -16,26 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import Shape
-from .console import Console
-from .environment import nvidia_smi
-from .report import write_json
+from .core.cases import Shape
+from .core.console import Console, milliseconds
+from .core.environment import nvidia_smi
+from .core.report import print_table, write_json
 from .suites import SUITES
 
 SUITE = "ceilings"
 HELP = "bandwidth of a copy, GEMMs of the head's shapes, and the time of a short kernel"
 SCHEMA = 1
-COLUMNS = ("operation", "ms, median", "min", "GB/s", "TFLOP/s", "what")
 
-#: Bytes that are copied, by device: far beyond any cache.
+#: Bytes that are copied, by device: far more than any cache.
 _COPY_BYTES = {"cuda": 2 << 30, "cpu": 128 << 20}
-#: Short kernels in one queue, which holds about a thousand.
-_LAUNCHES = 500
-#: Vocabulary entries of the GEMMs in float32 and float64, whose whole weight would take seconds.
+#: Short kernels in one queue, which holds about a thousand; cycles (some 25 ms) of the kernel behind which they wait.
+_LAUNCHES, _WAIT = 500, 50_000_000
+#: Vocabulary entries of the GEMMs in float32 and float64, which would take seconds with the whole weight.
 _WIDE_VOCAB = 16384
-#: Seconds for which each operation is repeated, and its fewest and most runs.
+#: Seconds for which each operation is repeated, and the fewest and most runs.
 _REPEAT_SECONDS, _FEWEST, _MOST = 0.3, 3, 40
-#: Seconds of GEMMs in the queue while the driver's tool is asked for the clock.
+#: Seconds of GEMMs in the queue while the driver's tool reads the clock.
 _LOAD_SECONDS = 3.0
 
 
@@ -61,25 +60,31 @@ class Ceiling:
     hidden: int = 0
     vocab: int = 0
 
-    def cells(self) -> tuple[str, ...]:
-        """For COLUMNS."""
-        gb, tera = self.moved / self.seconds / 1e9, self.flops / self.seconds / 1e12
-        shape = f"N={self.tokens} H={self.hidden} V={self.vocab} {self.dtype}" if self.kind == "gemm" else ""
-        times = (f"{self.seconds * 1e3:.4g}", f"{self.min_seconds * 1e3:.4g}")
-        return (self.what, *times, f"{gb:.0f}" if self.moved else "-", f"{tera:.4g}" if self.flops else "-", shape)
+    def cells(self) -> dict[str, str]:
+        """By column of the table."""
+        return {
+            "operation": self.what,
+            "ms, median": milliseconds(self.seconds),
+            "min": milliseconds(self.min_seconds),
+            "GB/s": f"{self.moved / self.seconds / 1e9:.0f}" if self.moved else "-",
+            "TFLOP/s": f"{self.flops / self.seconds / 1e12:.4g}" if self.flops else "-",
+            "what": f"N={self.tokens} H={self.hidden} V={self.vocab} {self.dtype}" if self.kind == "gemm" else "",
+        }
 
     def as_dict(self) -> dict[str, Any]:
-        rates = {"bytes_per_second": self.moved / self.seconds, "flops_per_second": self.flops / self.seconds}
-        return {**asdict(self), **{key: value or None for key, value in rates.items()}}
+        rates = {f"{key}_per_second": n / self.seconds or None for key, n in (("bytes", self.moved), ("flops", self.flops))}
+        return {**asdict(self), **rates}
 
 
-def _once(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one run, on the device's own clock where it has one."""
+def _once(run: Callable[[], object], device: torch.device, wait: int = 0) -> float:
+    """Seconds of one run, on the device's own clock where it has one; there it may first wait, so that the queue fills."""
     if device.type == "cpu":
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
     start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if wait:
+        torch.cuda._sleep(wait)
     start_event.record()
     run()
     end_event.record()
@@ -87,12 +92,12 @@ def _once(run: Callable[[], object], device: torch.device) -> float:
     return start_event.elapsed_time(end_event) / 1e3
 
 
-def time_of(run: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Median and least seconds of some runs, after one that nobody counts."""
+def time_of(run: Callable[[], object], device: torch.device, wait: int = 0) -> tuple[float, float]:
+    """Median and least seconds of some runs, after one that is not counted."""
     run()
-    first = _once(run, device)
+    first = _once(run, device, wait)
     count = min(_MOST, max(_FEWEST, int(_REPEAT_SECONDS / max(first, 1e-9))))
-    seconds = [_once(run, device) for _ in range(count)]
+    seconds = [_once(run, device, wait) for _ in range(_FEWEST if wait else count)]
     return statistics.median(seconds), min(seconds)
 
 
@@ -104,27 +109,11 @@ def copy(device: torch.device) -> Ceiling:
 
 
 def launch(device: torch.device) -> Ceiling:
-    """Of one short kernel among many that wait in the queue; on a CPU of a call of a short operator."""
+    """One short kernel in a full queue; on a CPU one call of a short operator."""
     x = torch.zeros(1, device=device)
-
-    def run() -> None:
-        for _ in range(_LAUNCHES):
-            x.add_(1.0)
-
-    if device.type == "cpu":
-        found = time_of(run, device)
-    else:
-        seconds = []
-        for _ in range(_FEWEST + 2):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(50_000_000)  # some 25 ms, in which the host fills the queue
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            seconds.append(start.elapsed_time(end) / 1e3)
-        found = statistics.median(seconds[2:]), min(seconds[2:])
-    return Ceiling("launch", "one short kernel", found[0] / _LAUNCHES, found[1] / _LAUNCHES, moved=0)
+    wait = _WAIT if device.type == "cuda" else 0
+    median, least = time_of(lambda: [x.add_(1.0) for _ in range(_LAUNCHES)], device, wait)
+    return Ceiling("launch", "one short kernel", median / _LAUNCHES, least / _LAUNCHES, moved=0)
 
 
 def _operands(n: int, h: int, v: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,14 +140,14 @@ def gemms(shape: Shape, dtype: torch.dtype, device: torch.device, vocab: int | N
     for what, run in runs.items():
         found.append(Ceiling("gemm", what, *time_of(run, device), moved=moved, flops=2 * n * h * v, **sizes))
         if len(found) == 1:
-            tile.mul_(1e-3)  # about as large as gradients are: power depends on the numbers
+            tile.mul_(1e-3)  # about the size of gradients: power, and so the clock, depends on the numbers
     return found
 
 
 def clock_under_load(shape: Shape, device: torch.device, seconds: float) -> float | None:
     """Hertz of the multiprocessors while the GEMM of the logits, which takes ``seconds``, runs all the time.
 
-    ``None`` where the driver's tool does not say, or where the queue was empty before it did.
+    ``None`` where the driver's tool reports none, or where the queue was empty before it did.
     """
     if device.type == "cpu":
         return None
@@ -173,46 +162,38 @@ def clock_under_load(shape: Shape, device: torch.device, seconds: float) -> floa
     return float(megahertz) * 1e6 if megahertz is not None and still_busy else None
 
 
-def measure(device: torch.device, shapes: list[Shape], progress: Callable[[str, int], None]) -> dict[str, Any]:
-    """All rows, and the clock under load."""
+def measure(device: torch.device, shapes: list[Shape], progress: Any) -> tuple[float | None, list[Ceiling]]:
+    """The clock under load, and all rows."""
     before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False  # of float32, as torch has it by default
+    torch.backends.cuda.matmul.allow_tf32 = False  # torch's default for float32
     try:
         progress("copy and launch", 1)
         rows = [copy(device), launch(device)]
         for shape in shapes:
             progress(f"GEMMs of {shape}", 1)
             rows += gemms(shape, shape.torch_dtype, device)
-        first = shapes[0]
         progress("clock under load", 1)
-        clock = clock_under_load(first, device, rows[2].seconds)
+        clock = clock_under_load(shapes[0], device, rows[2].seconds)
         for dtype in (torch.float32, torch.float64):
             progress(f"GEMM in {dtype}", 1)
-            rows += gemms(first, dtype, device, min(first.vocab, _WIDE_VOCAB))[:1]
+            rows += gemms(shapes[0], dtype, device, min(shapes[0].vocab, _WIDE_VOCAB))[:1]
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-    return {"clock_hz": clock, "rows": [row.as_dict() for row in rows]}
-
-
-def shapes_of(device: torch.device, overrides: Mapping[str, Any], quick: bool) -> list[Shape]:
-    """Those of the suite that has the device's headline, each once."""
-    suite = SUITES["gpu" if device.type == "cuda" else "dpo"]
-    return list(dict.fromkeys(case.shape for case in suite.make(overrides, quick)))
+    return clock, rows
 
 
 def run(
     console: Console, out: Path, environment: Mapping[str, Any], device: torch.device, overrides: Mapping[str, Any], quick: bool
 ) -> Path:
-    """Measure, print the table, and write it as JSON."""
-    shapes = shapes_of(device, overrides, quick)
+    """Measure at the shapes of the suite with the device's headline, print the table, and write it as JSON."""
+    suite = SUITES["gpu" if device.type == "cuda" else "dpo"]
+    shapes = list(dict.fromkeys(case.shape for case in suite.make(overrides, quick)))
     with console.progress(len(shapes) + 4) as progress:
-        found = measure(device, shapes, progress)
-    names = list(Ceiling.__dataclass_fields__)
-    cells = [Ceiling(**{name: row[name] for name in names}).cells() for row in found["rows"]]
-    console.table(f"{SUITE}: operations of torch alone", COLUMNS, cells, [False] * len(cells))
-    if found["clock_hz"] is not None:
-        console.print(f"  {found['clock_hz'] / 1e6:.0f} MHz under a load of GEMMs", highlight=False)
+        clock, rows = measure(device, shapes, progress)
+    print_table(console, f"{SUITE}: operations of torch alone", [row.cells() for row in rows])
+    if clock is not None:
+        console.print(f"  {clock / 1e6:.0f} MHz under a load of GEMMs", highlight=False)
     console.print()
-    path = out / f"{device.type}-{SUITE}.json"
-    write_json(path, {"schema": SCHEMA, "quick": quick, "environment": environment, **found})
-    return path
+    value = {"schema": SCHEMA, "quick": quick, "environment": environment}
+    value |= {"clock_hz": clock, "rows": [row.as_dict() for row in rows]}
+    return write_json(out / f"{device.type}-{SUITE}.json", value)

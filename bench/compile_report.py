@@ -1,11 +1,10 @@
-"""What the Triton kernels take of a GPU, compiled ahead of time without one: the suite ``compile``.
+"""The suite ``compile``: GPU resources of the Triton kernels, which are compiled ahead of time and need no GPU.
 
 It times nothing and has no providers: each row is a kernel with a shipped configuration, on an architecture.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
 import os
@@ -15,17 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .console import Console
+from .core.console import Console
+from .core.report import print_table, write_json
 
-if TYPE_CHECKING:  # Triton may be missing
+if TYPE_CHECKING:  # Triton may not be installed
     from logitless.kernels.backends.triton.aot.compilation import Compilation
 
 SUITE = "compile"
 HELP = "registers, spills and shared memory of each Triton kernel on sm_80, sm_90 and sm_100; needs no GPU"
-COLUMNS = (
-    "kernel", "arch", "configuration", "registers", "spill bytes", "shared KiB", "tmem KiB", "programs/SM", "instructions",
-)  # fmt: skip
-
 _KIB = 1024
 #: Shared memory of a multiprocessor, of which a program may have all but the last KiB, and each takes a KiB for the driver.
 _SHARED_BYTES = {80: 164 * _KIB, 90: 228 * _KIB, 100: 228 * _KIB}
@@ -36,13 +32,13 @@ _TMEM_BYTES = 256 * _KIB
 
 @dataclass(frozen=True)
 class Usage:
-    """One program of a compiled kernel, and how many of them a multiprocessor holds."""
+    """One program of a compiled kernel, and how many of them fit on a multiprocessor."""
 
     kernel: str
     architecture: int
     configuration: str
     num_warps: int
-    #: Of the configuration, that a launch counts on to run together; 1 where it counts on nothing.
+    #: Programs per multiprocessor that the configuration assumes; 1 where it assumes none.
     programs_wanted: int
     registers: int
     spill_bytes: int
@@ -57,27 +53,27 @@ class Usage:
 
     @property
     def by_memory(self) -> int:
-        """As shared memory, and tensor memory where there is some, allow."""
+        """As many as shared memory allows, and tensor memory where the kernel uses it."""
         programs = min(_SHARED_BYTES[self.architecture] // (self.shared_bytes + _KIB), _PROGRAMS)
         return min(programs, _TMEM_BYTES // self.tmem_bytes) if self.tmem_bytes else programs
 
-    def cells(self) -> tuple[str, ...]:
-        """For COLUMNS."""
-        return (
-            self.kernel,
-            f"sm_{self.architecture}",
-            self.configuration,
-            str(self.registers),
-            str(self.spill_bytes),
-            f"{self.shared_bytes / _KIB:.1f}",
-            f"{self.tmem_bytes / _KIB:.0f}" if self.tmem_bytes else "-",
-            f"{self.by_registers} by registers, {self.by_memory} by memory",
-            " ".join(self.instructions) or "-",
-        )
+    def cells(self) -> dict[str, str]:
+        """By column of the table."""
+        return {
+            "kernel": self.kernel,
+            "arch": f"sm_{self.architecture}",
+            "configuration": self.configuration,
+            "registers": str(self.registers),
+            "spill bytes": str(self.spill_bytes),
+            "shared KiB": f"{self.shared_bytes / _KIB:.1f}",
+            "tmem KiB": f"{self.tmem_bytes / _KIB:.0f}" if self.tmem_bytes else "-",
+            "programs/SM": f"{self.by_registers} by registers, {self.by_memory} by memory",
+            "instructions": " ".join(self.instructions) or "-",
+        }
 
 
 def shared_limit(architecture: int) -> int:
-    """Bytes that a program may have."""
+    """The most bytes for one program."""
     return _SHARED_BYTES[architecture] - _KIB
 
 
@@ -104,7 +100,7 @@ def targets(quick: bool) -> dict[tuple[str, int], Compilation]:
 
 
 def _configuration(compilation: Compilation) -> tuple[str, int]:
-    """In words, and the programs that a launch counts on to run together."""
+    """In words, and the programs per multiprocessor that it assumes."""
     from logitless.kernels.backends.triton.aot.shipped import GemmCompilation
 
     words, programs = [f"{compilation.num_warps} warps"], 1
@@ -116,41 +112,32 @@ def _configuration(compilation: Compilation) -> tuple[str, int]:
 
 
 def compile_one(target: tuple[str, int]) -> Usage:
-    """Compile what :func:`targets` calls by that name."""
+    """Compile one of :func:`targets`."""
     from logitless.kernels.backends.triton.aot.ahead import compile_ahead
 
     compilation, architecture = targets(quick=False)[target], target[1]
     configuration, programs = _configuration(compilation)
     try:
         found = compile_ahead(compilation, architecture)
-    except Exception as error:  # a pass of the compiler that fails does not say in which kernel
+    except Exception as error:  # the compiler's message does not name the kernel
         raise RuntimeError(f"{compilation.name} does not compile for sm_{architecture}: {error}") from error
-    return Usage(
-        kernel=found.name,
-        architecture=architecture,
-        configuration=configuration,
-        num_warps=compilation.num_warps,
-        programs_wanted=programs,
-        registers=found.registers,
-        spill_bytes=found.spill_bytes,
-        shared_bytes=found.shared_bytes,
-        tmem_bytes=found.tmem_bytes,
-        instructions=sorted(found.instructions),
-    )
+    measured = {name: getattr(found, name) for name in ("registers", "spill_bytes", "shared_bytes", "tmem_bytes")}
+    more: dict[str, Any] = {"num_warps": compilation.num_warps, "programs_wanted": programs, **measured}
+    return Usage(found.name, architecture, configuration, instructions=sorted(found.instructions), **more)
 
 
 def compile_all(chosen: Sequence[tuple[str, int]], jobs: int | None = None) -> Iterator[Usage]:
-    """In the order given, each as soon as it and those before it are there. ``jobs``: processes; default one a core."""
-    # a forked process would inherit torch's threads in whatever state they are
+    """In the order given, each as soon as it and those before it are done. ``jobs``: processes; default one per core."""
+    # a forked process would inherit torch's threads in an undefined state
     with ProcessPoolExecutor(jobs or os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(compile_one, chosen)
 
 
 def markdown(found: Iterable[Usage]) -> str:
     """The table for the documentation."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(usage.cells()) + " |" for usage in found]
-    return "\n".join(lines) + "\n"
+    rows = [usage.cells() for usage in found]
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    return "\n".join([*lines, *("| " + " | ".join(row.values()) + " |" for row in rows)]) + "\n"
 
 
 def run(console: Console, out: Path, environment: dict[str, Any], quick: bool) -> Path:
@@ -161,13 +148,9 @@ def run(console: Console, out: Path, environment: dict[str, Any], quick: bool) -
         for (name, architecture), usage in zip(chosen, compile_all(chosen)):
             found.append(usage)
             progress(f"{name} on sm_{architecture}", 1)
-    title = f"{SUITE}: one program of each Triton kernel"
-    console.table(title, COLUMNS, [usage.cells() for usage in found], [False] * len(found))
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{SUITE}.json"
-    document = {"quick": quick, "environment": environment, "kernels": [as_dict(usage) for usage in found]}
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    return path
+    print_table(console, f"{SUITE}: one program of each Triton kernel", [usage.cells() for usage in found])
+    kernels = [as_dict(usage) for usage in found]
+    return write_json(out / f"{SUITE}.json", {"quick": quick, "environment": environment, "kernels": kernels})
 
 
 def as_dict(usage: Usage) -> dict[str, Any]:

@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from . import register_all
-from .cases import make_inputs
-from .reference import check, compute_reference
-from .registry import PROVIDERS
+from . import providers  # noqa: F401 (registers them)
+from .core.inputs import make_inputs
+from .core.reference import check, compute_reference
+from .core.registry import PROVIDERS
 from .suites import SUITES
 
-register_all()
 _TINY = {"pairs": 1, "tokens": 8, "hidden": 16, "vocab": 97}
 _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 #: Compiling takes seconds; once is enough for a smoke test.

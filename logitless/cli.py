@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import torch
 
-    from logitless.bench.console import Console
+    from logitless.bench.core.console import Console
     from logitless.kernels.backends.triton.tuning.export import Result
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -53,7 +53,7 @@ def _environment(device: torch.device) -> str:
     import torch
     import triton
 
-    from logitless.bench.environment import driver_version
+    from logitless.bench.core.environment import driver_version
     from logitless.kernels.backends.triton.tuning.problem import device_name
 
     driver = f"driver {driver_version() or 'unknown'}" if device.type == "cuda" else "no driver"
@@ -90,7 +90,7 @@ def _tune(options: argparse.Namespace) -> int:
     """Measure configurations of the Triton kernels, cache them, and export them; returns the exit status."""
     import torch
 
-    from logitless.bench.console import make_console
+    from logitless.bench.core.console import make_console
     from logitless.kernels.backends.interface import Call
     from logitless.kernels.backends.registry import get_backend
 

@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""Compiles the Triton kernels ahead of time, without a GPU, and holds them to their budget of resources.
+"""Compiles the Triton kernels ahead of time, without a GPU, and checks their resources against a budget.
 
     python scripts/check_triton.py [--quick] [--update] [--docs] [--jobs 2] [--part I/N] [--json FILE]
 
-Registers and shared memory decide how many programs a multiprocessor holds, and a spilled register is a trip to memory. The
-budget, ``tests/triton/budget.json``, has an entry for each kernel and architecture: registers, shared memory, and the
-instructions that it must contain. It fails (exit 1), naming the kernel, when one exceeds its entry, lacks an instruction,
-spills, or has no entry, and when an entry has no kernel.
+Registers and shared memory limit how many programs a multiprocessor holds, and each spilled register costs memory accesses.
+The budget, ``tests/triton/budget.json``, has an entry for each kernel and architecture: registers, shared memory, and the
+instructions that it must contain. The check fails (exit status 1), naming the kernel, when a kernel exceeds its entry, lacks an
+instruction, spills or has no entry, and when an entry has no kernel.
 
-Registers and spills are those of the Triton version with which the budget was written (its ``triton`` entry). With another
-one only what every version promises is checked: the kernels compile and contain their instructions.
+Registers and spills are checked only with the Triton version with which the budget was written (its ``triton`` entry). With
+other versions the check is that the kernels compile and contain their instructions.
 
-All of them take about 20 minutes on two cores; ``--quick`` compiles a few of every kernel and configuration. ``--update``
-writes what was found as the new budget, ``--docs`` as the table of ``docs/triton-resources.md``; both take all of them.
+All kernels take about 20 minutes on two cores; ``--quick`` compiles a few per kernel and configuration. ``--update`` writes
+the result as the new budget, ``--docs`` as the table of ``docs/triton-resources.md``; both compile all kernels.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Budget = dict[str, dict[str, dict[str, Any]]]
 
 
 def same_triton(budget: dict[str, Any]) -> bool:
-    """Whether registers and spills can be compared."""
+    """Whether this Triton's registers and spills can be compared with the budget's."""
     return triton.__version__.split(".")[:2] == budget["triton"].split(".")[:2]
 
 
@@ -57,7 +57,7 @@ def as_budget(found: Sequence[Usage]) -> dict[str, Any]:
 
 
 def needs(usage: Usage) -> list[str]:
-    """Instructions that a GEMM of the logits must contain, whatever the budget says."""
+    """Instructions that a GEMM of the logits must contain, in addition to those of the budget."""
     if not usage.kernel.startswith(("score_", "recompute_")) or "stages" not in usage.configuration:
         return []
     wanted = [{80: "mma", 90: "wgmma", 100: "tcgen05"}[usage.architecture]]
@@ -67,7 +67,7 @@ def needs(usage: Usage) -> list[str]:
 
 
 def problems(found: Sequence[Usage], budget: dict[str, Any], numbers: bool = True) -> list[str]:
-    """One sentence for each way in which the kernels and the budget disagree. ``numbers``: registers and spills count."""
+    """One sentence for each disagreement of kernels and budget. ``numbers``: check registers, shared memory and spills too."""
     complaints = []
     for usage in found:
         name = f"{usage.kernel} on sm_{usage.architecture}"
@@ -99,7 +99,7 @@ def problems(found: Sequence[Usage], budget: dict[str, Any], numbers: bool = Tru
 
 
 def strangers(budget: dict[str, Any], known: set[tuple[str, int]]) -> list[str]:
-    """Entries that have no kernel, and kernels that have no entry, without compiling any."""
+    """Entries without a kernel, and kernels without an entry; compiles nothing."""
     entries = {(name, int(arch[3:])) for name, archs in budget["kernels"].items() for arch in archs}
     complaints = [
         f"{name} on sm_{arch} is in the budget, but there is no such kernel" for name, arch in sorted(entries - known)
@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     start, found = time.perf_counter(), []
     for usage in compile_all(chosen, options.jobs):
         found.append(usage)
-        print(f"[{len(found)}/{len(chosen)}]", "; ".join(usage.cells()), flush=True)
+        print(f"[{len(found)}/{len(chosen)}]", "; ".join(usage.cells().values()), flush=True)
     print(f"{len(found)} compilations, {time.perf_counter() - start:.0f} s")
     if options.update:
         BUDGET.write_text(json.dumps(as_budget(found), indent=1) + "\n")

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from logitless.kernels.backends.interface import Call
-from logitless.kernels.cost_model.costs import predict
+from logitless.kernels.backends.registry import get_backend
 from logitless.kernels.cost_model.gpu_constants import Gpu, load_constants
 
 FILE = Path(__file__).resolve().parent.parent / "kernels" / "cost_model" / "gpu_constants.json"
@@ -74,7 +74,7 @@ def triton_gemm(tuning: dict[str, Any], gpu: Gpu) -> float:
             workspace=1 << 40,  # the tokens were not divided
             architecture=gpu.architecture,
         )
-        parts = {part.name: part.seconds for part in predict("triton", call, gpu).parts}
+        parts = {part.name: part.seconds for part in get_backend("triton").predict(call, gpu).parts}
         beside = parts["exponentials of the epilogue"] + parts["partial sums"]
         alone = best["forward"] / 1e3 - beside
         if alone <= 0:

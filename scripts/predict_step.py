@@ -9,7 +9,7 @@ import torch
 from blocks import write_block
 
 from logitless.kernels.backends.interface import Call
-from logitless.kernels.cost_model.costs import predict
+from logitless.kernels.backends.registry import get_backend
 from logitless.kernels.cost_model.gpu_constants import constants
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
@@ -43,9 +43,9 @@ def table() -> str:
         bare = gemms * one
         cells = [name, f"{bare * 1e3:.1f} ms"]
         for backend in ("triton", "cuda", "torch"):
-            seconds = predict(backend, call).seconds
+            seconds = get_backend(backend).predict(call).seconds
             cells.append(f"{seconds * 1e3:.1f} ms, {seconds / bare:.2f}")
-        beside = predict("triton", call).seconds - one / gpu.triton_gemm
+        beside = get_backend("triton").predict(call).seconds - one / gpu.triton_gemm
         cells.append(f"at least {one / (TARGET * bare - beside):.2f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -1,5 +1,5 @@
-"""Whole training steps of models with random weights: TRL's trainers as they are, on ``patch()``, and our own modules.
+"""Whole training steps of models with random weights: TRL's trainers as they are, with ``patch()``, and our own modules.
 
-``python -m logitless.bench.training --list`` says what there is: suites (``suites``) of cases (``cases``), each a model
-(``models``), a method (``methods``) and a batch (``batches``), run by several arms (``arms``) that take turns.
+``python -m logitless.bench.training --list`` names the suites (``suites``) and their cases (``cases``). A case is a model
+(``models``), a method (``methods``) and a batch (``batches``); several arms (``arms``) run it in turns.
 """

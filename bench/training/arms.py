@@ -1,4 +1,4 @@
-"""Who computes the loss of a step. Everything else of a step, and all that is held between steps, is the same for all."""
+"""Arms: ways to compute the loss of a step. Everything else of a step, and all state between steps, is the same for all."""
 
 from __future__ import annotations
 
@@ -13,58 +13,50 @@ from torch import Tensor
 import logitless as ll
 
 from .attention import PADDED
-from .workbench import Data, Workbench
-
-Loss = Callable[[Workbench, Data], Tensor]
-WhyNot = Callable[[Workbench], list[str]]
-
-
-def _always(bench: Workbench) -> list[str]:
-    return []
+from .batches import Data
+from .workbench import Workbench
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to get the loss.
+    """One way to compute the loss.
 
     Attributes:
         loss: 0-dim, with the graph of a backward pass.
         around: a context for the step, the backward pass included.
         packed: whether the sequences lie in one row.
-        floor: it computes no loss: the decoders alone, forward and backward, which no head can save.
+        floor: it computes no loss, only the decoders, forward and backward: a lower bound for any head.
         why_not: every reason why it cannot run.
     """
 
     name: str
     about: str
-    loss: Loss
+    loss: Callable[[Workbench, Data], Tensor]
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
     packed: bool = False
     floor: bool = False
-    why_not: WhyNot = _always
+    why_not: Callable[[Workbench], list[str]] = lambda bench: []
 
     @contextmanager
     def ready(self, bench: Workbench) -> Iterator[None]:
-        """The model as the arm needs it; its own time is not counted."""
+        """The model as the arm needs it; this is not timed."""
         bench.use_attention(bench.packed_attention if self.packed else PADDED)
         bench.in_one_row = self.packed
         with self.around():
             yield
 
 
-def _trl(bench: Workbench, data: Data) -> Tensor:
-    loss: Tensor = bench.trainer.compute_loss(bench.model, data.trl)
-    return loss
+def _trl(bench: Workbench, data: Data) -> Any:
+    return bench.trainer.compute_loss(bench.model, data.trl)
 
 
-def _logitless(bench: Workbench, data: Data) -> Tensor:
-    arguments = bench.method.arguments(bench, data)
-    loss: Tensor = ll.model_loss(bench.model, bench.module, data.packed, padding_free=bench.in_one_row, **arguments).loss
-    return loss
+def _logitless(bench: Workbench, data: Data) -> Any:
+    arguments = bench.module_arguments(data)
+    return ll.model_loss(bench.model, bench.module, data.packed, padding_free=bench.in_one_row, **arguments).loss
 
 
 def _body(bench: Workbench, data: Data) -> Tensor:
-    """All the forward passes of a step up to the head, and a loss of hidden states that costs nothing."""
+    """All forward passes of a step up to the head, and a loss of hidden states that costs next to nothing."""
 
     def run(model: Any, packed: ll.PackedSequences) -> Tensor:
         return ll.at_head(model, packed, lambda at: at.hidden.float().square().mean(), padding_free=bench.in_one_row)

@@ -1,25 +1,28 @@
-"""Batches of token ids with the lengths of a profile, and what each of TRL's collators is fed of them."""
+"""Batches of token ids with the lengths of a profile, their tensors, and the inputs of TRL's collators."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-IGNORE = -100
-#: Token ids below are special.
+import logitless as ll
+
+from ..core.cases import IGNORE
+from ..losses import LossInputs
+from ..losses.inputs import UNUSED
+
+#: Smaller token ids are special.
 _FIRST_ID = 3
 
 
-@dataclass(frozen=True)
-class Profile:
+class Profile(NamedTuple):
     """Lengths of prompts and responses, as shares of the longest sequence; log-normal where ``sigma`` is more than 0.
 
-    The medians and spreads are this benchmark's own choice of what the field's data look like; the raw figures of a run
-    hold the lengths that came out.
+    The medians and spreads are this benchmark's own choice of typical data; the JSON of a run has the actual lengths.
     """
 
     about: str
@@ -29,10 +32,10 @@ class Profile:
 
 
 PROFILES: dict[str, Profile] = {
-    "fixed": Profile("every sequence as long, a quarter of it prompt: no padding", 0.25, 0.75, 0.0),
+    "fixed": Profile("sequences of equal length, a quarter of it prompt: no padding", 0.25, 0.75, 0.0),
     "chat": Profile("short prompts, answers of very different lengths", 0.10, 0.25, 0.7),
     "summary": Profile("long prompts, short answers", 0.60, 0.10, 0.4),
-    "balanced": Profile("prompt and answer about as long: what a shared prefix saves most on", 0.45, 0.45, 0.1),
+    "balanced": Profile("prompt and answer of about equal length: a shared prefix saves most", 0.45, 0.45, 0.1),
     "reasoning": Profile("short prompts, long chains of thought", 0.05, 0.45, 0.6),
 }
 
@@ -60,9 +63,14 @@ class Batch:
         return [len(p) for p in self.prompts]
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        return [len(s) for s in self.sequences]
+
+    @property
     def tokens(self) -> int:
-        """Of all sequences, padding left out."""
-        return sum(map(len, self.sequences))
+        """Tokens of all sequences, without padding."""
+        return sum(self.lengths)
 
     @property
     def scored(self) -> int:
@@ -71,17 +79,15 @@ class Batch:
 
     @property
     def longest(self) -> int:
-        return max(map(len, self.sequences))
+        return max(self.lengths)
 
     def rotated(self) -> Batch:
-        """Completions moved on by one: the mismatched pairs of KTO's KL term, as TRL's trainer makes them."""
+        """Completions shifted by one sequence: the mismatched pairs of KTO's KL term, as TRL's trainer makes them."""
         return Batch(self.prompts, (self.completions[-1], *self.completions[:-1]))
 
     def padded(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """ids, attention mask and labels, not shifted: (S, T) each, padded on the right."""
-        shape = len(self), self.longest
-        ids, mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-        labels = torch.full(shape, IGNORE)
+        """ids, attention mask and unshifted labels: (S, T) each, padded on the right."""
+        ids, mask, labels = (torch.full((len(self), self.longest), fill) for fill in (0, 0, IGNORE))
         for i, (sequence, start) in enumerate(zip(self.sequences, self.prompt_lengths, strict=True)):
             ids[i, : len(sequence)] = torch.tensor(sequence)
             mask[i, : len(sequence)] = 1
@@ -95,20 +101,20 @@ def _lengths(count: int, median: float, longest: int, sigma: float, g: torch.Gen
 
 
 def _ids(vocab: int, count: int, power: float, g: torch.Generator) -> list[int]:
-    """Token ids, the first ones the most frequent: the fewer ids take most of the places, the smaller ``power`` is."""
+    """Token ids, of which the first are the most frequent; the more so, the smaller ``power`` is."""
     drawn = torch.rand(count, generator=g, dtype=torch.float64).clamp(min=1e-9).pow(-power) - 1
     return (_FIRST_ID + (drawn % (vocab - _FIRST_ID)).long()).tolist()
 
 
 def make_batch(profile: str, *, pairs: int, length: int, vocab: int, seed: int) -> Batch:
-    """P pairs of at most ``length`` tokens each. At least one is as long, so that padding is what it would be in training."""
+    """P pairs of at most ``length`` tokens each. One is exactly as long, so that there is as much padding as in training."""
     p, g = PROFILES[profile], torch.Generator().manual_seed(seed)
     prompt_lengths = _lengths(pairs, p.prompt * length, max(2, math.ceil(0.8 * length)), p.sigma, g)
     prompts = [_ids(vocab, n, 3.0, g) for n in prompt_lengths] * 2
     room = [length - len(prompt) for prompt in prompts]
     answers = [min(r, n) for r, n in zip(room, _lengths(2 * pairs, p.response * length, length, p.sigma, g), strict=True)]
     answers[0] = room[0]
-    # chosen answers are of frequent tokens, so that preferring them can be learnt
+    # chosen answers have frequent tokens, so that a model can learn to prefer them
     completions = [_ids(vocab, n, 2.0 if i < pairs else 6.0, g) for i, n in enumerate(answers)]
     return Batch(tuple(prompts), tuple(completions))
 
@@ -125,20 +131,17 @@ def paired_examples(batch: Batch) -> list[dict[str, list[int]]]:
 def unpaired_examples(batch: Batch) -> list[dict[str, object]]:
     """For the collator of TRL's KTOTrainer: chosen ones are desirable."""
     kl = batch.rotated()
-    return [
-        {"prompt_ids": p, "completion_ids": c, "KL_completion_ids": k, "label": i < len(batch) // 2}
-        for i, (p, c, k) in enumerate(zip(batch.prompts, batch.completions, kl.completions, strict=True))
-    ]
+    parts = zip(batch.prompts, batch.completions, kl.completions, strict=True)
+    names = ("prompt_ids", "completion_ids", "KL_completion_ids")
+    return [{**dict(zip(names, ids, strict=True)), "label": i < len(batch) // 2} for i, ids in enumerate(parts)]
 
 
 def concatenated_examples(batch: Batch) -> list[dict[str, list[int]]]:
     """For the collator of TRL's CPOTrainer and ORPOTrainer."""
     half, found = len(batch) // 2, []
-    for i in range(half):
-        features: dict[str, list[int]] = {"prompt_input_ids": batch.prompts[i]}
-        features["prompt_attention_mask"] = [1] * len(batch.prompts[i])
-        for name, at in (("chosen", i), ("rejected", half + i)):
-            prompt, completion = batch.prompts[at], batch.completions[at]
+    for i, prompt in enumerate(batch.prompts[:half]):
+        features = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
+        for name, completion in (("chosen", batch.completions[i]), ("rejected", batch.completions[half + i])):
             features[f"{name}_input_ids"] = prompt + completion
             features[f"{name}_attention_mask"] = [1] * len(prompt + completion)
             features[f"{name}_labels"] = [IGNORE] * len(prompt) + completion
@@ -147,15 +150,58 @@ def concatenated_examples(batch: Batch) -> list[dict[str, list[int]]]:
 
 
 def rollout_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """What TRL's GRPOTrainer makes of rollouts: prompts padded on the left, completions on the right."""
-    width = {"prompt": max(map(len, batch.prompts)), "completion": max(map(len, batch.completions))}
-    found = {}
-    rows: tuple[tuple[str, tuple[list[int], ...], Callable[[list[int], list[int]], list[int]]], ...] = (
-        ("prompt", batch.prompts, lambda padding, ids: padding + ids),
-        ("completion", batch.completions, lambda padding, ids: ids + padding),
-    )
-    for name, sequences, join in rows:
-        padding = [[0] * (width[name] - len(ids)) for ids in sequences]
-        found[f"{name}_ids"] = [join(p, ids) for p, ids in zip(padding, sequences, strict=True)]
-        found[f"{name}_mask"] = [join(p, [1] * len(ids)) for p, ids in zip(padding, sequences, strict=True)]
-    return {name: torch.tensor(values, device=device) for name, values in found.items()}
+    """Rollouts as TRL's GRPOTrainer holds them: prompts padded on the left, completions on the right."""
+    found: dict[str, Tensor] = {}
+    for name, sequences in (("prompt", batch.prompts), ("completion", batch.completions)):
+        width = max(map(len, sequences))
+        ids, mask = (torch.zeros(len(batch), width, dtype=torch.int64) for _ in range(2))
+        for i, sequence in enumerate(sequences):
+            place = slice(width - len(sequence), None) if name == "prompt" else slice(len(sequence))
+            ids[i, place], mask[i, place] = torch.tensor(sequence), 1
+        found |= {f"{name}_ids": ids.to(device), f"{name}_mask": mask.to(device)}
+    return found
+
+
+@dataclass
+class Data:
+    """A batch on the device, in the forms that the arms take.
+
+    Attributes:
+        packed: sequences in one row, prompts not scored. packed_kl: the mismatched pairs of KTO.
+        every_label: (N,) shifted labels of all of ``packed``'s tokens.
+        ids, mask, labels: (S, T), padded on the right; labels unshifted, -100 outside of the completions.
+        desirable, advantages: (S,).
+        old_logps: (S, T) float32, at the position that predicts.
+        exact_ref: (S,) float64 sums of the reference, by an exact head. exact_kl: 0-dim.
+        trl: arguments of TRL's ``compute_loss``.
+    """
+
+    batch: Batch
+    packed: ll.PackedSequences
+    packed_kl: ll.PackedSequences
+    every_label: Tensor
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor
+    desirable: Tensor
+    advantages: Tensor
+    old_logps: Tensor
+    exact_ref: Tensor = UNUSED
+    exact_kl: Tensor = UNUSED
+    trl: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def scored(self) -> Tensor:
+        """(S, T - 1): positions that predict a token of a completion."""
+        return self.labels[:, 1:] != IGNORE
+
+    @property
+    def present(self) -> Tensor:
+        """(S, T - 1): positions that predict a token that is not padding."""
+        return self.mask[:, 1:] != 0
+
+    @property
+    def loss_inputs(self) -> LossInputs:
+        """Of the losses in plain torch, for log-probs (S, T - 1)."""
+        rollouts = {"old_logps": self.old_logps[:, :-1], "advantages": self.advantages[:, None]}
+        return LossInputs(self.scored, self.exact_ref, self.desirable, self.exact_kl, **rollouts)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
-from .batches import PROFILES
+from ..core.cases import check
+from .batches import PROFILES, Batch, make_batch
+from .methods import METHODS
 from .models import MODELS
 
-#: Names of precisions: of the weights, and of autocast.
+#: Names of precisions: the dtypes of the weights and of autocast.
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "bf16": (torch.bfloat16, None),
     "bf16-amp": (torch.float32, torch.bfloat16),
@@ -29,9 +29,8 @@ class TrainCase:
         pairs: P; a batch has 2 P sequences. length: tokens of the longest. profile: of :data:`~.batches.PROFILES`.
         precision: of :data:`PRECISIONS`; ``fp16-amp`` trains with a ``GradScaler``.
         checkpointing: gradient checkpointing of the decoder's layers.
-        compiled: the decoder under ``torch.compile``, the head left out of it.
-        attention: with which sequences run in one row, a name of transformers' or :data:`~.attention.VARLEN`; empty: the best
-            that there is.
+        compiled: whether the decoder, without the head, is under ``torch.compile``.
+        attention: of sequences in one row: a name of transformers', or :data:`~.attention.VARLEN`; empty: the best available.
         tiny: the model shrunk.
     """
 
@@ -48,20 +47,8 @@ class TrainCase:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        from .methods import METHODS
-
-        known: dict[str, Mapping[str, Any]] = {
-            "model": MODELS,
-            "method": METHODS,
-            "profile": PROFILES,
-            "precision": PRECISIONS,
-        }
-        for name, values in known.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
-        for name, least in (("pairs", 1), ("length", 16)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        least = {"pairs": 1, "length": 16}
+        check(self, least, model=MODELS, method=METHODS, profile=PROFILES, precision=PRECISIONS)
 
     @property
     def weights_dtype(self) -> torch.dtype:
@@ -73,12 +60,13 @@ class TrainCase:
 
     @property
     def title(self) -> str:
-        options = [name for name in ("checkpointing", "compiled", "tiny") if getattr(self, name)]
-        more = "".join(f", {name}" for name in options)
-        return (
-            f"{self.model} {self.method}: {self.pairs} pairs x 2 x at most {self.length} tokens ({self.profile}), "
-            f"{self.precision}{more}{', ' if self.attention else ''}{self.attention}"
-        )
+        options = [self.precision, *(name for name in ("checkpointing", "compiled", "tiny") if getattr(self, name))]
+        options += [self.attention] if self.attention else []
+        size = f"{self.pairs} pairs x 2 x at most {self.length} tokens ({self.profile})"
+        return f"{self.model} {self.method}: {size}, {', '.join(options)}"
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+
+def case_batch(case: TrainCase, vocab: int, *, pairs: int | None = None, length: int | None = None, seed: int = 0) -> Batch:
+    """The batch of a case, or one of another size."""
+    sizes = {"pairs": pairs or case.pairs, "length": length or case.length}
+    return make_batch(case.profile, **sizes, vocab=vocab, seed=case.seed + seed)

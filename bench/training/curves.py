@@ -1,7 +1,7 @@
 """Loss curves: the same model and batches under each arm, and how far rounding alone moves TRL's own curve.
 
-TRL's head rounds logits to bfloat16. Other tiles of the vocabulary change the order in which exponentials are added, which
-is far less than that rounding; so TRL's function in float32 is one of the roundings that its curve is compared with.
+TRL's head rounds logits to bfloat16. Other tiles of the vocabulary only change the order in which exponentials are added,
+which matters far less; so the roundings that TRL's curve is compared with include its function in float32.
 """
 
 from __future__ import annotations
@@ -9,19 +9,20 @@ from __future__ import annotations
 import functools
 import gc
 import statistics
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from ..runner import FAILED, OK, UNAVAILABLE, shorten
+from ..core.console import number
+from ..core.rows import OK, Outcome, Progress, Row, Table, release_memory
 from .arms import ARMS, Arm
-from .cases import TrainCase
+from .cases import TrainCase, case_batch
 from .models import make_config
-from .steps import case_batch, step
+from .steps import step
 from .workbench import Workbench
 
 #: TRL again, with a part of the vocabulary as its tile.
@@ -30,60 +31,58 @@ LEARNING_RATE = 1e-5
 
 
 @dataclass
-class CurveRow:
-    """The losses of an arm. rounding: another rounding of TRL's own function."""
+class CurveRow(Row):
+    """The losses of an arm. rounding: whether it is another rounding of TRL's own function."""
 
-    arm: str
-    status: str = OK
-    message: str = ""
     losses: list[float] = field(default_factory=list)
     rounding: bool = False
 
+    def fail(self, status: str, message: str) -> None:
+        super().fail(status, message)
+        self.losses = []
+
 
 @dataclass
-class CurveOutcome:
+class CurveOutcome(Outcome[CurveRow]):
     """A case and its rows; the first is TRL's."""
 
-    case: TrainCase
     learning_rate: float
-    rows: list[CurveRow]
-
-    def row(self, arm: str) -> CurveRow | None:
-        return next((r for r in self.rows if r.arm == arm and r.status == OK), None)
 
     @property
     def noise(self) -> float | None:
-        """How far the farthest of TRL's own roundings is from its curve."""
+        """The largest distance of another rounding of TRL's function from TRL's curve."""
         trl = self.row("trl")
         others = [r.losses for r in self.rows if r.rounding and r.status == OK]
-        return max(distance(trl.losses, losses) for losses in others) if trl is not None and others else None
+        return max(distance(trl.losses, losses) for losses in others) if trl is not None and trl.losses and others else None
 
     def over_noise(self, row: CurveRow) -> float | None:
         """Mean distance of a curve from TRL's, over the noise."""
         trl, noise = self.row("trl"), self.noise
         return distance(row.losses, trl.losses) / noise if trl is not None and noise and row.status == OK else None
 
-    def as_dict(self) -> dict[str, Any]:
-        rows = [{**asdict(r), "distance_over_noise": None if r.arm == "trl" else self.over_noise(r)} for r in self.rows]
-        return {**self.case.as_dict(), "learning_rate": self.learning_rate, "noise": self.noise, "rows": rows}
+    @property
+    def title(self) -> str:
+        return f"{self.case.title}; learning rate {self.learning_rate:g}; noise {number(self.noise)}"
+
+    def cells(self, row: CurveRow) -> dict[str, str]:
+        return {
+            "steps": str(len(row.losses)),
+            "first loss": f"{row.losses[0]:.4f}",
+            "last loss": f"{row.losses[-1]:.4f}",
+            "x noise": number(None if row.name == "trl" else self.over_noise(row), ".2f"),
+            "note": "TRL, rounded otherwise" if row.rounding else "",
+        }
+
+    def derived(self) -> dict[str, Any]:
+        return {"noise": self.noise}
+
+    def derived_of(self, row: CurveRow) -> dict[str, Any]:
+        return {"distance_over_noise": None if row.name == "trl" else self.over_noise(row)}
 
 
 def distance(a: list[float], b: list[float]) -> float:
-    """Mean over steps of how far two curves are apart."""
+    """Mean over steps of the absolute difference of two curves."""
     return statistics.mean(abs(x - y) for x, y in zip(a, b, strict=True))
-
-
-@contextmanager
-def _replaced(name: str, value: Any) -> Iterator[None]:
-    """TRL's fused head with another value of a global that it reads."""
-    from trl.trainer import utils
-
-    before = getattr(utils, name)
-    setattr(utils, name, value)
-    try:
-        yield
-    finally:
-        setattr(utils, name, before)
 
 
 class _InFloat32:
@@ -97,23 +96,16 @@ class _InFloat32:
 
 
 def _roundings(vocab: int) -> dict[str, Arm]:
-    """Arms that compute what TRL's does, rounded elsewhere."""
-    found: list[tuple[str, str, tuple[str, Any]]] = [
-        ("trl:float32-head", "its head in float32", ("_ChunkedLogProbFunction", _InFloat32))
-    ]
-    for part in _PARTS:
-        size = max(1, vocab // part)
-        found.append((f"trl:tiles-{size}", "its head in other tiles", ("_CHUNKED_LOGPROB_CHUNK_SIZE", size)))
-    loss = ARMS["trl"].loss
-    return {
-        name: Arm(name, f"TRL's trainer, {about}", loss, around=functools.partial(_replaced, *what))
-        for name, about, what in found
+    """Arms that compute the same as TRL's with other roundings: its head in float32, or in other tiles."""
+    sizes = [max(1, vocab // part) for part in _PARTS]
+    found: dict[str, tuple[str, Any]] = {
+        "trl:float32-head": ("_ChunkedLogProbFunction", _InFloat32),
+        **{f"trl:tiles-{size}": ("_CHUNKED_LOGPROB_CHUNK_SIZE", size) for size in sizes},
     }
-
-
-def planned_curves(names: Iterable[str], steps: int) -> int:
-    """How often :func:`run_curves` reports progress."""
-    return (len(list(names)) + 1 + len(_PARTS)) * steps
+    return {
+        name: Arm(name, "", ARMS["trl"].loss, around=functools.partial(mock.patch, f"trl.trainer.utils.{of}", value))
+        for name, (of, value) in found.items()
+    }
 
 
 def run_curves(
@@ -123,34 +115,26 @@ def run_curves(
     *,
     steps: int,
     learning_rate: float = LEARNING_RATE,
-    progress: Callable[[str, int], None] = lambda text, steps: None,
+    progress: Progress = lambda text: None,
 ) -> CurveOutcome:
     """Train from one initialisation on one sequence of batches, once for each arm."""
-    outcome = CurveOutcome(case, learning_rate, [])
     vocab = make_config(case.model, tiny=case.tiny).vocab_size
     arms = {name: ARMS[name] for name in names}
     more = _roundings(vocab) if "trl" in arms else {}
-    for name, arm in {**arms, **more}.items():
-        row = CurveRow(name, rounding=name in more)
-        outcome.rows.append(row)
-        bench = Workbench(case, device, learning_rate=learning_rate)
-        try:
-            reasons = arm.why_not(bench)
-            if row.rounding and not bench.method.fused:
-                reasons = [f"TRL's {type(bench.trainer).__name__} has no fused head that could round elsewhere"]
-            if reasons:
-                row.status, row.message = UNAVAILABLE, "; ".join(reasons)
-                progress(name, steps)
-                continue
-            for i in range(steps):
-                progress(f"step {i + 1} of {name}", 1)
-                data = bench.data(case_batch(case, vocab, seed=i), exact=False)
-                with arm.ready(bench):
-                    row.losses.append(step(bench, arm, data).item())
-        except Exception as error:
-            row.status, row.message, row.losses = FAILED, shorten(error), []
-        del bench  # whose trainer holds itself in circles
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return outcome
+    rows = [CurveRow(name, rounding=name in more) for name in (*arms, *more)]
+
+    def train(row: CurveRow) -> None:
+        gc.collect()  # the trainer of the row before contains reference cycles
+        release_memory(device)
+        bench, arm = Workbench(case, device, learning_rate=learning_rate), {**arms, **more}[row.name]
+        row.refuse(arm.why_not(bench))
+        if row.rounding and not bench.method.fused:
+            row.refuse([f"TRL's {type(bench.trainer).__name__} has no fused head with other roundings"])
+        for i in range(steps if row.status == OK else 0):
+            progress(f"step {i + 1} of {row.name}")
+            data = bench.data(case_batch(case, vocab, seed=i), exact=False)
+            with arm.ready(bench):
+                row.losses.append(step(bench, arm, data).item())
+
+    Table(rows, device, progress).each("training", train)
+    return CurveOutcome(case, rows, learning_rate)

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..memory import measure_work
-from ..registry import Result, Work
-from ..runner import FAILED, OK, UNAVAILABLE, shorten
+from ..core.console import number
+from ..core.memory import peak_bytes
+from ..core.rows import OK, Outcome, Progress, Row, Table, release_memory
 from .arms import ARMS, Arm
-from .cases import TrainCase
-from .steps import case_batch, step
+from .cases import TrainCase, case_batch
+from .steps import step
 from .workbench import Workbench
 
-#: What a size is of (pairs of a batch, or tokens of the longest sequence), what sizes are multiples of, and the power of the
-#: size with which a step's time grows at most.
-GRANULES = {"pairs": 1, "length": 64}
-_GROWTH = {"pairs": 1, "length": 2}
+#: By what grows (pairs of a batch, tokens of the longest sequence): what sizes are multiples of, and the power of the size
+#: with which a step's time grows at most.
+_SIZES = {"pairs": {"granule": 1, "growth": 1}, "length": {"granule": 64, "growth": 2}}
 #: Share of a prediction that is tried: above it the next trial would often fail.
 _CAUTION = 0.97
 _TRIALS = 7
@@ -37,19 +37,16 @@ class Trial:
 
 
 @dataclass
-class LimitRow:
-    """What an arm can hold.
+class LimitRow(Row):
+    """The largest size of an arm.
 
     Attributes:
         largest: the largest size that ran within the limit, ``None`` if none did.
         failing: the smallest size that did not fit, if any was tried.
         predicted: where the straight line through the peaks of the two largest sizes that ran reaches the limit.
-        cut_short: whether more would have been tried with more time. message: why the search ended, or why there is nothing.
+        cut_short: whether more would have been tried with more time; ``message`` says why the search ended.
     """
 
-    arm: str
-    status: str = OK
-    message: str = ""
     largest: int | None = None
     failing: int | None = None
     predicted: int | None = None
@@ -58,23 +55,29 @@ class LimitRow:
 
 
 @dataclass
-class LimitOutcome:
-    """A case, what was made larger, the limit in bytes, and the rows."""
+class LimitOutcome(Outcome[LimitRow]):
+    """A case and its rows: what was made larger, and the limit in bytes."""
 
-    case: TrainCase
     of: str
     limit_bytes: int
-    rows: list[LimitRow]
 
-    def row(self, arm: str) -> LimitRow | None:
-        return next((r for r in self.rows if r.arm == arm), None)
+    @property
+    def title(self) -> str:
+        return f"{self.case.title}; {self.of} within {self.limit_bytes / 1e9:.4g} GB"
 
-    def as_dict(self) -> dict[str, Any]:
-        return {**self.case.as_dict(), "of": self.of, "limit_bytes": self.limit_bytes, "rows": [asdict(r) for r in self.rows]}
+    def cells(self, row: LimitRow) -> dict[str, str]:
+        return {
+            f"largest {self.of}": number(row.largest, ".0f"),
+            "did not fit": number(row.failing, ".0f"),
+            "predicted": number(row.predicted, ".0f"),
+            "peak GiB": number(next((t.peak_bytes for t in row.trials if t.size == row.largest), None), ".2f", 2**30),
+            "trials": str(len(row.trials)),
+            "how it ended": row.message,
+        }
 
 
 def extrapolate(trials: Iterable[Trial], limit: int) -> int | None:
-    """Memory grows in proportion to tokens: the size at which the line through the two largest trials reaches the limit."""
+    """The size at which the line through the two largest trials reaches the limit, as memory is linear in the tokens."""
     fitting = sorted((t for t in trials if t.peak_bytes is not None), key=lambda t: t.size)
     if len(fitting) < 2:
         return None
@@ -110,8 +113,10 @@ def search(
     growth: int = 1,
     deadline: float = math.inf,
 ) -> None:
-    """Fill in a row: double once, then go where the line says, from below, until nothing is left between what fits and what
-    does not, or a step would take more than ``seconds``, growing with that power of the size.
+    """Fill in a row: double once, then try sizes slightly below the prediction.
+
+    It ends when nothing is left between what fits and what does not, or when a step would take more than ``seconds``; its time
+    grows with the power ``growth`` of the size.
     """
     size = max(granule, start // granule * granule)
     while True:
@@ -124,10 +129,10 @@ def search(
             row.failing = min(size, row.failing or size)
         row.predicted = extrapolate([t for t in row.trials if t.peak_bytes is not None and t.peak_bytes <= limit], limit)
         low, high = row.largest, row.failing
+        if low is None and size == granule:
+            row.message = "not even the smallest size fits"
+            return
         if low is None:
-            if size == granule:
-                row.message = "not even the smallest size fits"
-                return
             size = max(granule, size // 2 // granule * granule)
             continue
         if high is not None and high - low <= granule:
@@ -163,73 +168,54 @@ def run_limits(
     limit_bytes: int,
     seconds: float,
     deadline: float,
-    progress: Callable[[str, int], None] = lambda text, steps: None,
+    progress: Progress = lambda text: None,
 ) -> LimitOutcome:
     """Find each arm's limit, starting from the size of the case.
 
     Args:
-        of: ``pairs`` or ``length``.
-        limit_bytes: of torch's allocator on a GPU, which then refuses to hold more; on a CPU of what a step takes beside what
-            is held between steps.
-        seconds: that a step may take.
+        of: ``pairs`` or ``length``. seconds: the longest step.
+        limit_bytes: of torch's allocator on a GPU; on a CPU of a step's memory above that between steps.
         deadline: of ``time.monotonic()``, after which nothing further is tried.
     """
     rows = [LimitRow(name) for name in names]
-    outcome = LimitOutcome(case, of, limit_bytes, rows)
     bench = Workbench(case, device)
     warm = bench.data(case_batch(case, bench.vocab, pairs=1, length=64), exact=False)
+    start = getattr(case, of)
+
+    def find(row: LimitRow) -> None:
+        arm = ARMS[row.name]
+        late = time.monotonic() > deadline
+        row.refuse(["left out: the time limit was reached"] if late else arm.why_not(bench))
+        if row.status != OK:
+            return
+        with arm.ready(bench):
+            step(bench, arm, warm)  # optimizer states
+        _attempt(bench, arm, of, start)  # compilation at the first size must not count as time of a step
+        attempt = functools.partial(_attempt, bench, arm, of)
+        search(row, attempt, limit_bytes, start=start, **_SIZES[of], seconds=seconds, deadline=deadline)
+
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total))
     try:
-        for row in rows:
-            progress(f"{of} of {row.arm}", 1)
-            arm = ARMS[row.arm]
-            if time.monotonic() > deadline:
-                row.status, row.message = UNAVAILABLE, "left out: the time limit was reached"
-                continue
-            try:
-                if reasons := arm.why_not(bench):
-                    row.status, row.message = UNAVAILABLE, "; ".join(reasons)
-                    continue
-                with arm.ready(bench):
-                    step(bench, arm, warm)  # optimizer states
-                _attempt(bench, arm, of, getattr(case, of))  # what compiles at the first size, which is not its time
-                search(
-                    row,
-                    lambda size, arm=arm: _attempt(bench, arm, of, size),  # type: ignore[misc]
-                    limit_bytes,
-                    start=getattr(case, of),
-                    granule=GRANULES[of],
-                    seconds=seconds,
-                    growth=_GROWTH[of],
-                    deadline=deadline,
-                )
-            except Exception as error:
-                row.status, row.message = FAILED, shorten(error)
-                bench.optimizer.zero_grad()
+        Table(rows, device, progress).each(of, find)
     finally:
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0)
-    return outcome
+    return LimitOutcome(case, rows, of, limit_bytes)
 
 
 def _attempt(bench: Workbench, arm: Arm, of: str, size: int) -> Trial:
-    case = replace(bench.case, **{of: size})  # type: ignore[arg-type]
-    on_gpu = bench.device.type == "cuda"
-    start = time.perf_counter()
-    try:
-        data = bench.data(case_batch(case, bench.vocab), exact=False)
+    """One step of a size, from gradients that are cleared."""
+    bench.optimizer.zero_grad()
+    peak, start = None, time.perf_counter()
+    with contextlib.suppress(torch.OutOfMemoryError):
+        data = bench.data(case_batch(replace(bench.case, **{of: size}), bench.vocab), exact=False)  # type: ignore[arg-type]
         with arm.ready(bench):
             start = time.perf_counter()
-            peak = measure_work(Work(lambda: Result(loss=step(bench, arm, data))), bench.device)
-            if on_gpu:
+            peak = peak_bytes(lambda: step(bench, arm, data), bench.device)
+            if bench.device.type == "cuda":
                 peak = torch.cuda.max_memory_allocated()
-    except torch.OutOfMemoryError:
-        peak = None
-    if peak is None:
-        bench.optimizer.zero_grad()
     seconds = time.perf_counter() - start
-    if on_gpu:
-        torch.cuda.empty_cache()
+    release_memory(bench.device)
     return Trial(size, peak, seconds)

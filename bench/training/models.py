@@ -17,7 +17,7 @@ class ModelSpec:
     Attributes:
         model_type: of ``transformers.AutoConfig.for_model``.
         sizes: values of its config, from the model's own ``config.json``.
-        lora: rank of the adapters on all linear layers but the head, which alone are trained; 0: everything is trained.
+        lora: rank of the adapters on all linear layers except the head, which alone are trained; 0: everything is trained.
     """
 
     model_type: str
@@ -25,77 +25,24 @@ class ModelSpec:
     lora: int = 0
 
 
+def _sizes(hidden: int, intermediate: int, layers: int, heads: int, key_heads: int, **more: Any) -> dict[str, Any]:
+    counts = {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": key_heads}
+    return {"hidden_size": hidden, "intermediate_size": intermediate, **counts, "tie_word_embeddings": True, **more}
+
+
 _QWEN = {"vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
 _LLAMA = {"vocab_size": 128256, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+_8B = {"max_position_embeddings": 8192, "tie_word_embeddings": False}
 
 MODELS: dict[str, ModelSpec] = {
-    "qwen3-0.6b": ModelSpec(
-        "qwen3",
-        {
-            **_QWEN,
-            "hidden_size": 1024,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "max_position_embeddings": 40960,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "llama-3.2-1b": ModelSpec(
-        "llama",
-        {
-            **_LLAMA,
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_hidden_layers": 16,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 64,
-            "max_position_embeddings": 131072,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "qwen2.5-1.5b": ModelSpec(
-        "qwen2",
-        {
-            **_QWEN,
-            "hidden_size": 1536,
-            "intermediate_size": 8960,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 12,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 131072,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "llama-3-8b-lora": ModelSpec(
-        "llama",
-        {
-            **_LLAMA,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 8192,
-            "tie_word_embeddings": False,
-        },
-        lora=16,
-    ),
+    "qwen3-0.6b": ModelSpec("qwen3", _sizes(1024, 3072, 28, 16, 8, head_dim=128, max_position_embeddings=40960, **_QWEN)),
+    "llama-3.2-1b": ModelSpec("llama", _sizes(2048, 8192, 16, 32, 8, head_dim=64, max_position_embeddings=131072, **_LLAMA)),
+    "qwen2.5-1.5b": ModelSpec("qwen2", _sizes(1536, 8960, 28, 12, 2, max_position_embeddings=131072, **_QWEN)),
+    "llama-3-8b-lora": ModelSpec("llama", _sizes(4096, 14336, 32, 32, 8, **_8B, **_LLAMA), lora=16),
 }
 
 #: What ``--tiny`` makes of each of them: the same kinds of layers, heads and ties.
-_TINY = {
-    "vocab_size": 509,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
+_TINY = {k: v for k, v in _sizes(64, 96, 2, 4, 2, vocab_size=509, head_dim=16).items() if k != "tie_word_embeddings"}
 
 
 def make_config(name: str, *, tiny: bool) -> Any:
@@ -119,7 +66,7 @@ def make_model(name: str, device: torch.device, dtype: torch.dtype, *, tiny: boo
 
 
 def lora_config(name: str) -> Any:
-    """Adapters as ``TRL --use_peft`` puts them; ``None`` for a model that is trained whole.
+    """Adapters as ``TRL --use_peft`` adds them; ``None`` for a model that is trained whole.
 
     B is random instead of 0, so that the policy differs from its reference from the first step on.
     """
@@ -128,14 +75,8 @@ def lora_config(name: str) -> Any:
         return None
     from peft import LoraConfig
 
-    return LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        lora_dropout=0.0,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-        init_lora_weights=False,
-    )
+    options = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False}
+    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, **options)
 
 
 @torch.no_grad()

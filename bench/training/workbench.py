@@ -1,11 +1,9 @@
-"""A model, its reference, TRL's trainer and the optimizer of a case, which all of its arms share; and a batch's tensors."""
+"""The model, reference, TRL trainer and optimizer of a case, which all of its arms share."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,71 +11,26 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import logitless as ll
-from logitless.kernels.reference import reference_logps
 
+from ..core.cases import IGNORE
+from ..core.inputs import LOG_RATIOS
 from .attention import PADDED, VARLEN, in_one_row, register
-from .batches import IGNORE, Batch
+from .batches import Batch, Data
 from .cases import TrainCase
 from .methods import METHODS
 from .models import lora_config, make_model, move_away
 
 #: Elements of a block of float64 logits.
 _BLOCK = 64 << 20
-#: Distances of the policy from the one that sampled, as in the benchmark of policy losses: none is near a clipping range's end.
-_LOG_RATIOS = (0.0, 0.05, -0.05, 0.1, -0.1, 0.5, -0.5)
 _MAX_GRAD_NORM = 1.0
 
 
-@dataclass
-class Data:
-    """A batch on the device, in the forms that the arms take.
-
-    Attributes:
-        packed: sequences in one row, prompts not scored. packed_kl: the mismatched pairs of KTO.
-        every_label: (N,) shifted labels of all of ``packed``'s tokens.
-        ids, mask, labels: (S, T), padded on the right; labels not shifted, -100 outside of the completions.
-        desirable, advantages: (S,).
-        old_logps: (S, T) float32, at the position that predicts.
-        exact_ref: (S,) float64 sums of the reference, by an exact head. exact_kl: 0-dim.
-        trl: arguments of TRL's ``compute_loss``.
-    """
-
-    batch: Batch
-    device: torch.device
-    packed: ll.PackedSequences
-    packed_kl: ll.PackedSequences
-    every_label: Tensor
-    ids: Tensor
-    mask: Tensor
-    labels: Tensor
-    desirable: Tensor
-    advantages: Tensor
-    old_logps: Tensor
-    exact_ref: Tensor | None = None
-    exact_kl: Tensor | None = None
-    trl: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def lengths(self) -> list[int]:
-        return [len(s) for s in self.batch.sequences]
-
-    @property
-    def scored(self) -> Tensor:
-        """(S, T - 1): positions that predict a token of a completion."""
-        return self.labels[:, 1:] != IGNORE
-
-    @property
-    def present(self) -> Tensor:
-        """(S, T - 1): positions that predict a token that is not padding."""
-        return self.mask[:, 1:] != 0
-
-
 class Workbench:
-    """One case made ready. Everything that is held between steps is held here.
+    """One case, prepared. It holds everything that exists between steps.
 
     Attributes:
         model: the policy, within PEFT's wrapper where the case has adapters. base: the causal language model in it.
-        reference: a model of its own; ``None`` where there is none, or where it is the policy without adapters.
+        reference: a separate model; ``None`` where there is none, or where it is the policy without adapters.
         parameters: those that are trained.
     """
 
@@ -108,23 +61,19 @@ class Workbench:
             self.base.model.compile()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         fused = device.type == "cuda"
-        # A learning rate of 0 pays for the optimizer's step and leaves every step with the same weights.
+        # With a learning rate of 0 the optimizer's step takes its time and leaves the weights as they are.
         self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.0, fused=fused)
-        self.scaler = torch.amp.GradScaler(device.type) if case.autocast_dtype == torch.float16 else None
-        self.head = ll.HeadSpec.from_config(self.base.config)
-        #: Whether logitless's arms run sequences in one row; the arm sets it.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=case.autocast_dtype == torch.float16)
+        self.head, self.module = ll.HeadSpec.from_config(self.base.config), self.method.module()
+        self.vocab: int = self.base.config.vocab_size
+        #: Whether logitless's arms run sequences in one row (the arm sets it), and the attention for that.
         self.in_one_row = False
-        #: With what they do.
         self.packed_attention = case.attention or in_one_row(device)
         if self.packed_attention == VARLEN:
             register()
 
-    @functools.cached_property
-    def module(self) -> Any:
-        return self.method.module()
-
     def use_attention(self, name: str) -> None:
-        """Of the policy and the reference."""
+        """Set the attention of the policy and the reference."""
         for model in (self.base, self.reference):
             if model is not None and model.config._attn_implementation != name:
                 model.set_attn_implementation(name)
@@ -136,32 +85,42 @@ class Workbench:
     @contextmanager
     def as_reference(self) -> Iterator[Any]:
         """The model to run as the reference, without gradients."""
-        with torch.no_grad():
-            if self.reference is not None:
-                yield self.reference
-            else:
-                with self.model.disable_adapter():
-                    yield self.model
+        apart = self.reference is not None
+        with torch.no_grad(), nullcontext() if apart else self.model.disable_adapter():
+            yield self.reference if apart else self.model
 
     def _sums(self, model: nn.Module, packed: ll.PackedSequences) -> Tensor:
-        """(S,) log-probs of sequences, laid out as attention is."""
+        """(S,) log-probs of sequences, in one row or padded."""
 
         def sums(at: ll.models.AtHead) -> Tensor:
             return ll.sequence_logps(at.hidden, at.weight, at.labels, at.bias, at.head, cu_seqlens=at.cu_seqlens)
 
         return ll.at_head(model, packed, sums, padding_free=self.in_one_row)
 
-    def policy_sums(self, packed: ll.PackedSequences) -> Tensor:
-        return self._sums(self.model, packed)
-
-    def reference_sums(self, packed: ll.PackedSequences) -> Tensor:
+    def _reference_sums(self, packed: ll.PackedSequences) -> Tensor:
         with self.as_reference() as model:
             return self._sums(model, packed)
 
-    def data(self, batch: Batch, *, exact: bool) -> Data:
-        """The tensors of a batch. ``exact``: also what the exact step needs, which costs a few forward passes.
+    def module_arguments(self, data: Data) -> dict[str, Any]:
+        """Arguments of the loss module besides packed hidden states, weight and labels."""
+        found: dict[str, Any] = {}
+        if self.method.kl:
+            with torch.no_grad():
+                ratios = self._sums(self.model, data.packed_kl) - self._reference_sums(data.packed_kl)
+            found |= {"desirable": data.desirable, "kl": ratios.mean()}
+        if self.method.reference:
+            found["ref_logps"] = self._reference_sums(data.packed)
+        if self.method.every_token:
+            found["nll_labels"] = data.every_label
+        if self.method.rollouts:
+            old_logps = torch.cat([row[:n] for row, n in zip(data.old_logps, data.batch.lengths, strict=True)])
+            found |= {"advantages": data.advantages, "old_logps": old_logps}
+        return found
 
-        Rollouts are taken from the policy as it is now.
+    def data(self, batch: Batch, *, exact: bool) -> Data:
+        """The tensors of a batch. ``exact``: also those of the exact step, which take a few forward passes.
+
+        Rollouts come from the current policy.
         """
         device, g = self.device, torch.Generator().manual_seed(self.case.seed)
         ids, mask, labels = batch.padded(device)
@@ -170,7 +129,6 @@ class Workbench:
         assert every_label is not None
         data = Data(
             batch=batch,
-            device=device,
             packed=ll.pack(batch.sequences, prompt_lengths=batch.prompt_lengths).to(device),
             packed_kl=ll.pack(kl.sequences, prompt_lengths=kl.prompt_lengths).to(device),
             every_label=every_label.to(device),
@@ -181,16 +139,16 @@ class Workbench:
             advantages=torch.randn(len(batch), generator=g).to(device),
             old_logps=torch.zeros(ids.shape, device=device),
         )
-        if self.case.method == "grpo":
+        if self.method.rollouts:
             self.use_attention(PADDED)
-            drawn = torch.randint(len(_LOG_RATIOS), tuple(ids.shape), generator=g)
+            drawn = torch.randint(len(LOG_RATIOS), tuple(ids.shape), generator=g)
             with torch.no_grad(), self.autocast():
                 now = ll.model_logps(self.model, data.packed, padding_free=False).logps
             logps = torch.zeros(ids.shape, device=device)
             logps[mask != 0] = now.float()
             shifted = torch.zeros_like(mask, dtype=torch.bool)
             shifted[:, :-1] = data.scored
-            data.old_logps = torch.where(shifted, logps - torch.tensor(_LOG_RATIOS)[drawn].to(device), 0)
+            data.old_logps = torch.where(shifted, logps - torch.tensor(LOG_RATIOS)[drawn].to(device), 0)
         if exact and self.method.reference:
             with self.as_reference() as model:
                 data.exact_ref = self.exact_logps(model, data.ids, data.mask, data.labels).sum(-1)
@@ -203,22 +161,17 @@ class Workbench:
         data.trl = self.method.inputs(self.trainer, batch, data)
         return data
 
-    def hidden(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-        """Hidden states (S, T, H) of the decoder below the head."""
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        states: Tensor = base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        return states
-
     def exact_logps(self, model: Any, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
         """Log-probs (S, T - 1) by a float64 head on the model's own hidden states, differentiable, 0 at ``IGNORE``."""
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
         with self.autocast():
-            hidden = self.hidden(model, ids, mask)[:, :-1]
+            hidden = base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
         targets = labels[:, 1:]
         chosen = targets != IGNORE
         weight = self.base.get_output_embeddings().weight.double()
 
         def score(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
-            logps = reference_logps(x.double(), w, y, head=self.head).logps
+            logps = ll.reference_logps(x.double(), w, y, head=self.head).logps
             assert logps is not None
             return logps
 
@@ -233,28 +186,19 @@ class Workbench:
         return self.method.exact(self.exact_logps(self.model, data.ids, data.mask, labels), data)
 
     def backward(self, loss: Tensor) -> None:
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        self.scaler.scale(loss).backward()
 
     def gradients(self) -> dict[str, Tensor]:
-        """Of the trained parameters, taken out of the model, a loss scale undone; those that got none are left out."""
-        scale = 1.0 if self.scaler is None else 1 / self.scaler.get_scale()
-        found = {n: p.grad.mul_(scale) for n, p in self.model.named_parameters() if p.grad is not None}
+        """Unscaled gradients of the trained parameters, removed from the model; parameters without one are left out."""
+        scale = self.scaler.get_scale()
+        found = {n: p.grad.div_(scale) for n, p in self.model.named_parameters() if p.grad is not None}
         self.optimizer.zero_grad()
         return found
 
     def update(self) -> None:
         """Clip, step, and drop the gradients."""
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
+        self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.parameters, _MAX_GRAD_NORM)
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
-
-    @property
-    def vocab(self) -> int:
-        size: int = self.base.config.vocab_size
-        return size

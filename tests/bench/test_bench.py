@@ -14,18 +14,22 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import logitless as ll
-from logitless.bench import cli, environment, register_all, runner
-from logitless.bench.cases import Case, Shape, make_inputs
+from logitless.bench import cli
 from logitless.bench.cli import main
-from logitless.bench.memory import measure
-from logitless.bench.policy_losses import ENTROPY_COEF, loop_over_tokens
-from logitless.bench.reference import compute_reference
-from logitless.bench.registry import PROVIDERS, Result, Work, provider
-from logitless.bench.runner import FAILED, OK, UNAVAILABLE, WRONG, default_providers, estimated_seconds, run_case
-from logitless.bench.suites import GPU_SHAPES, SUITES
+from logitless.bench.core import command, environment, report, runner
+from logitless.bench.core.cases import Case, Shape
+from logitless.bench.core.console import Console
+from logitless.bench.core.inputs import make_inputs
+from logitless.bench.core.memory import measure
+from logitless.bench.core.reference import compute_reference
+from logitless.bench.core.registry import PROVIDERS, Result, Work, provider
+from logitless.bench.core.report import Target
+from logitless.bench.core.rows import FAILED, OK, UNAVAILABLE, WRONG
+from logitless.bench.core.runner import CaseOutcome, ProviderRow, estimated_seconds, run_case
+from logitless.bench.losses.policy import ENTROPY_COEF, loop_over_tokens
+from logitless.bench.suites import GPU_SHAPES, SUITES, default_providers
 from logitless.bench.targets import targets
 
-register_all()
 CPU = torch.device("cpu")
 TINY = "pairs=1,tokens=16,hidden=32,vocab=300"
 CASE = Case("dpo", "dpo", Shape(pairs=1, tokens=16, hidden=32, vocab=300))
@@ -48,7 +52,11 @@ def test_runs_end_to_end_and_writes_json_and_png(tmp_path, capsys):
     assert code == 0
     printed = capsys.readouterr().out
     assert "max logp err" in printed
-    assert "target" in printed
+    assert printed.count("unavailable: quack (does not compute dpo, only nll)") == 4
+    assert printed.count("not stated for this shape: time of plain PyTorch over logitless is ") == 1
+    assert printed.rstrip().splitlines()[-2:] == [
+        f"wrote {tmp_path / name}" for name in ("cpu-dpo-memory.json", "cpu-memory.png")
+    ]
     document = json.loads((tmp_path / "cpu-dpo-memory.json").read_text())
     assert "no figures" not in printed
     assert document["environment"]["versions"]["torch"] == torch.__version__
@@ -169,7 +177,7 @@ def test_a_case_without_inputs_is_rows_that_say_so_and_the_next_case_runs(tmp_pa
 
 def test_a_run_ends_where_the_gpu_answers_nothing_any_more(tmp_path, monkeypatch, capsys):
     """With what it has, and a status that says so."""
-    monkeypatch.setattr(cli, "context_is_lost", lambda device: True)
+    monkeypatch.setattr(command, "context_is_lost", lambda device: True)
     options = ["--rounds", "1", "--no-memory", "--device", "cpu", "--out", str(tmp_path), "--providers", "gemm"]
     assert main(["--suite", "gpu", "--shape", TINY, *options]) == 1
     printed = capsys.readouterr().out
@@ -265,7 +273,7 @@ def test_runs_as_plain_text_without_rich_matplotlib_and_psutil(tmp_path):
         (["--shape", "nope=1"], "vocab"),
         (["--shape", "dtype=int8"], "bf16"),
         (["--shape", "tokens=many"], "int"),
-        (["--rounds", "0"], "at least 1"),
+        (["--rounds", "0"], "more than 0"),
         (["--time-limit", "0"], "more than 0"),
         (["--shape", "softcap=-1"], ">= 0"),
         (["--shape", "spread=0.5"], ">= 1"),
@@ -275,6 +283,41 @@ def test_runs_as_plain_text_without_rich_matplotlib_and_psutil(tmp_path):
 def test_unknown_name_is_an_error_that_lists_the_known_ones(arguments, known, capsys):
     assert main(arguments) == 2
     assert known in capsys.readouterr().err
+
+
+def test_rows_without_figures_are_one_line_below_the_table(capsys):
+    rows = [
+        ProviderRow("gemm", seconds=[1.0, 3.0], roofline=True),
+        ProviderRow("cce", UNAVAILABLE, "needs a CUDA device; package cut_cross_entropy is not installed"),
+        ProviderRow("quack", UNAVAILABLE, "needs a CUDA device"),
+        ProviderRow("torch", FAILED, "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.3 GiB"),
+        ProviderRow("trl", FAILED, "RuntimeError: no luck"),
+        ProviderRow("liger", WRONG, "dweight is off by 1, allowed 0.06"),
+    ]
+    report.show(Console(), CaseOutcome(CASE, rows))
+    title, _, _, gemm, *below = capsys.readouterr().out.splitlines()
+    assert title == CASE.title and gemm.startswith("gemm ")
+    assert below == [
+        "  unavailable: cce, quack (needs a CUDA device); torch (out of memory)",
+        "  failed: trl (RuntimeError: no luck)",
+        "  wrong: liger (dweight is off by 1, allowed 0.06)",
+        "  GEMM took 2000 (1000..3000) ms: the machine is busy, do not trust the times",
+        "",
+    ]
+
+
+def test_each_target_is_one_sentence_with_its_number(capsys):
+    met, missed = Target("speed", 3.0, 2.5, True), Target("speed", 2.0, 2.5, True)
+    assert str(met) == "met: speed is 3.00 (target: at least 2.5)"
+    assert str(missed) == "missed: speed is 2.00 (target: at least 2.5)"
+    assert (
+        str(replace(missed, at_least=False, stated=False)) == "not stated for this shape: speed is 2.00 (target: at most 2.5)"
+    )
+    assert str(replace(met, value=None)) == "not measured: speed (target: at least 2.5)"
+    elsewhere = replace(missed, stated=False, stated_for="one H100")
+    report.show_targets(Console(), [CaseOutcome(CASE, [])], lambda outcome: [met, elsewhere])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [f"targets of {CASE.title}", f"  {met}", f"  {elsewhere}", "  (targets are stated for one H100)"]
 
 
 def test_list_names_every_suite_and_provider(capsys):
@@ -425,16 +468,15 @@ def test_the_policy_suites_have_the_sizes_of_the_headlines():
 
 def test_packed_inputs_are_the_padded_ones_without_padding():
     inputs = make_inputs(Case("policy", "ppo", RAGGED), CPU)
-    assert inputs.rollouts is not None
-    present, packed = inputs.rollouts.present, inputs.rollouts.packed
-    assert packed is not None and packed.rollouts is not None
+    present, packed = inputs.present, inputs.packed
+    assert packed is not None
     assert present.sum(1).tolist() == [4 + n for n in RAGGED.responses]
-    assert packed.rollouts.cu_seqlens.diff().tolist() == present.sum(1).tolist()
+    assert packed.cu_seqlens.diff().tolist() == present.sum(1).tolist()
     assert int(packed.scored.sum()) == int(inputs.scored.sum()) == RAGGED.scored
     assert not inputs.scored[~present].any()
     assert packed.hidden.is_leaf and packed.hidden.requires_grad and packed.weight is inputs.weight
     torch.testing.assert_close(packed.hidden.detach(), inputs.hidden.detach()[present], rtol=0, atol=0)
-    torch.testing.assert_close(packed.rollouts.old_logps, inputs.rollouts.old_logps[present], rtol=0, atol=0)
+    torch.testing.assert_close(packed.old_logps, inputs.old_logps[present], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("logits", ["random", "peaked"])
@@ -443,8 +485,8 @@ def test_no_token_is_near_the_end_of_a_clipping_range(logits):
     case = Case("policy", "dapo", replace(RAGGED, tokens=64, logits=logits))
     inputs = make_inputs(case, CPU)
     logps = compute_reference(case, inputs).logps
-    assert inputs.rollouts is not None and logps is not None
-    ratios = (logps - inputs.rollouts.old_logps)[inputs.scored].exp()
+    assert logps is not None
+    ratios = (logps - inputs.old_logps)[inputs.scored].exp()
     for end in (0.8, 1.2, 1.28):
         assert (ratios / end).log().abs().min() > 0.05
     assert (ratios < 0.8).any() and (ratios > 1.28).any()
@@ -453,13 +495,12 @@ def test_no_token_is_near_the_end_of_a_clipping_range(logits):
 def test_reference_of_a_policy_loss_is_plain_autograd_in_float64():
     case = Case("policy", "dapo-entropy", replace(RAGGED, logits="peaked"))
     inputs = make_inputs(case, CPU)
-    assert inputs.rollouts is not None
     x, w = (t.detach().double().requires_grad_() for t in (inputs.hidden, inputs.weight))
     scored = inputs.scored
     log_p = torch.log_softmax(x[scored] @ w.t(), -1)
     logps = log_p.gather(-1, inputs.labels[scored][:, None])[:, 0]
-    ratios = (logps - inputs.rollouts.old_logps[scored]).exp()
-    a = inputs.rollouts.advantages[scored]
+    ratios = (logps - inputs.old_logps[scored]).exp()
+    a = inputs.advantages[scored]
     loss = -torch.minimum(ratios * a, ratios.clamp(0.8, 1.28) * a).mean()
     loss = loss + ENTROPY_COEF * (log_p.exp() * log_p).sum(-1).mean()
     loss.backward()
@@ -475,8 +516,8 @@ def test_the_policy_suite_runs_end_to_end(tmp_path, capsys):
     options = ["--quick", "--rounds", "1", "--no-memory", "--device", "cpu", "--out", str(tmp_path)]
     assert main(["--suite", "policy", "--shape", "pairs=2,tokens=16,hidden=32,vocab=300", *options]) == 0
     printed = capsys.readouterr().out
-    assert "FLOP of logitless over N H V: 6.00 (target <= 6.02: met)" in printed
-    assert "FLOP of logitless over N H V: 4.00 (target <= 4.02: met)" in printed
+    assert "met: FLOP of logitless over N H V is 6.00 (target: at most 6.02)" in printed
+    assert "met: FLOP of logitless over N H V is 4.00 (target: at most 4.02)" in printed
     document = json.loads((tmp_path / "cpu-policy.json").read_text())
     assert [c["task"] for c in document["cases"]] == ["dapo", "dapo", "dapo-entropy", "dapo", "ppo"]
     for case in document["cases"]:
@@ -495,11 +536,10 @@ def test_the_flop_of_a_policy_step_are_those_that_torch_counts(train_head):
     case = Case("policy", "dapo-entropy" if train_head else "dapo", RAGGED, train_head=train_head)
     inputs = make_inputs(case, CPU)
     claimed = PROVIDERS["logitless:policy"].build(case, inputs).step().flops
-    assert inputs.rollouts is not None
-    packed = inputs.rollouts.packed
-    assert packed is not None and packed.rollouts is not None
+    packed = inputs.packed
+    assert packed is not None
     module = ll.FusedLinearGRPOLoss(epsilon_high=0.28, entropy_coef=ENTROPY_COEF if train_head else 0.0)
-    arguments = {"advantages": packed.rollouts.advantages, "cu_seqlens": packed.rollouts.cu_seqlens}
+    arguments = {"advantages": packed.advantages, "cu_seqlens": packed.cu_seqlens}
     with FlopCounterMode(display=False) as counter:
         module(packed.hidden, packed.weight, packed.labels, **arguments).loss.backward()
     assert counter.get_total_flops() == claimed == 2 * case.gemms * RAGGED.scored * 32 * 300

@@ -26,7 +26,7 @@ from logitless.bench.training.batches import (
     rollout_inputs,
     unpaired_examples,
 )
-from logitless.bench.training.cases import TrainCase
+from logitless.bench.training.cases import TrainCase, case_batch
 from logitless.bench.training.cli import main
 from logitless.bench.training.curves import distance, run_curves
 from logitless.bench.training.limits import LimitRow, Trial, estimate, extrapolate, run_limits, search
@@ -34,7 +34,7 @@ from logitless.bench.training.methods import METHODS
 from logitless.bench.training.models import MODELS, make_config
 from logitless.bench.training.predict import decoder_flops, predict
 from logitless.bench.training.report import reach, targets, write_figure
-from logitless.bench.training.steps import StepOutcome, StepRow, case_batch, head_flops, run_steps
+from logitless.bench.training.steps import StepOutcome, StepRow, head_flops, run_steps
 from logitless.bench.training.suites import HEADLINE, SUITES
 from logitless.bench.training.workbench import Workbench
 from logitless.kernels.cost_model.gpu_constants import Gpu, constants
@@ -61,11 +61,11 @@ LOSSES = [name for name, arm in ARMS.items() if not arm.floor]
 def test_every_arm_computes_the_step_of_an_exact_head(case):
     outcome = run_steps(case, ARMS, CPU, rounds=1)
     for row in outcome.rows:
-        assert row.status == "ok", f"{row.arm}: {row.message}"
+        assert row.status == "ok", f"{row.name}: {row.message}"
         assert len(row.seconds) == 1 and row.extra_bytes is not None
         if not row.floor:
             assert row.loss_error < 2e-6 and row.gradient_error < 2e-6
-    assert outcome.tokens == sum(outcome.lengths) and 0 < outcome.scored < outcome.tokens
+    assert outcome.tokens == sum(outcome.lengths) and 0 < outcome.scored_tokens < outcome.tokens
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16-amp", "fp16-amp"])
@@ -82,9 +82,9 @@ def test_a_compiled_decoder_gives_the_same_step():
 def test_optimizer_states_are_no_arms_memory(monkeypatch):
     seen = []
 
-    def spy(work, device):
+    def spy(step, device):
         seen.append(len(bench_of[0].optimizer.state))
-        work.step()
+        step()
         return 1
 
     bench_of = []
@@ -95,7 +95,7 @@ def test_optimizer_states_are_no_arms_memory(monkeypatch):
         bench_of.append(self)
 
     monkeypatch.setattr(Workbench, "__init__", remember)
-    monkeypatch.setattr(steps, "measure_work", spy)
+    monkeypatch.setattr(steps, "peak_bytes", spy)
     run_steps(SMALL, ["trl", "logitless"], CPU, rounds=1)
     assert seen == [len(bench_of[0].parameters)] * 2
 
@@ -123,7 +123,7 @@ def test_an_arm_that_is_wrong_or_fails_earns_no_figure(monkeypatch):
     for arm in (off, broken):
         monkeypatch.setitem(ARMS, arm.name, arm)
     outcome = run_steps(SMALL, ["off", "broken", "logitless"], CPU, rounds=2)
-    status = {row.arm: (row.status, row.median is None, row.extra_bytes is None) for row in outcome.rows}
+    status = {row.name: (row.status, row.median is None, row.extra_bytes is None) for row in outcome.rows}
     assert status == {"off": ("wrong", True, True), "broken": ("failed", True, True), "logitless": ("ok", False, False)}
     assert "gradient is off by 0.01" in outcome.row("off").message and "ZeroDivisionError" in outcome.row("broken").message
 

@@ -23,7 +23,7 @@ from logitless.kernels.cost_model.costs import Cost, Part, describe
 from logitless.kernels.cost_model.gpu_constants import constants, gpu_of, load_constants
 
 ROOT = Path(__file__).resolve().parents[2]
-FILE = ROOT / "kernels" / "gpu_constants.json"
+FILE = ROOT / "kernels" / "cost_model" / "gpu_constants.json"
 BACKENDS = ("cuda", "torch", "triton")
 WORKS = ("forward", "tile", "frozen", "recompute")
 N, H, V = 8192, 4096, 151_936

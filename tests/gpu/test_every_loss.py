@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 import logitless as ll
-from logitless.bench import register_all
-from logitless.bench.cases import Case, Shape, make_inputs
-from logitless.bench.reference import check, compute_reference, token_error
-from logitless.bench.registry import PROVIDERS, Result
+from logitless.bench import providers  # noqa: F401 (registers them)
+from logitless.bench.core.cases import Case, Shape
+from logitless.bench.core.inputs import make_inputs
+from logitless.bench.core.reference import check, compute_reference, token_error
+from logitless.bench.core.registry import PROVIDERS, Result
 
 from .test_limits import DEVICE, ON_GPU, RUNS, backend, pytestmark  # noqa: F401
-
-register_all()
 
 #: V a multiple of nothing, responses of different lengths, a soft-cap where it says so.
 SHAPE = Shape(pairs=4, tokens=200, hidden=768, vocab=50_257, spread=3.0, logits="peaked")

@@ -11,7 +11,7 @@ import torch
 
 import logitless as ll
 
-from ..helpers import gradients, make_case, plain_logps, relative_error, run_reference
+from ..helpers import ENDS_THE_PROCESS, NAMES_THE_CPU, gradients, make_case, plain_logps, relative_error, run_reference
 
 EVERY_BACKEND = True
 
@@ -159,6 +159,7 @@ def test_a_loss_scale_saves_fp16_gradients_that_would_underflow():
         assert relative_error(ours, theirs) < 2**-9
 
 
+@pytest.mark.cpu_only(NAMES_THE_CPU)
 def test_autocast_keeps_parameter_dtypes():
     case = make_case(hidden=64, vocab=500)
     with torch.autocast("cpu", torch.bfloat16):
@@ -343,6 +344,7 @@ def test_a_loss_function_with_parameters_of_its_own_is_refused():
             loss(case.hidden, case.weight, case.labels)
 
 
+@pytest.mark.cpu_only(ENDS_THE_PROCESS)
 def test_a_margin_that_is_none_is_refused_where_it_would_matter():
     case = make_case(tokens=20)
     wrong = ll.FusedLinearPreferenceLoss(lambda pairs: pairs.chosen_logps - 2 * pairs.rejected_logps, margin="sum")

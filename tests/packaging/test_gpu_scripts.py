@@ -17,11 +17,11 @@ import torch
 
 from logitless.bench.cli import main as bench
 from logitless.cli import main as logitless
-from logitless.kernels.cost_model.costs import predict
+from logitless.kernels.backends.registry import get_backend
 from logitless.kernels.cost_model.gpu_constants import constants, load_constants
 
 ROOT = Path(__file__).resolve().parents[2]
-CONSTANTS = ROOT / "kernels" / "gpu_constants.json"
+CONSTANTS = ROOT / "kernels" / "cost_model" / "gpu_constants.json"
 
 
 def script(name: str):
@@ -295,7 +295,7 @@ def test_the_speed_of_triton_is_what_the_model_needs_to_predict_the_measured_pas
             workspace=1 << 40,
             architecture="sm_90",
         )
-        parts = {part.name: part.seconds for part in predict("triton", call, base).parts}
+        parts = {part.name: part.seconds for part in get_backend("triton").predict(call, base).parts}
         forward = mm / 0.8 + parts["exponentials of the epilogue"] + parts["partial sums"]
         problem = {
             "architecture": "sm_90",

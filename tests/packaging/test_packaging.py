@@ -131,7 +131,9 @@ HAS_COMPILER = shutil.which((os.environ.get("CXX") or "c++").split()[0]) is not 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
 def test_an_installed_wheel_runs_its_own_kernels(source, tmp_path, site_without_kernels):
-    wheel, names = only_wheel(build(source, tmp_path, LOGITLESS_EXT="cpu"), tmp_path)
+    done = build(source, tmp_path, LOGITLESS_EXT="cpu")
+    wheel, names = only_wheel(done, tmp_path)
+    assert re.search(r"building the C\+\+ kernels \.\.\. .*building the C\+\+ kernels: done after \d+ s", words(done))
     version = "_".join(torch.__version__.split(".")[:2])
     assert [n for n in names if n.endswith(".so")] == [f"logitless/kernels/_cpu_torch{version}.so"]
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,4 +56,60 @@ def rounding_to_bfloat16() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builder, "cast_impl", cast)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def languages_patched_once() -> Iterator[None]:
+    """Triton's language is patched once per launch: the interpreter does it again for each call of a device function."""
+    if DEVICE.type != "cpu":
+        yield
+        return
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    import triton.language as tl
+
+    patch, patched = interpreter._patch_lang, set()
+
+    @functools.cache
+    def languages_of(module: str) -> set[int]:
+        """Those that a module's functions see."""
+        values = vars(sys.modules[module]).values()
+        return {id(value) for value in values if inspect.ismodule(value) and value in (tl, tl.core)}
+
+    class Nothing:
+        def restore(self):
+            pass
+
+    def patch_once(fn):
+        languages = languages_of(fn.__module__)
+        if languages <= patched:
+            return Nothing()
+        outermost = not patched
+        patched.update(languages)
+        scope = patch(fn)
+        if scope is None:  # older versions never restore
+            return None
+        restore = scope.restore
+
+        def restored():
+            restore()
+            if outermost:
+                patched.clear()
+
+        scope.restore = restored
+        return scope
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(interpreter, "_patch_lang", patch_once)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def products_are_marked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """``make test-blas`` runs the modules marked ``blas``: a matrix product that another one interprets is an error."""
+    with pytest.MonkeyPatch.context() as m:
+        if DEVICE.type == "cpu" and request.node.get_closest_marker("blas") is None:
+            interpreter = pytest.importorskip("triton.runtime.interpreter")
+            message = f"{request.node.name} multiplies matrices in the interpreter: mark it with pytest.mark.blas"
+            m.setattr(interpreter.InterpreterBuilder, "create_dot", lambda *args: pytest.fail(message))
         yield

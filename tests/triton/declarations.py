@@ -21,7 +21,7 @@ from triton.runtime.jit import create_function_from_signature
 import logitless as ll
 from logitless.bench.compile_report import targets
 from logitless.kernels.backends.torch.passes import Logits
-from logitless.kernels.backends.triton.aot.compilation import Compilation
+from logitless.kernels.backends.triton.aot.compilation import DEFAULT_STAGES, Compilation
 from logitless.kernels.backends.triton.aot.elementwise import DTYPES
 from logitless.kernels.backends.triton.aot.elementwise import compilations as elementwise_compilations
 from logitless.kernels.backends.triton.aot.gemms import UNALIGNED
@@ -57,7 +57,7 @@ def specialisation(given: Launch) -> dict[str, Any]:
     backend = make_backend(GPUTarget("cuda", 90, 32))
     bind = create_function_from_signature(given.kernel.signature, given.kernel.params, backend)
     values, kinds, _ = bind(**given.arguments, **given.constants)
-    found: dict[str, Any] = {"num_warps": given.num_warps, "num_stages": given.num_stages}
+    found: dict[str, Any] = {"num_warps": given.num_warps, "num_stages": given.num_stages or DEFAULT_STAGES}
     for name, (kind, key) in zip(values, kinds, strict=True):
         if kind == "constexpr":
             found[name] = "constexpr", values[name]

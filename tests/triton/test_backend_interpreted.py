@@ -19,7 +19,6 @@ from logitless.kernels.tile.head_gradient import HeadGradient
 
 from ..helpers import Case, gradients, make_case, relative_error, run_op, run_reference
 from .conftest import DEVICE, replace_in_backend
-from .test_gemm_interpreted import languages_patched_once  # noqa: F401
 
 pytest.importorskip("triton")
 from logitless.kernels.backends.triton import backend as triton_backend
@@ -27,7 +26,10 @@ from logitless.kernels.backends.triton import tile_gradients
 from logitless.kernels.backends.triton.tuning.configs import table
 
 #: NumPy's, in the interpreter.
-pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.blas,
+    pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning"),
+]
 #: Of logps relative to 1 + |logp|, and of gradients: those of the torch backend's tests.
 LIMITS = {torch.float32: (2e-5, 2e-5), torch.float16: (2e-5, 2**-10)}
 HEADS = {"plain": HeadSpec(), "softcap": HeadSpec(1.2, 8.0, 0.6)}

@@ -1,8 +1,7 @@
-"""The Triton kernels compile for every architecture without a GPU, within their budget: no spills, and the tensor cores'
-instructions.
+"""The Triton kernels compile for every architecture without a GPU and within their budget: no spills, tensor core instructions.
 
-Default runs compile a few of every kernel and configuration; ``scripts/check_triton.py`` compiles all, as the test marked
-slow does where ``LOGITLESS_COMPILE_ALL=1`` asks for it.
+The slow tests compile a few for every kernel and configuration, and all of them with ``LOGITLESS_COMPILE_ALL=1``, as
+``scripts/check_triton.py`` does.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from logitless.bench.compile_report import Usage
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "scripts" / "check_triton.py"
-#: Pieces of about the same time, so that pytest's workers share the work.
+#: Parts of about the same duration, for pytest's workers.
 PARTS = 6
-#: Kernels of a few lines, which only the whole check compiles.
+#: Kernels of a few lines, which only the full check compiles.
 SIMPLE = {"segment", "scatter", "scaled", "column"}
 
 
 def compiling(*command: str | Path, **options) -> subprocess.CompletedProcess:
-    """Runs Python without Triton's interpreter, with which nothing can be compiled or declared."""
+    """Runs Python without Triton's interpreter, which cannot compile."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["OMP_NUM_THREADS"] = "1"
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, env=environment, **options)
@@ -56,7 +55,7 @@ def declarations() -> dict:
 
 
 def checked(tmp_path: Path, *arguments: str) -> list[str]:
-    """What the script finds wrong."""
+    """The problems that the script finds."""
     found = tmp_path / "found.json"
     done = compiling(SCRIPT, "--json", found, *arguments)
     assert found.exists(), done.stdout[-2000:] + done.stderr[-4000:]
@@ -138,7 +137,7 @@ def test_nothing_follows_a_conditional_return_in_a_device_function():
 
 
 def test_the_few_stand_for_every_configuration(declarations):
-    """Those of a kernel, operand size and architecture differ by their blocks."""
+    """Every kernel, block size and architecture has a representative."""
 
     def kinds(targets: list) -> set:
         parts = ((name.split("_"), arch) for name, arch in targets if name.startswith(("score_", "filtered_")))

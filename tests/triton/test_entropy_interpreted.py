@@ -20,7 +20,6 @@ from ..helpers import Case, gradients, make_case, relative_error, run_reference
 from ..native.emulated import beside_is_untouched, matrix
 from .conftest import DEVICE, moved, replace_in_backend
 from .test_backend_interpreted import LARGE, LIMITS, TINY, Filtered, filter_case, wanted
-from .test_gemm_interpreted import languages_patched_once  # noqa: F401
 
 pytest.importorskip("triton")
 from logitless.kernels.backends.triton import backend as triton_backend
@@ -28,7 +27,10 @@ from logitless.kernels.backends.triton import entropy, tile_gradients
 from logitless.kernels.backends.triton.elementwise import TRITON_PASSES
 
 #: NumPy's, in the interpreter.
-pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.blas,
+    pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning"),
+]
 CAPPED = HeadSpec(1.2, 8.0, 0.6)
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ..policy.test_advantages import F32, F64, gae_limit, naive_gae
+from ..rl.tokens import F32, F64, gae_limit, naive_gae
 from .conftest import DEVICE
 
 pytest.importorskip("triton")

@@ -26,21 +26,22 @@ class Launch:
         arguments: run-time arguments by name: tensors (at least one), descriptors, numbers, and ``None`` for an optional
             tensor that is absent.
         constants: values of the ``tl.constexpr`` parameters by name.
-        num_warps, num_stages: Triton's options; 3 stages are Triton's default on NVIDIA GPUs.
+        num_warps, num_stages: Triton's options; ``None`` for Triton's default.
     """
 
     kernel: Any
     arguments: dict[str, Any]
     constants: dict[str, Any]
     num_warps: int
-    num_stages: int = 3
+    num_stages: int | None = None
 
     def run(self, *grid: int) -> None:
         """Launch ``grid`` programs (one to three sizes) on the GPU that holds the tensors."""
+        options = {"num_warps": self.num_warps, **OPTIONS}
+        if self.num_stages is not None:
+            options["num_stages"] = self.num_stages
         with on_device(next(value for value in self.arguments.values() if isinstance(value, Tensor))):
-            self.kernel[grid](
-                **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages, **OPTIONS
-            )
+            self.kernel[grid](**self.arguments, **self.constants, **options)
 
 
 def unit_columns(matrix: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
-"""Ahead-of-time compilation of ``Compilation`` entries for NVIDIA GPUs, and what the assembler made of them.
+"""Ahead-of-time compilation for NVIDIA GPUs, and the resources that the compiled kernels take.
 
-Needs no GPU: Triton's wheel brings the assembler and ``cuobjdump``. One path serves Triton 3.4 to 3.9. The registers and
-the spills are read from the machine code itself, which is the only report that no version's choice of assembler, of its
-options, or of a compilation cache can make stale.
+It needs no GPU: Triton's wheel contains the assembler and ``cuobjdump``. The code works with Triton 3.4 to 3.9. Registers and
+spills are read from the machine code itself, so they do not depend on a version's assembler options or compilation cache.
 """
 
 from __future__ import annotations
@@ -32,15 +31,15 @@ _TMEM_COLUMN_BYTES = 128 * 4  # tensor memory is allocated by columns, of 128 la
 
 @dataclass(frozen=True)
 class Resources:
-    """What one block of a compiled kernel takes."""
+    """The resources of one program of a compiled kernel."""
 
     name: str
     architecture: int
-    #: Of a thread, at the kernel's entry.
+    #: Per thread, at the kernel's entry.
     registers: int
-    #: Bytes that a thread's instructions store to local memory, each instruction counted once: ptxas' "spill stores".
+    #: Bytes that a thread's instructions store to local memory, each instruction counted once: the "spill stores" of ptxas.
     spill_bytes: int
-    #: Dynamic shared memory: what a launch asks for, without the KiB that the driver keeps from sm_90 on.
+    #: Dynamic shared memory requested by a launch, without the KiB that the driver reserves from sm_90 on.
     shared_bytes: int
     #: Of 256 KiB, from sm_100 on.
     tmem_bytes: int
@@ -49,9 +48,11 @@ class Resources:
 
 
 def compile_ahead(compilation: Compilation, architecture: int) -> Resources:
-    """Compile for ``architecture`` (80, 90, 100, ...), or raise what Triton raises.
+    """Compile for ``architecture`` (80, 90, 100, ...).
 
-    Does not work where Triton's functions are interpreted: the language's own functions are decorated at its import.
+    Raises:
+        RuntimeError: in a process that interprets Triton, whose language is decorated for that at its import.
+        Exception: whatever Triton raises when a kernel does not compile.
     """
     if compat.interpreted():
         raise RuntimeError("nothing can be compiled in a process with TRITON_INTERPRET=1")
@@ -82,9 +83,8 @@ def compile_ahead(compilation: Compilation, architecture: int) -> Resources:
 def spill_bytes(sass: str) -> int:
     """Bytes of the stores to local memory in machine code: ``STL`` is 4 bytes, ``STL.64`` 8, ``STL.U8`` 1 ...
 
-    It equals the "bytes spill stores" of ``ptxas -v``, since no Triton kernel has arrays in local memory. The STACK field
-    of ``cuobjdump -res-usage`` is something else, a frame: slots that several values share, rounded up. Its LOCAL field
-    stays 0 for spills.
+    This equals the "bytes spill stores" of ``ptxas -v``, since no Triton kernel has arrays in local memory. The STACK field of
+    ``cuobjdump -res-usage`` is the frame instead: slots that several values share, rounded up. Its LOCAL field is 0 for spills.
     """
     return sum(_width(modifiers) for modifiers in re.findall(r"\bSTL((?:\.\w+)*)\s", sass))
 
@@ -95,16 +95,16 @@ def _width(modifiers: str) -> int:
 
 
 def _serialized(ptx: str, sass: str) -> bool:
-    """Whether ptxas put a wait around every wgmma (its C7510 to C7516 remarks), which costs most of their speed.
+    """Whether ptxas put a wait around every wgmma (its remarks C7510 to C7516), which costs most of their speed.
 
-    Then each has an ``ARRIVE`` of its own, though the PTX has one for a whole step of the reduction.
+    Then each one has its own ``ARRIVE``, while the PTX has one per step of the reduction.
     """
     arrivals = sass.count("WARPGROUP.ARRIVE")
     return arrivals > ptx.count("wgmma.fence.sync") and arrivals >= sass.count("HGMMA")
 
 
 def _disassembly(cubin: bytes) -> tuple[str, str]:
-    """What ``cuobjdump`` says of the resources, and the machine code."""
+    """The resource report of ``cuobjdump``, and the machine code."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:

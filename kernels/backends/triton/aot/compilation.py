@@ -22,6 +22,8 @@ NAMES = {
     torch.int64: "i64",
     torch.bool: "i1",
 }
+#: Triton's default for NVIDIA GPUs.
+DEFAULT_STAGES = 3
 _DIVISIBLE = [["tt.divisibility", 16]]
 
 
@@ -101,8 +103,8 @@ def _is_divisible(value: Any) -> bool:
 def compilation(name: str, launch: Launch, dtype: torch.dtype) -> Compilation:
     """The compilation of a launch for all architectures; ``dtype``: what the kernel reads."""
     signature, constexprs, attrs = specialised(launch)
-    options = launch.num_warps, launch.num_stages
-    return Compilation(launch.kernel, name, signature, constexprs, *options, attrs, NAMES[dtype])
+    stages = DEFAULT_STAGES if launch.num_stages is None else launch.num_stages
+    return Compilation(launch.kernel, name, signature, constexprs, launch.num_warps, stages, attrs, NAMES[dtype])
 
 
 def gemm_compilation(

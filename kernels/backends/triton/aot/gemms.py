@@ -122,14 +122,14 @@ def _filtered(config: GemmConfig, dtype: torch.dtype, architecture: int) -> Iter
 
 def _combine() -> Iterator[Compilation]:
     """The only block without statistics; the first and the last of several blocks with all of them."""
-    per_row, top1 = meta(N, dtype=torch.float32), meta(N, dtype=torch.bool)
+    k, top1 = meta(N, dtype=torch.float32), meta(N, dtype=torch.bool)
     sums, stats = meta(7, N, dtype=torch.float64), meta(len(STATS), N, dtype=torch.float32)
-    for name, outputs, is_first, factors, given in (
-        ("only", (), True, False, (None, stats, None)),
-        ("first", OPTIONAL_OUTPUTS, True, True, (sums, None, None)),
-        ("last", OPTIONAL_OUTPUTS, False, True, (sums, stats, top1)),
+    for name, outputs, is_first, factors, earlier, written, is_top1 in (
+        ("only", (), True, False, None, stats, None),
+        ("first", OPTIONAL_OUTPUTS, True, True, sums, None, None),
+        ("last", OPTIONAL_OUTPUTS, False, True, sums, stats, top1),
     ):
         rows = PartialRows.of(frozenset(outputs), factors)
-        partial = meta(rows.count, 16, N, dtype=torch.float32)
-        launch = combine_launch(partial, per_row, per_row, *given, rows, vocab_size=W, is_first=is_first, factors=factors)
+        partial, how = meta(rows.count, 16, N, dtype=torch.float32), {"is_first": is_first, "factors": factors}
+        launch = combine_launch(partial, k, k, earlier, written, is_top1, rows, vocab_size=W, **how)
         yield compilation(f"combine_{name}", launch, torch.float32)

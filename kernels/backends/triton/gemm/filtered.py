@@ -105,6 +105,7 @@ def filtered_launch(
             "PRECISION": input_precision(g.dtype, g.device),
         },
         num_warps=8,
+        num_stages=3,
     )
 
 

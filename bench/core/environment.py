@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
-import shutil
 import subprocess
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -14,73 +14,70 @@ from typing import Any
 
 import torch
 
+import logitless as ll
+
 _PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "numpy")
 
 
 def _installed(package: str) -> str | None:
-    try:
+    with contextlib.suppress(PackageNotFoundError):
         return version(package)
-    except PackageNotFoundError:
-        return None
+    return None
 
 
 def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _memory() -> int | None:
     """Bytes of this machine."""
-    try:
+    with contextlib.suppress(AttributeError, OSError, ValueError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
+    return None
 
 
 def _cores() -> int | None:
-    """Physical ones, where that can be known."""
-    try:
+    """Physical cores, where psutil can tell."""
+    with contextlib.suppress(ImportError):
         import psutil
-    except ImportError:
-        return os.cpu_count()
-    return psutil.cpu_count(logical=False) or os.cpu_count()
+
+        return psutil.cpu_count(logical=False) or os.cpu_count()
+    return os.cpu_count()
 
 
-def _git(*arguments: str) -> str | None:
+def _output(*command: str) -> str | None:
+    """What a command prints; ``None`` where it is missing or fails."""
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10
-        )
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
 
 
+def _git(*arguments: str) -> str | None:
+    return _output("git", *arguments)
+
+
 def nvidia_smi(query: str) -> str | None:
-    """One property of the first GPU that the driver's tool knows, without its unit; ``None`` where it does not say."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    command = [tool, f"--query-gpu={query}", "--format=csv,noheader,nounits"]
-    try:
-        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split("\n")
-    except (OSError, subprocess.SubprocessError):
-        return None
-    value = lines[0].strip()
+    """One property of the first GPU from the driver's tool, without its unit; ``None`` where it reports none."""
+    value = (_output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits") or "").split("\n")[0].strip()
     return None if not value or value.startswith("[") else value  # [N/A], [Not Supported]
 
 
 def driver_version() -> str | None:
-    """Of NVIDIA's driver: from its tool or, without that, from Linux's account of the module; ``None`` if neither is there."""
+    """Of NVIDIA's driver, from its tool or else from Linux's account of the module; ``None`` if neither is there."""
     account = Path("/proc/driver/nvidia/version")
     if (found := nvidia_smi("driver_version")) is None and account.exists():
         match = re.search(r"Module.*?\s(\d+\.\d[\d.]*)\s", account.read_text())
         found = match[1] if match else None
     return found
+
+
+def where(device: torch.device) -> str:
+    """The device in a few words, for figures."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:
@@ -97,9 +94,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, machine and commit: git's, or what ``LOGITLESS_COMMIT`` says where the sources are no checkout."""
-    import logitless
-
+    """Versions, machine and commit: git's, or ``LOGITLESS_COMMIT`` where the sources are not a checkout."""
     status = _git("status", "--porcelain")
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -115,8 +110,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         },
         "versions": {
             "python": platform.python_version(),
-            "logitless": logitless.__version__,
+            "logitless": ll.__version__,
             **{name: _installed(name) for name in _PACKAGES},
-            "torch": torch.__version__,  # with what it was built for, which a package's metadata may leave out
+            "torch": torch.__version__,  # with its build variant, which a package's metadata may leave out
         },
     }

@@ -1,0 +1,1 @@
+"""What every benchmark shares: cases, inputs, the registry of providers, the reference, measurement, tables and commands."""
