@@ -93,7 +93,7 @@ def linear_logps(
         labels: int32 or int64, already shifted (:func:`logitless.shift`).
         bias: the head's bias.
         head: logit scale, soft-cap and temperature; default none of them.
-        outputs: which fields of the result to compute, of :data:`logitless.OUTPUTS`.
+        outputs: which fields of the result to compute, of ``logitless.kernels.core.stats.OUTPUTS``.
         ignore_index: the label of positions to leave out.
 
     Returns:

@@ -21,6 +21,11 @@ def reference_logps(
     """All statistics of :func:`logitless.linear_logps` by definition, in float64, differentiable by plain autograd.
 
     Ignored positions are cut out before anything is computed, so whatever stands there stays without effect.
+
+    Example:
+        >>> hidden, weight, labels = torch.zeros(2, 4), torch.ones(8, 4), torch.tensor([3, -100])
+        >>> reference_logps(hidden, weight, labels).logps  # -log 8
+        tensor([-2.0794,  0.0000], dtype=torch.float64)
     """
     head = HeadSpec() if head is None else head
     scored = labels != ignore_index

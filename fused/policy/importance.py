@@ -44,7 +44,8 @@ def importance_sampling_ratio(
     """Truncated or masked importance weights ``exp(old_logps - sampling_logps)``, as TRL 1.16 computes them for vLLM.
 
     The trainer recomputes the log-probabilities of the tokens that a rollout engine sampled; the two differ by kernels and
-    precision. The weight multiplies each token's loss: pass it to a policy loss as ``importance_sampling_ratio``.
+    precision. The weight multiplies each token's loss: pass it to a policy loss as ``importance_sampling_ratio``. It is at most
+    ``exp(40)``, also without ``clip_max``.
 
     Args:
         old_logps: the trainer's, before any update; padded ``[S, T]``, or packed ``[N]`` with ``cu_seqlens``.

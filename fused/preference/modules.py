@@ -29,7 +29,7 @@ class FusedLinearDPOLoss(FusedLinearPreferenceLoss):
 
     Args:
         beta: strength of the pull to the reference; for ``"ipo"`` the paper's tau. Positive.
-        loss_type: one of :data:`logitless.DPO_LOSSES`, or several.
+        loss_type: one of ``logitless.fused.preference.losses.dpo.DPO_LOSSES``, or several.
         loss_weights: weight of each loss type; default 1 each.
         label_smoothing: probability that a label is flipped, for ``sigmoid`` (cDPO), ``robust`` (below 0.5), ``exo_pair``
             (above 0), ``aot`` and ``aot_unpaired``.
@@ -143,6 +143,11 @@ class FusedLinearIPOLoss(FusedLinearDPOLoss):
         beta: the paper's tau.
         length_normalize: per-token log-ratios, or the paper's sums.
         metrics, ignore_index: as in :class:`FusedLinearDPOLoss`.
+
+    Example:
+        >>> x, w, y = torch.randn(4, 6, 16), torch.randn(100, 16), torch.randint(100, (4, 6))
+        >>> round(FusedLinearIPOLoss(beta=0.5)(x, w, y, ref_hidden=x, ref_weight=w).loss.item(), 4)  # (0 - 1 / (2 beta))**2
+        1.0
     """
 
     def __init__(
@@ -196,6 +201,11 @@ class FusedLinearCPOLoss(FusedLinearPreferenceLoss):
         label_smoothing: for ``"sigmoid"``, in [0, 1].
         alpha: AlphaPO's reward shape; 0 for none.
         metrics, ignore_index: as in :class:`FusedLinearDPOLoss`.
+
+    Example:
+        >>> x, w, y = torch.zeros(4, 6, 16), torch.randn(100, 16), torch.randint(100, (4, 6))
+        >>> round(FusedLinearCPOLoss(cpo_alpha=0.0)(x, w, y).loss.item(), 4)  # log 2: chosen and rejected are equally likely
+        0.6931
     """
 
     def __init__(
@@ -231,6 +241,11 @@ class FusedLinearORPOLoss(FusedLinearPreferenceLoss):
     Args:
         beta: weight of the odds-ratio term (the paper's lambda).
         metrics, ignore_index: as in :class:`FusedLinearDPOLoss`.
+
+    Example:
+        >>> x, w, y = torch.zeros(4, 6, 16), torch.randn(100, 16), torch.randint(100, (4, 6))
+        >>> round(FusedLinearORPOLoss(beta=0.1)(x, w, y).loss.item(), 4)  # log 100 + 0.1 log 2
+        4.6745
     """
 
     def __init__(self, beta: float = 0.1, metrics: bool = False, ignore_index: int = -100) -> None:

@@ -27,6 +27,13 @@ def register_backend(backend: Backend, *, first: bool = False) -> None:
 
     Raises:
         ValueError: if the name is taken, or ``"auto"``.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from logitless.kernels.backends.registry import get_backend
+        >>> register_backend(replace(get_backend("torch"), name="mine"))
+        >>> available_backends()["mine"]
+        []
     """
     if backend.name == "auto" or backend.name in _registry:
         raise ValueError(f"backend name {backend.name!r} is taken")
@@ -40,7 +47,12 @@ def register_backend(backend: Backend, *, first: bool = False) -> None:
 
 
 def available_backends() -> dict[str, list[str]]:
-    """Every registered backend, in ``auto``'s order, with the reasons why it cannot run here (empty if it can)."""
+    """Every registered backend, in ``auto``'s order, with the reasons why it cannot run here (empty if it can).
+
+    Example:
+        >>> available_backends()["torch"]
+        []
+    """
     return {name: backend.why_unavailable() for name, backend in _registry.items()}
 
 
@@ -109,8 +121,8 @@ def choose_backend(call: Call, name: str | None = None) -> Backend:
 def choose_elementwise(device: torch.device, function: str, name: str | None = None) -> ElementWise:
     """The element-wise functions for a public function that needs no GEMM, and so has no plan.
 
-    Under ``auto``, those of the first backend that runs on the device and has a ``function`` of its own; else those of the
-    first that runs on it.
+    Under ``auto``, those of the first backend that runs on the device; on GPUs, those of the first that has a ``function`` of
+    its own, if any does.
 
     Args:
         device: of the tensors.
@@ -125,5 +137,7 @@ def choose_elementwise(device: torch.device, function: str, name: str | None = N
     if name != "auto":
         return rank_backends([call], name)[0][0].elementwise
     usable = [b for b in _registry.values() if not b.why_unavailable() and not b.why_not(call)]
-    own = [b for b in usable if getattr(b.elementwise, function) is not getattr(_registry["torch"].elementwise, function)]
-    return (own or usable)[0].elementwise
+    if device.type != "cpu":  # where Triton's interpreter has functions of its own, and runs only by name
+        shared = getattr(_registry["torch"].elementwise, function)
+        usable = [b for b in usable if getattr(b.elementwise, function) is not shared] or usable
+    return usable[0].elementwise

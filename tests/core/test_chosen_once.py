@@ -96,3 +96,11 @@ def test_advantages_run_on_the_backend_of_the_settings(calls, name):
 def test_a_backend_that_does_not_run_on_the_device_is_an_error():
     with ll.settings(backend="cuda"), pytest.raises(RuntimeError, match=r"no backend can serve .*cuda: "):
         ll.gae(torch.rand(3, 7), torch.rand(3, 7))
+
+
+@pytest.mark.parametrize("function", [f.name for f in fields(ElementWise) if f.name != "pair_margins"])
+def test_the_interpreter_of_triton_runs_by_name_alone(function):
+    interpreted = registry.get_backend("triton").elementwise
+    assert registry.choose_elementwise(torch.device("cpu"), function, "auto") is not interpreted
+    if not registry.get_backend("triton").why_unavailable():
+        assert registry.choose_elementwise(torch.device("cpu"), function, "triton") is interpreted

@@ -34,8 +34,8 @@ from logitless.fused.preference.losses.simple import CPO_LOSSES, alpha_reward, c
 from logitless.kernels.backends.registry import choose_elementwise
 
 SIZE = 12  # sequences of a preference loss (six pairs), tokens of a policy loss
-SEGMENT_SUM = choose_elementwise(torch.device("cpu"), "segment_sum").segment_sum
 OFFSETS = torch.tensor([0, 0, 3, SIZE])  # the first sequence has no token
+SEGMENT_SUM = choose_elementwise(OFFSETS.device, "segment_sum").segment_sum
 Results: TypeAlias = tuple[Tensor, dict[str, Tensor]]
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 

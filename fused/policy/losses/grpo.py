@@ -1,4 +1,7 @@
-"""The GRPO family as pure functions of token log-probabilities. Formulas and defaults are those of TRL 1.16's GRPOTrainer."""
+"""The GRPO family as pure functions of token log-probabilities. Formulas and defaults are those of TRL 1.16's GRPOTrainer.
+
+Exponents of ratios and of k3 are bounded at 80, products of a ratio at ``exp(80)``; see :mod:`logitless.fused.bounds`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from ...rl.kl import kl_estimate
 from ..loss import PolicyLoss, PolicyLossResult, Tokens
 from .ppo import divergence_metrics
 
-#: How each loss type adds up its tokens' losses.
+#: How each loss type aggregates the losses of tokens.
 AGGREGATION_OF = {
     "grpo": "sequence-mean",
     "bnpo": "token-mean",
@@ -25,18 +28,18 @@ AGGREGATION_OF = {
     "luspo": "sequence-mean-token-sum",
     "vespo": "token-mean",
 }
-#: What ``loss_type`` of :class:`logitless.FusedLinearGRPOLoss` may be.
+#: Values of ``loss_type`` of :class:`logitless.FusedLinearGRPOLoss`.
 GRPO_LOSSES = tuple(AGGREGATION_OF)
-#: Those that clip the ratio on both sides.
+#: Loss types that clip the ratio on both sides.
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 LEVELS = ("token", "sequence")
-#: Bounds of VESPO's logarithms: of a weight's and of a token's ratio, as its authors have them.
+#: Bounds of VESPO's logarithms of weights and of token ratios, those of its authors.
 _VESPO_LOWEST, _VESPO_LARGEST = math.log(1e-8), 20.0
 
 
 @dataclass(frozen=True)
 class GRPOOptions:
-    """Numbers of a loss type; see :class:`logitless.FusedLinearGRPOLoss`."""
+    """Parameters of a loss type; see :class:`logitless.FusedLinearGRPOLoss`."""
 
     loss_type: str
     beta: float

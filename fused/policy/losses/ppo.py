@@ -1,4 +1,7 @@
-"""PPO's clipped policy loss as a pure function of token log-probabilities. https://huggingface.co/papers/1707.06347"""
+"""PPO's clipped policy loss as a pure function of token log-probabilities. https://huggingface.co/papers/1707.06347
+
+Exponents of ratios and of k3 are bounded at 80, products of a ratio at ``exp(80)``; see :mod:`logitless.fused.bounds`.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ from ...bounds import bounded, bounded_exponent
 from ...rl.kl import KL_ESTIMATORS, kl_estimate
 from ..loss import PolicyLoss, PolicyLossResult, Tokens
 
-#: Estimators whose value comes with the gradient of k2, which is that of the KL divergence on average; verl's names.
+#: Estimators with the gradient of k2, whose expectation is that of the KL divergence; verl's names.
 STRAIGHT_THROUGH = {name + "+": name for name in KL_ESTIMATORS if name != "k2"}
-#: What ``kl_estimator`` may be.
+#: Values of ``kl_estimator``.
 KL_PENALTIES = (*KL_ESTIMATORS, *STRAIGHT_THROUGH)
 
 
@@ -27,7 +30,7 @@ def kl_penalty(logps: Tensor, ref_logps: Tensor, estimator: str) -> Tensor:
 
 
 def divergence_metrics(tokens: Tokens, logratios: Tensor) -> dict[str, Tensor]:
-    """How far the policy has moved from the one that sampled: both estimates of ``KL(old || new)``, which clipping limits."""
+    """The ratio, and two estimates of ``KL(old || new)``: the distance from the sampling policy, which clipping limits."""
     moved = bounded_exponent(logratios.detach())
     return {
         "ratio": moved.exp(),

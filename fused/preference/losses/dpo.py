@@ -22,7 +22,7 @@ F_ALPHA = 0.5
 
 @dataclass(frozen=True)
 class DPOOptions:
-    """Numbers of a DPO loss; see :class:`logitless.FusedLinearDPOLoss`."""
+    """Parameters of a DPO loss; see :class:`logitless.FusedLinearDPOLoss`."""
 
     beta: float
     label_smoothing: float = 0.0
@@ -31,7 +31,7 @@ class DPOOptions:
 
 
 class Scores(NamedTuple):
-    """What the loss types are functions of. Each (p,), except the batch they come from."""
+    """Arguments of the loss types: log-ratios and scores, each (p,), and the pairs that they come from."""
 
     chosen_logratios: Tensor
     rejected_logratios: Tensor
@@ -72,12 +72,15 @@ def hinge(s: Scores, o: DPOOptions) -> Tensor:
 
 
 def ipo(s: Scores, o: DPOOptions) -> Tensor:
-    """IPO, https://huggingface.co/papers/2310.12036 eq. 17; per scored token unless ``length_normalize=False``."""
+    """IPO, https://huggingface.co/papers/2310.12036 eq. 17; per scored token unless ``length_normalize=False``.
+
+    The margin is bounded at plus and minus ``exp(40)`` (:mod:`logitless.fused.bounds`).
+    """
     return bounded_square(s.mean_delta if o.length_normalize else s.delta, 1 / (2 * o.beta))
 
 
 def exo_pair(s: Scores, o: DPOOptions) -> Tensor:
-    """EXO-pref, https://huggingface.co/papers/2402.00856 eq. 16: KL of the model's preference from a smoothed one."""
+    """EXO-pref, https://huggingface.co/papers/2402.00856 eq. 16: KL of the model's preference from a smoothed label."""
     h = o.beta * s.delta
     log_qw, log_ql = F.logsigmoid(h), F.logsigmoid(-h)
     return log_qw.exp() * (log_qw - math.log1p(-o.label_smoothing)) + log_ql.exp() * (log_ql - math.log(o.label_smoothing))
@@ -124,7 +127,7 @@ def apo_down(s: Scores, o: DPOOptions) -> Tensor:
 
 
 def discopop(s: Scores, o: DPOOptions) -> Tensor:
-    """DiscoPOP's log-ratio modulated loss, https://huggingface.co/papers/2406.08414 eq. 5."""
+    """DiscoPOP's log-ratio modulated loss, https://huggingface.co/papers/2406.08414 eq. 5; exponents are bounded at 80."""
     h = o.beta * s.delta
     # exp(-h) overflows where its weight vanishes, so their logarithms are added
     weighted = torch.exp(bounded_exponent(F.logsigmoid(h / o.discopop_tau) - h))
@@ -162,7 +165,7 @@ DPO_LOSSES: dict[str, Callable[[Scores, DPOOptions], Tensor]] = {
         sigmoid_norm,
     )
 }
-#: Loss types that read the arguments which not every type has; passing one to another type is an error.
+#: Loss types that use ``label_smoothing``, that are defined for every f-divergence, and that couple the pairs of a batch.
 SMOOTHED = {"sigmoid", "exo_pair", "robust", "aot", "aot_unpaired"}
 DIVERGENT = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 BATCH_COUPLED = {"aot", "aot_unpaired"}
@@ -172,7 +175,12 @@ _SUM_MARGIN = {"sigmoid", "hinge", "robust", "exo_pair", "discopop"}
 
 
 def f_divergence_score(logratios: Tensor, kind: str, alpha: float) -> Tensor:
-    """``f'(pi / pi_ref)`` up to a constant, https://huggingface.co/papers/2309.16240 table 1. logratios (p,) -> (p,)."""
+    """``f'(pi / pi_ref)`` up to a constant, https://huggingface.co/papers/2309.16240 table 1. logratios (p,) -> (p,).
+
+    The exponent of ``forward_kl`` (``-logratios``) and of ``alpha_divergence`` (``(alpha - 1) * logratios``) is bounded at 80,
+    as TRL bounds the latter in float32: beyond it the score is constant and has gradient 0. For an alpha within 0.05 of 1, see
+    :func:`logitless.fused.bounds.bounded_power`.
+    """
     if kind == "forward_kl":
         return -torch.expm1(bounded_exponent(-logratios))
     if kind == "js_divergence":

@@ -16,11 +16,14 @@ from .dpo import CLOSED_FORMS, _smoothed
 
 
 def alpha_reward(logps: Tensor, alpha: float) -> Tensor:
-    """AlphaPO's reward ``(1 - p^-alpha) / alpha``, https://huggingface.co/papers/2501.03884; ``log p`` at alpha = 0."""
+    """AlphaPO's reward ``(1 - p^-alpha) / alpha``, https://huggingface.co/papers/2501.03884; ``log p`` at alpha = 0.
+
+    The exponent ``-alpha * log p`` is bounded at 80: beyond it the reward is constant and has gradient 0.
+    """
     return logps if alpha == 0 else bounded_power(logps, -alpha)
 
 
-# Each loss is a function of its numbers, bound by ``partial``: a closure could not be pickled, and so no module that holds it.
+# Losses bind their parameters by ``partial`` because modules are pickled, and closures cannot be.
 
 
 def _simpo(pairs: Pairs, beta: float, gamma: float, label_smoothing: float, alpha: float) -> PreferenceLossResult:
@@ -46,6 +49,7 @@ def _cpo_hinge(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
 
 
 def _cpo_ipo(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """IPO's square; the margin is bounded at plus and minus ``exp(40)``."""
     return bounded_square(margin, 1 / (2 * beta))
 
 
