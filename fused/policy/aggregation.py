@@ -58,15 +58,20 @@ def check_num_items(num_items: Any, any_scored: bool) -> Tensor | float | None:
     The value of a CUDA tensor is checked by a device assertion.
     """
     name = "num_items_in_batch"
-    check_data(name, num_items)
     if not isinstance(num_items, Tensor):
         return None if num_items is None else max(1.0, check_number(name, num_items, 0, open_low=any_scored))
-    if num_items.numel() != 1 or num_items.dtype == torch.bool or num_items.is_complex():
-        raise ValueError(f"{name} must be one number, got {num_items.dtype} of shape {tuple(num_items.shape)}")
-    number = num_items.detach().reshape(())
+    number = as_number(name, num_items)
     if number.device.type == "cpu":
         check_number(name, number.item(), 0, open_low=any_scored)
     elif number.is_cuda:
         valid = number > 0 if any_scored else number >= 0
         torch._assert_async(valid & number.isfinite(), f"{name} must be a finite number above 0")
     return number.clamp(min=1)
+
+
+def as_number(name: str, value: Tensor) -> Tensor:
+    """A tensor with one number, 0-dim and detached."""
+    check_data(name, value)
+    if value.numel() != 1 or value.dtype == torch.bool or value.is_complex():
+        raise ValueError(f"{name} must be one number, got {value.dtype} of shape {tuple(value.shape)}")
+    return value.detach().reshape(())

@@ -250,12 +250,12 @@ class FusedLinearPolicyLoss(nn.Module):
         if report.entropies is not None:
             metrics["entropy"] = mean_or_zero(report.entropies)
         metrics |= self._sequence_metrics(report)
-        scored_here = report.ref_logps is not None and call.reference.logps is None
+        ref_logps = report.ref_logps if call.reference.logps is None else None  # scored here
         return PolicyOutput(
             loss=loss,
             logps=like_labels(report.logps),
             entropies=None if report.entropies is None else like_labels(report.entropies),
-            ref_logps=like_labels(report.ref_logps) if scored_here else None,
+            ref_logps=None if ref_logps is None else like_labels(ref_logps),
             metrics={name: value.to(dtype) for name, value in metrics.items()},
             plan=report.plan,
         )

@@ -121,8 +121,13 @@ class PreferenceLossResult:
 
     def detach(self) -> PreferenceLossResult:
         """The same without a graph."""
-        rewards = [None if r is None else r.detach() for r in (self.chosen_rewards, self.rejected_rewards)]
-        return PreferenceLossResult(self.losses.detach(), *rewards, {name: t.detach() for name, t in self.metrics.items()})
+        chosen, rejected = self.chosen_rewards, self.rejected_rewards
+        return PreferenceLossResult(
+            self.losses.detach(),
+            None if chosen is None else chosen.detach(),
+            None if rejected is None else rejected.detach(),
+            {name: values.detach() for name, values in self.metrics.items()},
+        )
 
 
 @dataclass(frozen=True)

@@ -30,20 +30,26 @@ def check_local(name: str, value: object) -> None:
         )
     distributed = sys.modules.get("torch.distributed.tensor")  # without that module there are no DTensors
     if distributed is not None and isinstance(value, distributed.DTensor):
-        raise TypeError(
-            f"{name} is a DTensor, and logitless computes on the tensors of one rank. Where ranks have different sequences "
-            f"(data parallel, FSDP), pass {name}.full_tensor(grad_placements=[Partial()] * {name}.device_mesh.ndim), which "
-            f"adds up its gradient over the ranks; where they have the same (tensor parallel), pass {name}.full_tensor(), "
-            "which does not"
-        )
+        if name in ("weight", "bias"):
+            way_out = (
+                f"if ranks have different sequences (data parallel, FSDP), pass {name}.full_tensor(grad_placements=[Partial()] "
+                f"* {name}.device_mesh.ndim), whose gradient is summed over ranks; if they have the same sequences (tensor "
+                f"parallel), pass {name}.full_tensor(), whose gradient is not"
+            )
+        else:
+            way_out = f"pass {name}.to_local() if it holds this rank's own sequences, else {name}.full_tensor()"
+        raise TypeError(f"{name} is a DTensor, but logitless computes on the tensors of one rank: {way_out}")
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
     """The dtype to compute in: the autocast dtype under autocast (float64 stays), else that of ``hidden``."""
-    kind = hidden.device.type
-    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
+    if hidden.dtype != torch.float64 and _autocasts(hidden.device):
+        return torch.get_autocast_dtype(hidden.device.type)
     return hidden.dtype
+
+
+def _autocasts(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)  # which fails for devices without autocast
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
@@ -66,7 +72,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str 
         raise TypeError(f"{names[0]} must be float64, float32, bfloat16 or float16, got {hidden.dtype}")
     if weight.dtype not in DTYPES:
         raise TypeError(f"{names[1]} must be float64, float32, bfloat16 or float16, got {weight.dtype}")
-    if weight.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+    if weight.dtype != hidden.dtype and not _autocasts(hidden.device):
         wider = torch.promote_types(weight.dtype, hidden.dtype)
         if wider != hidden.dtype:
             raise TypeError(

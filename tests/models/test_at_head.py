@@ -223,8 +223,8 @@ def test_examples_of_the_page_on_policies_run():
 
 def test_the_page_on_policies_names_every_loss_type_and_option():
     text = PAGE.read_text(encoding="utf8")
+    from logitless.fused.policy.aggregation import AGGREGATIONS
     from logitless.fused.policy.importance import IMPORTANCE_SAMPLING_MODES
-    from logitless.fused.policy.loss import AGGREGATIONS
     from logitless.fused.policy.losses.ppo import KL_PENALTIES
 
     for name in (*GRPO_LOSSES, *AGGREGATIONS, *KL_PENALTIES):

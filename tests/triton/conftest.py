@@ -102,3 +102,14 @@ def languages_patched_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as m:
         m.setattr(interpreter, "_patch_lang", patch_once)
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def products_are_marked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """``make test-blas`` runs the modules marked ``blas``: a matrix product that another one interprets is an error."""
+    with pytest.MonkeyPatch.context() as m:
+        if DEVICE.type == "cpu" and request.node.get_closest_marker("blas") is None:
+            interpreter = pytest.importorskip("triton.runtime.interpreter")
+            message = f"{request.node.name} multiplies matrices in the interpreter: mark it with pytest.mark.blas"
+            m.setattr(interpreter.InterpreterBuilder, "create_dot", lambda *args: pytest.fail(message))
+        yield

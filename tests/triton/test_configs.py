@@ -32,7 +32,10 @@ from logitless.kernels.backends.triton.tuning.problem import Problem, Timing, de
 from logitless.kernels.backends.triton.tuning.workload import MOST_BLOCK_N, Workload
 
 #: NumPy's, in the interpreter.
-pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.blas,
+    pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"),
+]
 N, H, V = 6, 16, 40
 ROW = {
     "max_tokens": None, "BLOCK_N": 64, "BLOCK_V": 128, "BLOCK_H": 32, "GROUP": 8, "PART": 32, "SOFTCAP_PART": 16,

@@ -16,18 +16,11 @@ pytest.importorskip("triton")
 from logitless.kernels.backends.triton.gemm.filtered import filtered_mm
 from logitless.kernels.backends.triton.gemm.launch import recompute_block
 
-from .test_gemm_interpreted import (
-    CONFIG,
-    HEADS,
-    PLAIN,
-    languages_patched_once,  # noqa: F401
-    quick,
-    score,
-    some_rows,
-)
+from .test_gemm_interpreted import CONFIG, HEADS, PLAIN, quick, score, some_rows
 
 #: NumPy's, in the interpreter.
 pytestmark = [
+    pytest.mark.blas,
     pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:Casting complex:RuntimeWarning"),
 ]

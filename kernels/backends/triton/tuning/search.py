@@ -28,8 +28,8 @@ Prepare = Callable[[Problem, Sequence[GemmConfig]], None]
 def candidates(config: GemmConfig, tma: bool) -> Iterator[GemmConfig]:
     """The configurations that differ in one respect from the given one; ``tma``: whether the architecture has it.
 
-    BLOCK_V, BLOCK_H and the PARTs stay: they determine the order in which exponentials are added, and the memory that plan.py
-    reserves for partial sums.
+    BLOCK_V, BLOCK_H and the PARTs stay: they determine the order in which exponentials are added, and the memory that
+    predict.py reserves for partial sums.
     """
     for block_n in (config.BLOCK_N // 2, config.BLOCK_N, 2 * config.BLOCK_N):
         for num_warps in (4, 8):

@@ -21,19 +21,20 @@ from ..compat import on_device
 from ..gemm.combine import STATS
 from ..gemm.config import GemmConfig
 from ..gemm.launch import recompute_block, score_block
+from ..predict import PARTIAL_BLOCK
 from ..targets import target_logit_and_slope
 from .problem import Problem, Timing
 
 log = logging.getLogger("logitless")
 
-#: Of the gradient that is written while measuring. A larger one is measured on fewer tokens, and the time scaled.
+#: The most bytes of the gradient that a measurement writes. A larger one is measured on fewer tokens, and the time scaled.
 GRADIENT_BYTES = 512 << 20
 #: The most by which a candidate's log-probabilities may differ from the table's: far above rounding, far below a wrong block.
 TOLERANCE = 1e-4
 #: Milliseconds for which a kernel runs before, and during, its measurement.
 WARM_UP, REPEAT = 25, 150
-#: The most tokens per block: plan.py reserves memory for the partial sums of no more.
-MOST_BLOCK_N = 128
+#: The most tokens per block: memory is reserved for the partial sums of no more.
+MOST_BLOCK_N = PARTIAL_BLOCK
 
 
 class Workload:
