@@ -1,4 +1,4 @@
-"""Rows of a table and what fills them: a status, figures, steps that take turns. A row whose run fails says so."""
+"""Rows of a table, and the stages in which they run. A row that fails keeps the reason, and the others go on."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ class Outcome(Generic[R]):
 
 
 @dataclass
-class Table(Generic[R]):
+class Stages(Generic[R]):
     """Runs the rows of an outcome in stages. A row that raises or is wrong takes no further part."""
 
     rows: list[R]

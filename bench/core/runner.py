@@ -17,7 +17,7 @@ from .inputs import Inputs, make_inputs
 from .memory import measure, peak_bytes
 from .reference import Errors, Reference, check, compute_reference, token_error
 from .registry import PROVIDERS, Result, Work
-from .rows import FAILED, OK, WRONG, Outcome, Progress, Table, TimedRow, frozen_heap, release_memory, shorten, timed
+from .rows import FAILED, OK, WRONG, Outcome, Progress, Stages, TimedRow, frozen_heap, release_memory, shorten, timed
 
 #: Kernels of a profile that are kept, those that are printed, and characters of a name: C++ templates have names of pages.
 KEPT, _SHOWN, _NAME = 20, 5, 160
@@ -186,15 +186,15 @@ def run_case(
         _measure_apart(case, [row for row in able if not row.roofline], device, progress)
     progress("float64 reference")
     inputs = make_inputs(case, device)
-    table = _CaseTable(able, device, progress, case, inputs, compute_reference(case, inputs), memory and not apart)
+    stages = _CaseStages(able, device, progress, case, inputs, compute_reference(case, inputs), memory and not apart)
     with frozen_heap():
-        table.each("check", table.first_step)
-        table.turns(rounds, table.timed_step)
+        stages.each("check", stages.first_step)
+        stages.turns(rounds, stages.timed_step)
         for row in able:
-            table.guard(row, table.check)
+            stages.guard(row, stages.check)
             if profiled and row.name.startswith(_PROFILED):
-                table.guard(row, table.profile)
-            table.free(row)
+                stages.guard(row, stages.profile)
+            stages.free(row)
     return CaseOutcome(case, rows)
 
 
@@ -216,7 +216,7 @@ def failed_case(case: Case, names: Iterable[str], error: Exception) -> CaseOutco
 
 
 @dataclass
-class _CaseTable(Table[ProviderRow]):
+class _CaseStages(Stages[ProviderRow]):
     """The providers of a case, its inputs and its reference. ``memory``: whether a step in this process measures it."""
 
     case: Case

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core.console import number
-from ..core.rows import OK, Outcome, Progress, Row, Table, release_memory
+from ..core.rows import OK, Outcome, Progress, Row, Stages, release_memory
 from .arms import ARMS, Arm
 from .cases import TrainCase, case_batch
 from .models import make_config
@@ -136,5 +136,5 @@ def run_curves(
             with arm.ready(bench):
                 row.losses.append(step(bench, arm, data).item())
 
-    Table(rows, device, progress).each("training", train)
+    Stages(rows, device, progress).each("training", train)
     return CurveOutcome(case, rows, learning_rate)

@@ -13,7 +13,7 @@ import torch
 
 from ..core.console import number
 from ..core.memory import peak_bytes
-from ..core.rows import OK, Outcome, Progress, Row, Table, release_memory
+from ..core.rows import OK, Outcome, Progress, Row, Stages, release_memory
 from .arms import ARMS, Arm
 from .cases import TrainCase, case_batch
 from .steps import step
@@ -198,7 +198,7 @@ def run_limits(
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total))
     try:
-        Table(rows, device, progress).each(of, find)
+        Stages(rows, device, progress).each(of, find)
     finally:
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0)

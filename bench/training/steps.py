@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.console import number, spread
 from ..core.memory import peak_bytes
-from ..core.rows import OK, WRONG, Outcome, Progress, Table, TimedRow, beyond, frozen_heap, release_memory, timed
+from ..core.rows import OK, WRONG, Outcome, Progress, Stages, TimedRow, beyond, frozen_heap, release_memory, timed
 from .arms import ARMS, Arm
 from .attention import PADDED
 from .batches import Data
@@ -149,7 +149,7 @@ def step(bench: Workbench, arm: Arm, data: Data) -> Tensor:
 
 
 @dataclass
-class _StepTable(Table[StepRow]):
+class _StepStages(Stages[StepRow]):
     """The arms of a case on a batch."""
 
     bench: Workbench
@@ -208,24 +208,24 @@ def run_steps(
     with frozen_heap():
         data = bench.data(case_batch(case, bench.vocab), exact=True)
         outcome = StepOutcome(case, rows, data.batch.lengths, data.batch.tokens, data.batch.scored, head_flops(bench, data))
-        table = _StepTable(rows, device, progress, bench, data)
-        table.each("attention", lambda row: row.refuse(ARMS[row.name].why_not(bench)))
+        stages = _StepStages(rows, device, progress, bench, data)
+        stages.each("attention", lambda row: row.refuse(ARMS[row.name].why_not(bench)))
         progress("exact head")
         bench.use_attention(PADDED)
         loss = bench.exact_loss(data)
         bench.backward(loss)
         exact, gradients = loss.item(), bench.gradients()
         del loss
-        table.each("check", lambda row: table.check(row, exact, gradients))
+        stages.each("check", lambda row: stages.check(row, exact, gradients))
         gradients.clear()
         for parameter in bench.parameters:  # optimizer states exist between steps: they are no memory of the first arm's step
             parameter.grad = torch.zeros_like(parameter)
         bench.optimizer.step()
         bench.optimizer.zero_grad()
-        outcome.body_flops = table.body_flops(outcome.row("body"))
+        outcome.body_flops = stages.body_flops(outcome.row("body"))
         release_memory(device)
-        table.each("memory", table.memory)
+        stages.each("memory", stages.memory)
         if device.type == "cuda":
             outcome.held_bytes = torch.cuda.memory_allocated()
-        table.turns(rounds, table.time)
+        stages.turns(rounds, stages.time)
     return outcome
