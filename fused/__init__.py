@@ -1,4 +1,4 @@
-"""Losses on the log-prob core: the engine and its schedules, the losses as pure functions, and the modules users hold.
+"""Losses on log-probabilities: the engine with its schedules, the loss functions, and the modules that users call.
 
-This folder is the package ``logitless.fused``. It knows no device code; ``kernels/`` has that.
+This folder is the package ``logitless.fused``. Device code is in ``kernels/``.
 """

@@ -1,1 +1,1 @@
-"""Policy-gradient training: advantages, KL estimates, value and reward-model losses, all on small tensors."""
+"""Policy-gradient training: PPO, the GRPO family, importance weights of rollouts, and losses of your own."""

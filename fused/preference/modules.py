@@ -28,8 +28,8 @@ class FusedLinearDPOLoss(FusedLinearPreferenceLoss):
     cDPO (TRL ignores it there).
 
     Args:
-        beta: strength of the pull to the reference; for ``"ipo"`` the paper's tau. Positive.
-        loss_type: one of ``logitless.fused.preference.losses.dpo.DPO_LOSSES``, or several.
+        beta: weight of the KL regularisation towards the reference; for ``"ipo"`` the paper's tau. Positive.
+        loss_type: one of :data:`~logitless.fused.preference.losses.dpo.DPO_LOSSES`, or several.
         loss_weights: weight of each loss type; default 1 each.
         label_smoothing: probability that a label is flipped, for ``sigmoid`` (cDPO), ``robust`` (below 0.5), ``exo_pair``
             (above 0), ``aot`` and ``aot_unpaired``.
@@ -40,7 +40,7 @@ class FusedLinearDPOLoss(FusedLinearPreferenceLoss):
         use_weighting: WPO's weights.
         discopop_tau: temperature of ``"discopop"``.
         reference_free: run without a reference, as if its log-probabilities were 0.
-        metrics: also compute metrics, under TRL's names, in the same pass.
+        metrics: also compute metrics, under TRL's names, in the same pass over the logits.
         ignore_index: the label of positions to leave out.
 
     Raises:
@@ -77,13 +77,13 @@ class FusedLinearDPOLoss(FusedLinearPreferenceLoss):
         for name in types:
             check_choice("loss_type", name, dpo_family.DPO_LOSSES)
         if loss_weights is not None and not isinstance(loss_weights, (list, tuple)):
-            raise TypeError(f"loss_weights must be a list of numbers, one a loss_type, got {loss_weights!r}")
+            raise TypeError(f"loss_weights must be a list of numbers, one per loss_type, got {loss_weights!r}")
         weights = [1.0] * len(types) if loss_weights is None else [check_number("loss_weights", w) for w in loss_weights]
         check_bool("use_weighting", use_weighting)
         check_bool("reference_free", reference_free)
         check_bool("length_normalize", length_normalize)
         if len(weights) != len(types):
-            raise ValueError(f"loss_weights must have {len(types)} values, one a loss_type, got {len(weights)}")
+            raise ValueError(f"loss_weights must have {len(types)} values, one per loss_type, got {len(weights)}")
         kinds = set(types)
         label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0)
         if label_smoothing and not kinds & dpo_family.SMOOTHED:
@@ -290,8 +290,8 @@ class FusedLinearKTOLoss(FusedLinearPreferenceLoss):
         )
         self._configure(loss, metrics=metrics, ignore_index=ignore_index)
 
-    def inputs(self, desirable: Any, kl: Any, count: int, device: torch.device, prefix: str = "") -> dict[str, Tensor]:
-        """Check ``desirable`` and ``kl``; errors name them with the prefix."""
+    def check_inputs(self, desirable: Any, kl: Any, count: int, device: torch.device, prefix: str = "") -> dict[str, Tensor]:
+        """The checked ``desirable`` and ``kl`` by name; errors name them with the prefix."""
         inputs = {"desirable": check_per_sequence(prefix + "desirable", desirable, count, device, boolean=True)}
         name = prefix + "kl"
         check_data(name, kl)
@@ -335,7 +335,7 @@ class FusedLinearKTOLoss(FusedLinearPreferenceLoss):
             ref_logps, ref_hidden, ref_weight, ref_bias, uses=True, needs=True
         )
         check_token_arguments(call, token_weights, None, uses_nll=False)
-        inputs = self.inputs(desirable, kl, call.num_sequences, hidden.device)
+        inputs = self.check_inputs(desirable, kl, call.num_sequences, hidden.device)
         term = Term(self.loss, tuple(range(call.num_sequences)), ref_logps=call.reference.logps, inputs=inputs)
         loss, report = eagerly(run)(self._job(call, [term], token_weights, None))
         return kto_output(loss, report, term, metrics=self.metrics)

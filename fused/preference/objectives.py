@@ -146,7 +146,7 @@ class FusedLinearMultiObjectiveLoss(FusedLinearPreferenceLoss):
             raise ValueError(f"{where}.sequences must be chosen ones and then as many rejected ones, got {len(sequences)}")
         inputs: dict[str, Tensor] = {}
         if isinstance(module, FusedLinearKTOLoss):
-            inputs = module.inputs(objective.desirable, objective.kl, len(sequences), device, f"{where}.")
+            inputs = module.check_inputs(objective.desirable, objective.kl, len(sequences), device, f"{where}.")
         elif objective.desirable is not None or objective.kl is not None:
             raise ValueError(f"{where}: desirable and kl are used by FusedLinearKTOLoss only")
         ref_logps = objective.ref_logps

@@ -48,7 +48,7 @@ def several(element: st.SearchStrategy[float], size: int = SIZE) -> st.SearchStr
     return st.lists(element, min_size=size, max_size=size)
 
 
-def swept(examples: int = 15) -> Callable[..., Any]:
+def swept(examples: int = 12) -> Callable[..., Any]:
     return settings(
         max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
     )
@@ -85,38 +85,35 @@ def smoothing(name: str) -> list[float]:
     return [0.0, 0.3] if name in SMOOTHED else [0.0]
 
 
-def preference_losses() -> dict[str, PreferenceLoss]:
+def preference_losses(beta: float) -> dict[str, PreferenceLoss]:
     found = {}
-    for beta in (0.05, 2.0):
-        for name in DPO_LOSSES:
-            for e in smoothing(name):
-                given = DPOOptions(beta, e)
-                for kind in F_DIVERGENCES if name in DIVERGENT else ["reverse_kl"]:
-                    for alpha in (-1.0, 0.5, 0.99, 1.00001, 2.0) if kind == "alpha_divergence" else (0.5,):
-                        found[f"{name} {beta} {e} {kind} {alpha}"] = dpo(
-                            [name], [1.0], given, f_divergence_type=kind, f_alpha_divergence_coef=alpha
-                        )
-                if name not in BATCH_COUPLED:
-                    found[f"{name} {beta} {e} WPO"] = dpo([name], [1.0], given, use_weighting=True)
-        for tau in (1e-3, 1.0, 4.0):
-            found[f"discopop {beta} tau {tau}"] = dpo(["discopop"], [1.0], DPOOptions(beta, discopop_tau=tau))
-        for kind in F_DIVERGENCES:
-            sums = DPOOptions(beta, length_normalize=False)
-            found[f"ipo sums {beta} {kind}"] = dpo(["ipo"], [1.0], sums, f_divergence_type=kind)
-        for alpha in (-0.5, 0.0, 1e-3, 0.1, 1.0, 3.0):
-            found[f"simpo {beta} {alpha}"] = simpo(beta=beta, gamma=0.5, label_smoothing=0.1, alpha=alpha)
-            for name in CPO_LOSSES:
-                e = 0.1 if name == "sigmoid" else 0.0
-                found[f"cpo {name} {beta} {alpha}"] = cpo(
-                    beta=beta, cpo_alpha=1.0, loss_type=name, label_smoothing=e, alpha=alpha
-                )
-        found[f"orpo {beta}"] = orpo(beta=beta)
-        for name in KTO_LOSSES:
-            found[f"kto {name} {beta}"] = kto(beta=beta, desirable_weight=1.5, undesirable_weight=0.5, loss_type=name)
+    for name in DPO_LOSSES:
+        for e in smoothing(name):
+            given = DPOOptions(beta, e)
+            for kind in F_DIVERGENCES if name in DIVERGENT else ["reverse_kl"]:
+                for alpha in (-1.0, 0.5, 0.99, 1.00001, 2.0) if kind == "alpha_divergence" else (0.5,):
+                    found[f"{name} {e} {kind} {alpha}"] = dpo(
+                        [name], [1.0], given, f_divergence_type=kind, f_alpha_divergence_coef=alpha
+                    )
+            if name not in BATCH_COUPLED:
+                found[f"{name} {e} WPO"] = dpo([name], [1.0], given, use_weighting=True)
+    for tau in (1e-3, 1.0, 4.0):
+        found[f"discopop tau {tau}"] = dpo(["discopop"], [1.0], DPOOptions(beta, discopop_tau=tau))
+    for kind in F_DIVERGENCES:
+        sums = DPOOptions(beta, length_normalize=False)
+        found[f"ipo sums {kind}"] = dpo(["ipo"], [1.0], sums, f_divergence_type=kind)
+    for alpha in (-0.5, 0.0, 1e-3, 0.1, 1.0, 3.0):
+        found[f"simpo {alpha}"] = simpo(beta=beta, gamma=0.5, label_smoothing=0.1, alpha=alpha)
+        for name in CPO_LOSSES:
+            e = 0.1 if name == "sigmoid" else 0.0
+            found[f"cpo {name} {alpha}"] = cpo(beta=beta, cpo_alpha=1.0, loss_type=name, label_smoothing=e, alpha=alpha)
+    found["orpo"] = orpo(beta=beta)
+    for name in KTO_LOSSES:
+        found[f"kto {name}"] = kto(beta=beta, desirable_weight=1.5, undesirable_weight=0.5, loss_type=name)
     return found
 
 
-PREFERENCE = preference_losses()
+PREFERENCE = {torch.float32: preference_losses(beta=2.0), torch.float64: preference_losses(beta=0.05)}
 
 
 @st.composite
@@ -143,7 +140,7 @@ def test_preference_losses_are_finite(values, dtype):
     unpaired = {"desirable": torch.arange(SIZE) % 2 == 0, "kl": tensors["ref_logps"].mean()}
 
     def evaluate(name: str) -> Results:
-        loss = PREFERENCE[name]
+        loss = PREFERENCE[dtype][name]
         single = loss.group == "sequence"
         batch = (Sequences if single else Pairs)(
             **leaves,
@@ -157,7 +154,7 @@ def test_preference_losses_are_finite(values, dtype):
         rewards = {"chosen_rewards": result.chosen_rewards, "rejected_rewards": result.rejected_rewards}
         return result.losses, {**result.metrics, **{name: value for name, value in rewards.items() if value is not None}}
 
-    assert_finite(evaluate, PREFERENCE, leaves)
+    assert_finite(evaluate, PREFERENCE[dtype], leaves)
 
 
 # Policy losses

@@ -30,11 +30,11 @@ KTO_LOSSES: dict[str, Callable[[Tensor, Tensor, float, Tensor], Tensor]] = {
 
 
 def _weighted_kto(
-    batch: Sequences, beta: float, desirable_weight: float, undesirable_weight: float, loss_type: str
+    sequences: Sequences, beta: float, desirable_weight: float, undesirable_weight: float, loss_type: str
 ) -> PreferenceLossResult:
-    desirable = batch.inputs["desirable"]
-    logratios = batch.logps - batch.reference
-    z = batch.inputs["kl"].clamp(min=0) if loss_type == "kto" else torch.zeros_like(logratios)
+    desirable = sequences.inputs["desirable"]
+    logratios = sequences.logps - sequences.reference
+    z = sequences.inputs["kl"].clamp(min=0) if loss_type == "kto" else torch.zeros_like(logratios)
     # torch.where of two numbers would round them to float32
     weights = torch.where(desirable, logratios.new_full((), desirable_weight), undesirable_weight)
     losses = weights * KTO_LOSSES[loss_type](logratios, desirable, beta, z)
