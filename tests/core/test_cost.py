@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import logitless as ll
-from logitless.kernels import linear_logps as op
+from logitless.kernels import logps_operators as op
 
 EVERY_BACKEND = True
 
