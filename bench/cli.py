@@ -50,7 +50,7 @@ def _list(console: Console, device: torch.device) -> None:
         reasons = provider.why_not(Case("", min(provider.tasks), Shape()), device)
         state = f"unavailable: {'; '.join(reasons)}" if reasons else f"computes {', '.join(sorted(provider.tasks))}"
         console.print(f"  {name:20} {state}", highlight=False)
-    keys, dtypes, logits = map(", ".join, (Shape.__dataclass_fields__, DTYPES, LOGITS))
+    keys, dtypes, logits = (", ".join(names) for names in (Shape.__dataclass_fields__, DTYPES, LOGITS))
     console.print(f"[bold]shape keys[/bold]\n  {keys}\n  dtype: {dtypes}; logits: {logits}", highlight=False)
 
 

@@ -169,13 +169,14 @@ class FusedLinearPreferenceLoss(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument.
         """
-        call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index).with_reference(
-            ref_logps, ref_hidden, ref_weight, ref_bias, uses=self.loss.uses_reference, needs=self.loss.needs_reference
-        )
+        call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index)
         if self.loss.group != "sequence" and call.num_sequences % 2:
             raise ValueError(
                 f"labels must hold an even number of sequences, chosen first and then rejected, got {call.num_sequences}"
             )
+        call = call.with_reference(
+            ref_logps, ref_hidden, ref_weight, ref_bias, uses=self.loss.uses_reference, needs=self.loss.needs_reference
+        )
         check_token_arguments(call, token_weights, nll_labels, uses_nll=self.loss.uses_nll)
         term = Term(self.loss, tuple(range(call.num_sequences)), ref_logps=call.reference.logps)
         loss, report = eagerly(run)(self._job(call, [term], token_weights, nll_labels))
