@@ -371,10 +371,10 @@ def errors(variant: Variant, case: Inputs) -> tuple[list[float], list[float]]:
 def assert_loses_no_more_than_plain_pytorch(variant: Variant, cases: list[Inputs], dtype: torch.dtype) -> None:
     """Twice plain PyTorch's error at most, and two roundings of the result; root mean square over a few batches.
 
-    A logit z behind a soft-cap comes from a tile of float32 exponentials, ``z = k + log(e)``. Vectorised logarithms are right to
-    one unit in the last place (half a unit only on some CPUs), e and z are rounded once each, and ``|log(e)|`` and ``|z|`` are at
-    most about the cap. So ``(z / cap)**2`` is known to three roundings, and the slope ``1 - (z / cap)**2`` to three over the
-    slope. (A 16-bit dtype's own rounding is larger than that.)
+    A logit z behind a soft-cap comes from a tile of float32 exponentials, ``z = k + log(e)``. A vectorised logarithm is
+    right to one unit in the last place (on some CPUs to half of it), e and z are rounded once each, and ``|log(e)|`` and
+    ``|z|`` are at most about the cap. So ``(z / cap)**2`` is known to three roundings, and the slope ``1 - (z / cap)**2``
+    to three over the slope. (A 16-bit dtype's own rounding is larger than that.)
     """
     ours, plain = (torch.zeros(len(cases[0].leaves)) for _ in range(2))
     rounding = torch.finfo(dtype).eps
