@@ -54,7 +54,7 @@ for file in backends cuda_ops limits policy; do
   run "gpu-$file" "${pytest[@]}" -m gpu "tests/gpu/test_$file.py"
 done
 # names of test modules, or patterns of such
-for module in linear_logps "losses_float64* losses_arguments" policy_float64 loss_modules "policy_modules*" "compile head_spec"; do
+for module in "linear_logps*" "losses_float64* losses_arguments" policy_float64 loss_modules "policy_modules*" "compile head_spec"; do
   for backend in "${backends[@]}"; do
     files=()
     for name in $module; do files+=(tests/*/test_$name.py); done

@@ -19,6 +19,7 @@ from logitless.bench.cli import main as bench
 from logitless.cli import main as logitless
 from logitless.kernels.backends.registry import get_backend
 from logitless.kernels.cost_model.gpu_constants import constants, load_constants
+from logitless.kernels.operators.loading import has_bf16_gemm
 
 ROOT = Path(__file__).resolve().parents[2]
 CONSTANTS = ROOT / "kernels" / "cost_model" / "gpu_constants.json"
@@ -179,7 +180,7 @@ def test_the_tests_of_a_gpu_run_on_every_backend_the_most_telling_first(checkout
     assert (logs / "cuda-loss_modules.log").read_text().startswith("cuda: -m pytest")
     assert "tests/gpu/test_every_loss.py -k triton" in (logs / "gpu-every_loss-triton.log").read_text()
     files = {f"tests/{word}" for log in logs.glob("*.log") for word in re.findall(r"tests/(\S+\.py)", log.read_text())}
-    assert all((ROOT / file).exists() for file in files)
+    assert files and all(list(ROOT.glob(file)) for file in files)  # the copy has no tests, so patterns stay as they are
 
 
 def test_a_failure_on_one_backend_is_one_of_the_run_and_named(checkout):
@@ -378,7 +379,9 @@ def test_readme_shows_each_shape_and_mode_of_a_measurement(readme, capsys):
         assert row[3] == f"{by_name['logitless']['ratio_to_gemm']:.2f}"
         assert row[4:7] == ["-", "-", "-"]  # TRL, Liger and Cut Cross-Entropy took no part
         assert row[7] == f"{by_name['torch']['median_seconds'] / by_name['logitless']['median_seconds']:.2f}"
-        assert row[9] == "-" and float(row[10].removesuffix(" |")) < 1e-4
+        ours, plain = (by_name[name]["errors"]["token_logps"] for name in ("logitless", "torch"))
+        assert row[9] == "-" and row[10] == f"{ours:.1e} |"
+        assert ours < (1e-4 if has_bf16_gemm() else 2 * plain)  # without that GEMM a CPU rounds bf16 logits, as plain PyTorch
     assert f"commit {(run['environment']['commit'] or 'unknown')[:10]}" in text
     assert "of 6 targets are met" in text  # trained 2, frozen 2, forward only 2: the others need TRL, Liger, memory
     assert text.startswith("before\n<!-- headline -->\nkept\n") and text.endswith("<!-- /gpu -->\nafter\n")

@@ -56,8 +56,10 @@ def test_transformers_and_trl_import_from_the_repository_root_without_the_packag
 
 
 def test_the_folder_is_logitless_kernels_whatever_kernels_is():
-    assert run("import logitless.kernels.op as op; print(op.__file__)") == str(ROOT / "kernels" / "op.py")
-    assert run("import logitless.kernels.op as op; print(op.__file__)", cwd=Path("/")) == str(ROOT / "kernels" / "op.py")
+    assert run("import logitless.kernels.linear_logps as op; print(op.__file__)") == str(ROOT / "kernels" / "linear_logps.py")
+    assert run("import logitless.kernels.linear_logps as op; print(op.__file__)", cwd=Path("/")) == str(
+        ROOT / "kernels" / "linear_logps.py"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +101,7 @@ def pure(source, tmp_path_factory) -> Path:
         modules = {p.relative_to(ROOT / at) for p in (ROOT / at).rglob("*.py") if not p.name.startswith("test_")}
         missing = {str(m) for m in modules if f"{package}/{m}" not in names}
         assert not missing
-    assert {"logitless/py.typed", "logitless/kernels/gpu_constants.json"} <= names
+    assert {"logitless/py.typed", "logitless/kernels/cost_model/gpu_constants.json"} <= names
     assert not [n for n in names if n.startswith(("kernels/", "tests/", "fused/")) or n.endswith(".so")]
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "unpacked")
@@ -107,7 +109,7 @@ def pure(source, tmp_path_factory) -> Path:
 
 
 def test_a_wheel_without_kernels_holds_every_module_and_works(pure, tmp_path, site_without_kernels):
-    code = "import logitless, logitless.kernels.op as op; print(op.__file__); print(logitless.__version__)"
+    code = "import logitless, logitless.kernels.linear_logps as op; print(op.__file__); print(logitless.__version__)"
     where, version = run(code, "-S", cwd=tmp_path, PYTHONPATH=f"{pure}:{site_without_kernels}").splitlines()
     assert where.startswith(str(pure))
     assert version == importlib.import_module("logitless").__version__
