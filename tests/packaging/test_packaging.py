@@ -56,10 +56,9 @@ def test_transformers_and_trl_import_from_the_repository_root_without_the_packag
 
 
 def test_the_folder_is_logitless_kernels_whatever_kernels_is():
-    assert run("import logitless.kernels.linear_logps as op; print(op.__file__)") == str(ROOT / "kernels" / "linear_logps.py")
-    assert run("import logitless.kernels.linear_logps as op; print(op.__file__)", cwd=Path("/")) == str(
-        ROOT / "kernels" / "linear_logps.py"
-    )
+    where = "import logitless.kernels.linear_logps as module; print(module.__file__)"
+    for folder in (ROOT, Path("/")):
+        assert run(where, cwd=folder) == str(ROOT / "kernels" / "linear_logps.py")
 
 
 @pytest.fixture(scope="module")
