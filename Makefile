@@ -37,7 +37,7 @@ bench: ext
 
 # The tensors are small: a process for each core is faster than threads.
 test: ext
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 # The tests of Triton's interpreter with the matrix products of other CPUs. BLAS_CORES="Haswell SkylakeX" names some.
 BLAS_CORES ?= Haswell
