@@ -19,6 +19,7 @@ import logitless as ll
 from logitless.kernels.backends import registry as backends
 from logitless.kernels.backends.interface import Call
 from logitless.kernels.backends.registry import choose_backend, rank_backends
+from logitless.kernels.core import settings
 from logitless.kernels.cost_model.costs import Cost, Part, describe
 from logitless.kernels.cost_model.gpu_constants import constants, gpu_of, load_constants
 
@@ -30,9 +31,12 @@ N, H, V = 8192, 4096, 151_936
 H100 = constants()["sm_90"]
 
 
+PREDICTIONS = {name: backends.get_backend(name).predict for name in ("cuda", "torch", "triton")}
+
+
 def predict(name: str, asked: Call, gpu=None) -> Cost:
     """What the backend of that name should take for a call."""
-    return backends.get_backend(name).predict(asked, gpu)
+    return PREDICTIONS[name](asked, gpu)
 
 
 def call(num_tokens: int = N, hidden_size: int = H, vocab_size: int = V, **changes) -> Call:
@@ -177,6 +181,7 @@ def test_without_a_prediction_the_order_of_the_registry_holds(gpu_backends, monk
     unknown = replace(backends.get_backend("torch"), name="unknown", predict=None)
     registry = {"unknown": unknown, **backends._registry}
     monkeypatch.setattr(backends, "_registry", registry)
+    monkeypatch.setattr(settings, "backend_names", set(registry))
     assert [b.name for b, _ in rank_backends([call()], "auto")] == ["triton", "cuda", "torch", "unknown"]
     without_sizes = Call(torch.device("cuda"), torch.bfloat16, torch.bfloat16, architecture="sm_90")
     assert [b.name for b, _ in rank_backends([without_sizes], "auto")] == list(registry)
