@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -15,7 +15,9 @@ import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "setup.sh"
 VERSION = re.search(r"^torch_version=(\S+)$", SCRIPT.read_text(), re.M)[1]
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="needs pip")
+# Not `find_spec("pip")`: setuptools takes that for pip at work, and can no longer be imported in this process.
+PIP = next(iter(importlib.metadata.distributions(name="pip")), None)
+pytestmark = pytest.mark.skipif(PIP is None, reason="needs pip")
 
 #: A project with the extras of this one, and a build backend of its own: an isolated build needs no index.
 PROJECT = """
@@ -103,7 +105,7 @@ def machine(tmp_path) -> Machine:
     write_wheel(tmp_path, "project", "1.0", requires=needs, extras="bench test")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
     (site,) = (tmp_path / "env/lib").glob("python*/site-packages")
-    (site / "pip").symlink_to(Path(importlib.util.find_spec("pip").origin).parent)
+    (site / "pip").symlink_to(PIP.locate_file("pip"))
     return machine
 
 
