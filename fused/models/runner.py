@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from logitless.kernels.core.checks import check_spec
 from logitless.kernels.core.head_spec import HeadSpec
 
 from .attention import attention_of, takes_bounds, why_not_padding_free, why_not_right_padded
 from .causal_lm import causal_lm, full_head_parameters, head_parameters, num_token_ids, run_to_head, takes_positions
+from .head_probe import model_head
 from .packing import Layout, PackedSequences, lay_out, make_pack, unpack
 
 log = logging.getLogger("logitless")
@@ -106,7 +106,6 @@ def run_packed(model: nn.Module, sequences: Placed, score: Callable[[HeadCall], 
     if unknown := model_kwargs.keys() - inspect.signature(type(lm).forward).parameters.keys() - _UNNAMED:
         # most models accept any keyword, and ignore those that they do not read
         raise TypeError(f"{type(lm).__name__}.forward takes no argument {', '.join(sorted(unknown))}")
-    spec = _spec(lm, options.head, options.temperature)
     reasons = _why_not_one_row(model, lm, options.padding_free, packed, layout.bounds, positions is not None)
     log.debug("packed sequences: %s", f"right-padded batch: {'; '.join(reasons)}" if reasons else "one padding-free row")
 
@@ -122,6 +121,8 @@ def run_packed(model: nn.Module, sequences: Placed, score: Callable[[HeadCall], 
         # The model still runs, on one token that is not scored: ranks stay in step, and the result has a gradient of 0.
         inputs, targets = {"input_ids": where.new_zeros(1, 1)}, where.new_full((1, 1), packed.ignore_index)
 
+    spec = model_head(model, lm, options.head, options.temperature, {**inputs, **model_kwargs})
+
     def call(hidden: Tensor) -> Any:
         if hidden.shape[:-1] != targets.shape:
             raise ValueError(
@@ -130,17 +131,6 @@ def run_packed(model: nn.Module, sequences: Placed, score: Callable[[HeadCall], 
         return score(HeadCall(hidden, *full_head_parameters(lm), spec, targets, where))
 
     return run_to_head(model, lm, {**inputs, **model_kwargs}, call)
-
-
-def _spec(lm: Any, head: HeadSpec | None, temperature: float | None) -> HeadSpec:
-    if head is None:
-        return HeadSpec.from_config(lm.config, 1.0 if temperature is None else temperature)
-    spec = check_spec(head)
-    if temperature is None:
-        return spec
-    if spec.temperature not in (1.0, temperature):
-        raise ValueError(f"temperature={temperature!r} contradicts head.temperature={spec.temperature!r}: pass one of them")
-    return spec.with_temperature(temperature)
 
 
 def _why_not_one_row(
