@@ -140,20 +140,20 @@ def _run(model: nn.Module, lm: Any, inputs: Mapping[str, Any]) -> _Seen:
         top = min(_PEAKS[-1], torch.finfo(raw.dtype).max / 16)
         peaks = torch.tensor([min(peak, top) for peak in _PEAKS], device=raw.device).repeat(len(raw) // len(_PEAKS) + 1)
         largest = raw.float().abs().amax(-1)
-        factors = torch.where(largest > 0, peaks[: len(raw)] / largest, 1.0).to(flat)
+        factors = torch.where(largest > 0, peaks[: len(raw)] / largest, 1.0).to(flat.device)
+        bound = torch.finfo(flat.dtype).max / 16 / flat.float().abs().amax(-1).clamp(min=1e-6)
+        factors = factors.minimum(bound).to(flat.dtype)
         rescaled = flat * factors[:, None]
         raw = nn.functional.linear(rescaled.to(weight.device), weight, bias)
         calls.append((flat, raw, raw.dtype, bias is not None and bool(bias.any())))
         return (rescaled.view_as(hidden), *rest)
 
     def keep_output(module: nn.Module, args: Any, output: Any) -> None:
-        if threading.get_ident() == owner and isinstance(states := _first_tensor(output, "last_hidden_state"), Tensor):
+        if threading.get_ident() == owner and (states := _first_tensor(output, "last_hidden_state")) is not None:
             outputs.append(states)
 
-    base = _base_model(lm)
     handles = [lm.get_output_embeddings().register_forward_pre_hook(replace_rows)]
-    if base is not None:
-        handles.append(base.register_forward_hook(keep_output))
+    handles += [base.register_forward_hook(keep_output) for base in _backbones(lm)]
     try:
         result = model(**inputs, use_cache=False)
     finally:
@@ -166,11 +166,9 @@ def _run(model: nn.Module, lm: Any, inputs: Mapping[str, Any]) -> _Seen:
     if logits is None:
         raise ValueError(f"model must return logits, but {name}.forward returned {type(result).__name__}")
     logits = logits.reshape(-1, logits.shape[-1])
-    backbone = None
-    if outputs and outputs[-1].shape[-1:] == hidden.shape[-1:]:
-        states = outputs[-1]
-        states = states[:1, :_ROWS] if states.dim() == 3 else states
-        backbone = states.reshape(-1, states.shape[-1])
+    rows = [states[:1, :_ROWS] if states.dim() == 3 else states for states in outputs]
+    fitting = [states.reshape(hidden.shape) for states in rows if states.numel() == hidden.numel()]
+    backbone = fitting[-1] if fitting else None  # the outermost
     eps = max(torch.finfo(dtype).eps, torch.finfo(logits.dtype).eps)
     return _Seen(hidden, backbone, raw.double(), logits.to(raw.device).double(), bias, eps)
 
@@ -185,13 +183,11 @@ def _first_tensor(output: Any, name: str) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def _base_model(lm: Any) -> nn.Module | None:
-    """The model without its head."""
+def _backbones(lm: Any) -> list[nn.Module]:
+    """What may be the model without its head. Some models call the decoder inside of it alone (Bart, OPT)."""
     get_decoder = getattr(lm, "get_decoder", lambda: None)
-    for base in (getattr(lm, "base_model", None), get_decoder()):
-        if isinstance(base, nn.Module) and base is not lm:
-            return base
-    return None
+    parts = {id(part): part for part in (getattr(lm, "base_model", None), get_decoder(), *lm.children())}
+    return [part for part in parts.values() if isinstance(part, nn.Module) and part not in (lm, lm.get_output_embeddings())]
 
 
 def _fit(seen: _Seen, lm: Any) -> HeadSpec | str:
@@ -238,9 +234,14 @@ def _wrong(spec: HeadSpec, raw: Tensor, logits: Tensor, eps: float, name: str) -
     # rounding of a few operations; in half precision, as a root mean square over the row
     if bool((difference.norm(dim=1) <= max(2 * eps, 1e-4) * logits.norm(dim=1)).all()):
         return ""
-    offset = difference.mean(0)
-    if float((difference - offset).norm()) < 0.1 * float(difference.norm()):
-        return f"{name} adds a bias of up to {float(offset.abs().max()):.3g} to its logits after the head"
+    # a bias shows in the rows of small logits, its scale in those of large ones
+    sizes = raw.norm(dim=1)
+    largest, small = sizes.argmax(), sizes <= 2 * sizes.min()
+    scale = (raw[largest] * logits[largest]).sum() / (raw[largest] * raw[largest]).sum()
+    offsets = logits[small] - scale * raw[small]
+    bias = offsets.mean(0)
+    if int(small.sum()) > 1 and float((offsets - bias).norm()) < 0.1 * float(offsets.norm()):
+        return f"{name} adds a bias of up to {float(bias.abs().max()):.3g} to its logits after the head"
     return (
         f"the logits of {name} are no scale and soft-cap of hidden @ weight.T + bias: {spec!r}, which comes closest, is up to "
         f"{float(difference.abs().max()):.3g} off at logits up to {float(logits.abs().max()):.3g}"
@@ -250,7 +251,7 @@ def _wrong(spec: HeadSpec, raw: Tensor, logits: Tensor, eps: float, name: str) -
 def _behind(seen: _Seen, spec: HeadSpec, lm: Any) -> HeadSpec | str:
     """The spec for the backbone's output, of which the head's input must be a multiple."""
     name = type(lm).__name__
-    if seen.backbone is None or seen.backbone.shape != seen.hidden.shape:
+    if seen.backbone is None:
         return f"{name} has no backbone whose last_hidden_state has the shape of the head's input, {tuple(seen.hidden.shape)}"
     after, before = seen.hidden.double(), seen.backbone.to(seen.hidden.device).double()
     factor = float((after * before).sum() / (before * before).sum())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ _MAPPINGS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
 #: Pattern of an attribute's whole name, and the value that replaces a larger one. The first that matches counts.
 _SIZES: list[tuple[str, int]] = [
     (r"\w*vocab_size\w*|n_words|num_embeddings|codebook_size|num_embeds|encoder_hash_byte_group_vocab", VOCAB),
-    (r"(shape_|pronunciation_)embed_dim|output_embedding_size", WIDTH),
+    (r"(shape_|pronunciation_)embed_dim|output_embedding_size|word_embed_proj_dim", WIDTH),
     (r"num_experts_per_tok(en)?|moe_top_?k|topk_group|router_top_k|top_k_experts|moe_k|num_activated\w*", 1),
     (r"(n|num)_(local_|routed_)?experts|moe_num_experts|num_local_experts|zero_expert_num", 2),
     (r"\w*shared_experts|n_groups?|num_expert_group|mamba_n_?groups", 1),
@@ -41,7 +41,10 @@ _SIZES: list[tuple[str, int]] = [
     (r"base_channels", 32),
     (r"image_size", 32),
     (r"patch_size", 8),
-    (r"\w*(hidden|embedding|embed|embd|model|emb)(_size|_dim)?|\w*hidden_(size|dim)\w*|d_model|n_embd|projection_dim|dim", WIDTH),
+    (
+        r"\w*(hidden|embedding|embed|embd|model|emb)(_size|_dim)?|\w*hidden_(size|dim)\w*|d_model|n_embd|projection_dim|dim",
+        WIDTH,
+    ),
     (r"(out|output|text|vision|merged)_(hidden_size|dim)|input_embedding_size|attention_hidden_size", WIDTH),
 ]
 _RULES = [(re.compile(pattern), value) for pattern, value in _SIZES]
@@ -92,8 +95,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "PaddleOCRVLForConditionalGeneration": _MROPE,
     "Qwen2VLForConditionalGeneration": _MROPE,
     "Qwen2_5_VLForConditionalGeneration": _MROPE,
-    "Qwen2_5OmniThinkerForConditionalGeneration": _MROPE,
+    "Qwen2_5OmniThinkerForConditionalGeneration": {**_MROPE, "vision_start_token_id": 80},
     "HunYuanVLForConditionalGeneration": _MROPE,
+    "GPTNeoForCausalLM": {"max_position_embeddings": 16},  # fewer than the tokens of all sequences
     "Granite4VisionForConditionalGeneration": {"deepstack_layer_map": [(0, 0)], "downsample_rate": "1/2"},
     "GraniteMoeHybridForCausalLM": {
         "layer_types": ["linear_attention", "full_attention"],
@@ -107,12 +111,20 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "KyutaiSpeechToTextForConditionalGeneration": {"codec_config.codebook_size": 64, "codec_config.upsample_groups": 64},
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"]},
-    "DeepseekOcr2ForConditionalGeneration": {"text_config.mlp_layer_types": ["dense", "sparse"], "text_config.num_experts_per_tok": 1},
+    "DeepseekOcr2ForConditionalGeneration": {
+        "text_config.mlp_layer_types": ["dense", "sparse"],
+        "text_config.num_experts_per_tok": 1,
+    },
     "Mamba2ForCausalLM": {"num_heads": 8, "head_dim": 16},
     "Qwen4ExpForCausalLM": _indexer(""),
     "Qwen4ExpForConditionalGeneration": _indexer("text_config."),
     "RecurrentGemmaForCausalLM": {"num_hidden_layers": 3},
-    "ReformerModelWithLMHead": {"is_decoder": True, "axial_pos_embds": False, "num_buckets": 4},
+    "ReformerModelWithLMHead": {
+        "is_decoder": True,
+        "axial_pos_embds": False,
+        "num_buckets": 4,
+        "attn_layers": ["local", "local"],
+    },
     "Step3p7ForConditionalGeneration": {"text_config.sliding_window": 4},
     "XmodForCausalLM": {"default_language": "en_XX"},
     "Zamba2ForCausalLM": {
@@ -134,7 +146,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "CohereCompassForConditionalGeneration": {"text_config.rope_parameters": _ROPES},
     "DbrxForCausalLM": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "DeepseekV2ForCausalLM": {"num_experts_per_tok": 1},
-    "Qwen3OmniMoeForConditionalGeneration": {"talker_config.text_config.shared_expert_intermediate_size": 48},
+    "Qwen3OmniMoeForConditionalGeneration": {
+        "talker_config.text_config.shared_expert_intermediate_size": 48,
+        "talker_config.spatial_merge_size": 2,
+    },
+    "Qwen3OmniMoeThinkerForConditionalGeneration": {"vision_start_token_id": 80},
+    "Mistral4ForCausalLM": {"rope_parameters.partial_rotary_factor": 1.0},
+    "Gemma4AssistantForCausalLM": {"text_config.num_kv_shared_layers": LAYERS},
     "LongcatFlashForCausalLM": {"moe_topk": 2},
     "Florence2ForConditionalGeneration": {
         "vision_config.embed_dim": (32, 32, 32, 32),
@@ -146,6 +164,28 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "acoustic_tokenizer_encoder_config.num_filters": 1,
         "semantic_tokenizer_encoder_config.num_filters": 1,
     },
+}
+#: Classes that have gradients in training mode alone.
+TRAINING = {"ReformerModelWithLMHead"}
+#: Arguments of the config's constructor, where it makes no valid config without.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "Gemma4AssistantForCausalLM": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+}
+
+
+def _image_rows(rows: int) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(rows, 3, 32, 32, generator=torch.Generator().manual_seed(3))}
+
+
+def _with_question(rows: int) -> dict[str, Tensor]:
+    return {**_image_rows(rows), "qformer_input_ids": torch.arange(3, 9).repeat(rows, 1)}
+
+
+#: Arguments of the forward that a class requires beside token ids, for a number of rows.
+INPUTS: dict[str, Callable[[int], dict[str, Tensor]]] = {
+    "Blip2ForConditionalGeneration": _image_rows,
+    "InstructBlipForConditionalGeneration": _with_question,
+    "Kosmos2ForConditionalGeneration": _image_rows,
 }
 
 
@@ -188,7 +228,11 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
         for name, value in list(vars(part).items()):
             if name in _LOGITS:
                 _put(part, name, _LOGITS[name])
-            elif re.fullmatch(r"\w*(token_id|token_index|_id|_index|token_offset)", name) and isinstance(value, int) and value >= WORDS:
+            elif (
+                re.fullmatch(r"\w*(token_id|token_index|_id|_index|token_offset)", name)
+                and isinstance(value, int)
+                and value >= WORDS
+            ):
                 _put(part, name, special.setdefault(name, VOCAB - 7 - len(special) % (VOCAB - 7 - WORDS)))
             elif "dropout" in name or "pdrop" in name or "drop_rate" in name or name.endswith("layerdrop"):
                 if isinstance(value, float):
@@ -220,13 +264,15 @@ def _rule(name: str) -> int | None:
     return next((value for pattern, value in _RULES if pattern.fullmatch(name)), None)
 
 
-def build(name: str, model_type: str, overrides: dict[str, Any], attention: str | None = None) -> nn.Module:
-    """A tiny model with random weights. ``overrides``: dotted names of config attributes, and their values."""
+def build(name: str) -> nn.Module:
+    """A tiny model with random weights."""
     cls = getattr(transformers, name)
     # the class's own config: that of a text model may be a part of the model type's
-    config_class = cls.config_class or CONFIG_MAPPING[model_type]
-    config = shrink(config_class())
-    for path, value in overrides.items():
+    config_class = cls.config_class or CONFIG_MAPPING[every_class()[name]]
+    config = shrink(config_class(**CONFIGS.get(name, {})))
+    if "is_decoder" in vars(config):
+        config.is_decoder = True
+    for path, value in OVERRIDES.get(name, {}).items():
         *folders, last = path.split(".")
         part: Any = config
         for folder in folders:
@@ -236,9 +282,7 @@ def build(name: str, model_type: str, overrides: dict[str, Any], attention: str 
         else:
             _put(part, part.attribute_map.get(last, last), value)
     torch.manual_seed(0)
-    if attention is not None:
-        config._attn_implementation = attention
-    model: nn.Module = cls(config).eval()
+    model: nn.Module = cls(config).train(name in TRAINING)
     randomize(model)
     return model
 
@@ -261,3 +305,31 @@ def sequences() -> list[Tensor]:
     """Ragged sequences of words; one has a single token."""
     g = torch.Generator().manual_seed(2)
     return [torch.randint(3, WORDS, (n,), generator=g) for n in (7, 1, 9, 4)]
+
+
+def plain_logps(model: Any, ids: list[Tensor], inputs: dict[str, Tensor]) -> Tensor:
+    """Of every token but the first of a sequence, (N,), by plain forward passes of one sequence at a time."""
+    out = []
+    for row, sequence in enumerate(ids):
+        out.append(torch.zeros(1))
+        if len(sequence) > 1:
+            own = {name: value[row : row + 1] for name, value in inputs.items()}
+            logits = model(input_ids=sequence[None], use_cache=False, **own).logits[0, -len(sequence) :].float()
+            out.append(logits.log_softmax(-1)[:-1].gather(-1, sequence[1:, None])[:, 0])
+    return torch.cat(out)
+
+
+def gradients(model: nn.Module, logps: Tensor) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    logps.backward(torch.randn(len(logps), generator=torch.Generator().manual_seed(3)))
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest error of a parameter's gradient, relative to its norm or to a hundredth of the norm of all gradients."""
+    if found.keys() != expected.keys():
+        return math.inf, f"gradients of {', '.join(sorted(found.keys() ^ expected.keys())[:3])}"
+    total = math.hypot(*(float(g.norm()) for g in expected.values()))
+    return max((float((found[n] - g).norm()) / max(float(g.norm()), total / 100), n) for n, g in expected.items())
