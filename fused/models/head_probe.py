@@ -126,26 +126,19 @@ def _observe(model: nn.Module, lm: Any, inputs: Mapping[str, Any] | None, given_
 
 def _run(model: nn.Module, lm: Any, inputs: Mapping[str, Any]) -> _Seen:
     owner, name = threading.get_ident(), type(lm).__name__
-    calls: list[tuple[Tensor, Tensor, torch.dtype, bool]] = []
+    calls: list[tuple[Tensor, Tensor, bool]] = []
     outputs: list[Tensor] = []
 
     def replace_rows(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if threading.get_ident() != owner:
             return None
-        given, *rest = args
-        weight, bias = full_head_parameters(lm)
-        hidden = given[:1, :_ROWS] if given.dim() == 3 else given
+        if not args:
+            raise ValueError(f"model must pass its head the hidden states as its first argument, but {name} passes keywords")
+        hidden, *rest = args
+        hidden = hidden[:1, :_ROWS] if hidden.dim() == 3 else hidden
         flat = hidden.reshape(-1, hidden.shape[-1])
-        raw = nn.functional.linear(flat.to(weight.device), weight, bias)
-        top = min(_PEAKS[-1], torch.finfo(raw.dtype).max / 16)
-        peaks = torch.tensor([min(peak, top) for peak in _PEAKS], device=raw.device).repeat(len(raw) // len(_PEAKS) + 1)
-        largest = raw.float().abs().amax(-1)
-        factors = torch.where(largest > 0, peaks[: len(raw)] / largest, 1.0).to(flat.device)
-        bound = torch.finfo(flat.dtype).max / 16 / flat.float().abs().amax(-1).clamp(min=1e-6)
-        factors = factors.minimum(bound).to(flat.dtype)
-        rescaled = flat * factors[:, None]
-        raw = nn.functional.linear(rescaled.to(weight.device), weight, bias)
-        calls.append((flat, raw, raw.dtype, bias is not None and bool(bias.any())))
+        rescaled, raw, bias = _rescale(lm, flat)
+        calls.append((flat, raw, bias))
         return (rescaled.view_as(hidden), *rest)
 
     def keep_output(module: nn.Module, args: Any, output: Any) -> None:
@@ -153,7 +146,8 @@ def _run(model: nn.Module, lm: Any, inputs: Mapping[str, Any]) -> _Seen:
             outputs.append(states)
 
     handles = [lm.get_output_embeddings().register_forward_pre_hook(replace_rows)]
-    handles += [base.register_forward_hook(keep_output) for base in _backbones(lm)]
+    inner = [part for part in lm.modules() if part is not lm and hasattr(part, "config") and hasattr(part, "base_model")]
+    handles += [part.register_forward_hook(keep_output) for part in inner]  # models without a head
     try:
         result = model(**inputs, use_cache=False)
     finally:
@@ -161,7 +155,7 @@ def _run(model: nn.Module, lm: Any, inputs: Mapping[str, Any]) -> _Seen:
             handle.remove()
     if len(calls) != 1:
         raise ValueError(f"model must call its head once in a forward pass, but {name} did {len(calls)} times")
-    hidden, raw, dtype, bias = calls[0]
+    hidden, raw, bias = calls[0]
     logits = _first_tensor(result, "logits")
     if logits is None:
         raise ValueError(f"model must return logits, but {name}.forward returned {type(result).__name__}")
@@ -169,8 +163,23 @@ def _run(model: nn.Module, lm: Any, inputs: Mapping[str, Any]) -> _Seen:
     rows = [states[:1, :_ROWS] if states.dim() == 3 else states for states in outputs]
     fitting = [states.reshape(hidden.shape) for states in rows if states.numel() == hidden.numel()]
     backbone = fitting[-1] if fitting else None  # the outermost
-    eps = max(torch.finfo(dtype).eps, torch.finfo(logits.dtype).eps)
+    eps = max(torch.finfo(raw.dtype).eps, torch.finfo(logits.dtype).eps)
     return _Seen(hidden, backbone, raw.double(), logits.to(raw.device).double(), bias, eps)
+
+
+def _rescale(lm: Any, hidden: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Hidden states (n, H) multiplied so that raw logits reach ``_PEAKS``, these raw logits, and whether there is a bias."""
+    weight, bias = full_head_parameters(lm)
+    raw = nn.functional.linear(hidden.to(weight.device), weight, bias)
+    largest = raw.float().abs().amax(-1)
+    bound = min(1e30, torch.finfo(raw.dtype).max / 16)  # float16 overflows
+    peaks = torch.tensor([min(peak, bound) for peak in _PEAKS], device=raw.device)
+    peaks = peaks.repeat(len(raw) // len(_PEAKS) + 1)[: len(raw)]
+    factors = torch.where(largest > 0, peaks / largest, 1.0).to(hidden.device)
+    bounds = bound / hidden.float().abs().amax(-1).clamp(min=1e-6)
+    rescaled = hidden * factors.minimum(bounds).to(hidden.dtype)[:, None]
+    raw = nn.functional.linear(rescaled.to(weight.device), weight, bias)
+    return rescaled, raw, bias is not None and bool(bias.any())
 
 
 def _first_tensor(output: Any, name: str) -> Tensor | None:
@@ -181,13 +190,6 @@ def _first_tensor(output: Any, name: str) -> Tensor | None:
     full_tensor = getattr(found, "full_tensor", None)
     found = full_tensor() if full_tensor is not None else found
     return found if isinstance(found, Tensor) else None
-
-
-def _backbones(lm: Any) -> list[nn.Module]:
-    """What may be the model without its head. Some models call the decoder inside of it alone (Bart, OPT)."""
-    get_decoder = getattr(lm, "get_decoder", lambda: None)
-    parts = {id(part): part for part in (getattr(lm, "base_model", None), get_decoder(), *lm.children())}
-    return [part for part in parts.values() if isinstance(part, nn.Module) and part not in (lm, lm.get_output_embeddings())]
 
 
 def _fit(seen: _Seen, lm: Any) -> HeadSpec | str:

@@ -16,6 +16,8 @@ import logitless as ll
 
 pytest.importorskip("transformers", minversion="5.24")
 
+from transformers import PreTrainedModel
+
 from . import every_class as ec
 
 EPS = torch.finfo(torch.float32).eps
@@ -117,12 +119,12 @@ def backbone_logps(model: Any, ids: torch.Tensor, inputs: dict[str, torch.Tensor
     spec = ll.HeadSpec.from_model(model, at="backbone", inputs={"input_ids": ids[None], **inputs} if inputs else None)
     kept: list[torch.Tensor] = []
     head = model.get_output_embeddings()
-    bases = {model.base_model, model.get_decoder(), *model.children()} - {None, model, head}
-    handles = [base.register_forward_hook(lambda module, args, output: kept.append(output[0])) for base in bases]
+    for base in model.modules():
+        if isinstance(base, PreTrainedModel) and base is not model:
+            base.register_forward_hook(lambda module, args, output: kept.append(output.get("last_hidden_state")))
     model(input_ids=ids[None], use_cache=False, **inputs)
-    for handle in handles:
-        handle.remove()
-    raw = torch.nn.functional.linear(kept[-1][0, -len(ids) :], head.weight, head.bias)
+    hidden = [states for states in kept if states is not None and states.shape[-1] == head.weight.shape[1]]
+    raw = torch.nn.functional.linear(hidden[-1][0, -len(ids) :], head.weight, head.bias)
     return spec.apply(raw).log_softmax(-1)
 
 
