@@ -61,6 +61,8 @@ _LOGITS = {
     "unpadded_vocab_size": VOCAB - 6,
     "dim_model_base": 8,
 }
+#: Image token of the classes that require images, and how many stand for an image.
+IMAGE, IMAGE_TOKENS = 80, 2
 #: What the defaults of a class need besides: dotted names of config attributes, and their values.
 _MROPE = {"text_config.rope_parameters.mrope_section": [4, 2, 2]}
 _NO_SHARED_KV = {"num_kv_shared_layers": 0}
@@ -141,6 +143,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
     },
     "xLSTMForCausalLM": {"chunk_size": 64},
+    "Blip2ForConditionalGeneration": {"image_token_index": IMAGE, "num_query_tokens": IMAGE_TOKENS},
+    "InstructBlipForConditionalGeneration": {"image_token_index": IMAGE, "num_query_tokens": IMAGE_TOKENS},
+    "InstructBlipVideoForConditionalGeneration": {"video_token_index": IMAGE, "num_query_tokens": IMAGE_TOKENS},
+    "Kosmos2ForConditionalGeneration": {"latent_query_num": IMAGE_TOKENS},
     "BltForCausalLM": {"global_config.encoder_cross_output_size": 128},
     "CohereCompassForCausalLM": {"rope_parameters": _ROPES},
     "CohereCompassForConditionalGeneration": {"text_config.rope_parameters": _ROPES},
@@ -173,19 +179,26 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def _image_rows(rows: int) -> dict[str, Tensor]:
-    return {"pixel_values": torch.randn(rows, 3, 32, 32, generator=torch.Generator().manual_seed(3))}
+def _pixels(ids: list[Tensor], *frames: int) -> Tensor:
+    return torch.randn(len(ids), *frames, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 
 
-def _with_question(rows: int) -> dict[str, Tensor]:
-    return {**_image_rows(rows), "qformer_input_ids": torch.arange(3, 9).repeat(rows, 1)}
+def _question(ids: list[Tensor]) -> Tensor:
+    return torch.arange(3, 9).repeat(len(ids), 1)
 
 
-#: Arguments of the forward that a class requires beside token ids, for a number of rows.
-INPUTS: dict[str, Callable[[int], dict[str, Tensor]]] = {
-    "Blip2ForConditionalGeneration": _image_rows,
-    "InstructBlipForConditionalGeneration": _with_question,
-    "Kosmos2ForConditionalGeneration": _image_rows,
+#: Arguments that a class requires beside token ids: tensors by row, or lists of values per token.
+INPUTS: dict[str, Callable[[list[Tensor]], dict[str, Any]]] = {
+    "Blip2ForConditionalGeneration": lambda ids: {"pixel_values": _pixels(ids)},
+    "InstructBlipForConditionalGeneration": lambda ids: {"pixel_values": _pixels(ids), "qformer_input_ids": _question(ids)},
+    "InstructBlipVideoForConditionalGeneration": lambda ids: {
+        "pixel_values": _pixels(ids, 1),
+        "qformer_input_ids": _question(ids),
+    },
+    "Kosmos2ForConditionalGeneration": lambda ids: {
+        "pixel_values": _pixels(ids),
+        "image_embeds_position_mask": [(row == IMAGE).long() for row in ids],
+    },
 }
 
 
@@ -301,20 +314,29 @@ def randomize(model: nn.Module) -> None:
             parameter.add_(0.1 * noise)
 
 
-def sequences() -> list[Tensor]:
-    """Ragged sequences of words; one has a single token."""
+def batch(name: str) -> tuple[list[Tensor], dict[str, Any]]:
+    """Ragged sequences of words, after an image where the class requires one, and further arguments. One has a single word."""
     g = torch.Generator().manual_seed(2)
-    return [torch.randint(3, WORDS, (n,), generator=g) for n in (7, 1, 9, 4)]
+    ids = [torch.randint(3, WORDS, (n,), generator=g) for n in (7, 1, 9, 4)]
+    if name not in INPUTS:
+        return ids, {}
+    ids = [torch.cat((torch.full((IMAGE_TOKENS,), IMAGE), row)) for row in ids]
+    return ids, INPUTS[name](ids)
 
 
-def plain_logps(model: Any, ids: list[Tensor], inputs: dict[str, Tensor]) -> Tensor:
+def row_inputs(ids: list[Tensor], inputs: dict[str, Any], row: int) -> dict[str, Any]:
+    """The arguments of a plain forward pass of one sequence."""
+    own = {name: value[row][None] for name, value in inputs.items()}
+    return {"input_ids": ids[row][None], "use_cache": False, **own}
+
+
+def plain_logps(model: Any, ids: list[Tensor], inputs: dict[str, Any]) -> Tensor:
     """Of every token but the first of a sequence, (N,), by plain forward passes of one sequence at a time."""
     out = []
     for row, sequence in enumerate(ids):
         out.append(torch.zeros(1))
         if len(sequence) > 1:
-            own = {name: value[row : row + 1] for name, value in inputs.items()}
-            logits = model(input_ids=sequence[None], use_cache=False, **own).logits[0, -len(sequence) :].float()
+            logits = model(**row_inputs(ids, inputs, row)).logits[0, -len(sequence) :].float()
             out.append(logits.log_softmax(-1)[:-1].gather(-1, sequence[1:, None])[:, 0])
     return torch.cat(out)
 

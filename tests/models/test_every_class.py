@@ -33,7 +33,7 @@ REFUSED = {
     "DoryForCausalLM": _NOT_LINEAR,
     "Florence2ForConditionalGeneration": _SEQ2SEQ,
     "IdeficsForVisionText2Text": _NOT_LINEAR,
-    "KyutaiSpeechToTextForConditionalGeneration": "",
+    "KyutaiSpeechToTextForConditionalGeneration": "model must embed token ids with an nn.Embedding",
     "MusicgenForCausalLM": _NOT_LINEAR,
     "MusicgenMelodyForCausalLM": _NOT_LINEAR,
     "NemotronH_Omni_Reasoning_V3": _NO_HEAD,
@@ -114,23 +114,26 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def backbone_logps(model: Any, ids: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Log-probabilities of all entries, (T, V), from the backbone's output and the spec for it."""
-    spec = ll.HeadSpec.from_model(model, at="backbone", inputs={"input_ids": ids[None], **inputs} if inputs else None)
-    kept: list[torch.Tensor] = []
-    head = model.get_output_embeddings()
+def assert_backbone(name: str, model: Any, inputs: dict[str, Any]) -> None:
+    """The backbone's output and the spec for it give the logits of a plain forward pass, or there is an error."""
+    given = {key: value for key, value in inputs.items() if key != "use_cache"} if name in ec.INPUTS else None
+    if name in NO_BACKBONE:
+        with pytest.raises(ValueError, match="no HeadSpec describes this model"):
+            ll.HeadSpec.from_model(model, at="backbone", inputs=given)
+        return
+    spec = ll.HeadSpec.from_model(model, at="backbone", inputs=given)
+    head, kept = model.get_output_embeddings(), []
     for base in model.modules():
         if isinstance(base, PreTrainedModel) and base is not model:
-            base.register_forward_hook(lambda module, args, output: kept.append(output.get("last_hidden_state")))
-    model(input_ids=ids[None], use_cache=False, **inputs)
-    hidden = [states for states in kept if states is not None and states.shape[-1] == head.weight.shape[1]]
-    raw = torch.nn.functional.linear(hidden[-1][0, -len(ids) :], head.weight, head.bias)
-    return spec.apply(raw).log_softmax(-1)
+            base.register_forward_hook(lambda module, args, output: kept.append(getattr(output, "last_hidden_state", None)))
+    logits = model(**inputs).logits
+    hidden = [states for states in kept if states is not None and states.shape[-1] == head.weight.shape[1]][-1]
+    found = spec.apply(torch.nn.functional.linear(hidden, head.weight, head.bias))
+    torch.testing.assert_close(found.log_softmax(-1), logits.log_softmax(-1), rtol=1e-4, atol=1e-4)
 
 
 def assert_right(name: str, model: Any) -> None:
-    ids = ec.sequences()
-    inputs = ec.INPUTS[name](len(ids)) if name in ec.INPUTS else {}
+    ids, inputs = ec.batch(name)
     logps = ll.model_logps(model, ids, **inputs).logps
     found = ec.gradients(model, logps)
     expected = ec.plain_logps(model, ids, inputs)
@@ -142,13 +145,7 @@ def assert_right(name: str, model: Any) -> None:
     with torch.no_grad():
         padded = ll.model_logps(model, ids, padding_free=False, **inputs).logps
         torch.testing.assert_close(padded, expected, rtol=0, atol=tolerance)
-        own = {key: value[:1] for key, value in inputs.items()}
-        if name in NO_BACKBONE:
-            with pytest.raises(ValueError, match="no HeadSpec describes this model"):
-                backbone_logps(model, ids[0], own)
-        else:
-            logits = model(input_ids=ids[0][None], use_cache=False, **own).logits[0, -len(ids[0]) :]
-            torch.testing.assert_close(backbone_logps(model, ids[0], own), logits.log_softmax(-1), rtol=1e-4, atol=1e-4)
+        assert_backbone(name, model, ec.row_inputs(ids, inputs, 0))
 
 
 @pytest.mark.parametrize("name", ec.every_class() if EVERY else QUICK)
@@ -158,12 +155,15 @@ def test_a_class_is_right_or_refused_with_the_reason(name):
     except ImportError as error:
         pytest.skip(f"{name}: {' '.join(str(error).split())}")
     if name in CANNOT_RUN:
-        for run in (lambda: model(input_ids=torch.ones(1, 3, dtype=torch.long)), lambda: ll.model_logps(model, ec.sequences())):
+        for run in (
+            lambda: model(input_ids=torch.ones(1, 3, dtype=torch.long)),
+            lambda: ll.model_logps(model, ec.batch(name)[0]),
+        ):
             with pytest.raises((ValueError, AttributeError), match=CANNOT_RUN[name]):
                 run()
     elif name in REFUSED:
         with pytest.raises((TypeError, ValueError), match=REFUSED[name]):
-            ll.model_logps(model, ec.sequences())
+            ll.model_logps(model, ec.batch(name)[0])
     else:
         assert_right(name, model)
 
