@@ -55,10 +55,7 @@ def num_token_ids(lm: Any) -> int:
     embedding = lm.get_input_embeddings()
     # the number of rows that the layer was made with: the weight of a sharded layer may be flat or empty
     rows = getattr(embedding, "num_embeddings", None)
-    weight = getattr(embedding, "weight", None)
-    if not isinstance(rows, int) and weight is None:
-        raise ValueError(f"model must embed token ids with an nn.Embedding, got {type(embedding).__name__}")
-    return rows if isinstance(rows, int) else weight.shape[0]
+    return rows if isinstance(rows, int) else embedding.weight.shape[0]
 
 
 def head_parameters(lm: Any) -> tuple[Tensor, Tensor | None]:

@@ -33,7 +33,7 @@ REFUSED = {
     "DoryForCausalLM": _NOT_LINEAR,
     "Florence2ForConditionalGeneration": _SEQ2SEQ,
     "IdeficsForVisionText2Text": _NOT_LINEAR,
-    "KyutaiSpeechToTextForConditionalGeneration": "model must embed token ids with an nn.Embedding",
+    "KyutaiSpeechToTextForConditionalGeneration": "model must embed one token id per position",
     "MusicgenForCausalLM": _NOT_LINEAR,
     "MusicgenMelodyForCausalLM": _NOT_LINEAR,
     "NemotronH_Omni_Reasoning_V3": _NO_HEAD,
