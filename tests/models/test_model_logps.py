@@ -173,9 +173,10 @@ def test_temperature_goes_to_the_head_and_the_model_gives_the_rest(head):
 
 def test_the_head_gets_no_rows_and_the_model_is_left_as_it_was(llama):
     ids, widths = make_ids(), []
-    for padding_free in (True, False):  # probes run once per model
-        model_logps(llama, ids, padding_free=padding_free)
     handle = llama.lm_head.register_forward_hook(lambda module, args, output: widths.append(tuple(output.shape)))
+    for padding_free in (True, False):  # probes run once per model and hooks of its head
+        model_logps(llama, ids, padding_free=padding_free)
+    widths.clear()
     try:
         model_logps(llama, ids, padding_free=True)
         model_logps(llama, ids, padding_free=False)
