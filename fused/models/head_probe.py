@@ -56,7 +56,7 @@ def model_head(
     if spec is not None and temperature is not None and spec.temperature not in (1.0, temperature):
         raise ValueError(f"temperature={temperature!r} contradicts head.temperature={spec.temperature!r}: pass one of them")
     found = _found.setdefault(lm, {})
-    key = _signature(lm)
+    key = _signature(model, lm)
     measured = found.get(key)
     if measured is None:
         fitted = _fit(_observe(model, lm, inputs), lm)
@@ -97,12 +97,12 @@ def measure_head(
 measure_with(measure_head)
 
 
-def _signature(lm: Any) -> tuple[Any, ...]:
+def _signature(model: nn.Module, lm: Any) -> tuple[Any, ...]:
     """What the probe's result depends on, without the values of the weights."""
     head = lm.get_output_embeddings()
     parts = tuple(
         (type(part), type(part).forward, id(vars(part).get("forward")), *part._forward_hooks, None, *part._forward_pre_hooks)
-        for part in (lm, *head.modules())
+        for part in (model, lm, *head.modules())
     )
     return (*parts, tuple(getattr(head, "weight", torch.empty(0)).shape), *_numbers(lm.config))
 

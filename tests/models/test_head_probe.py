@@ -261,6 +261,27 @@ def test_temperature_and_inputs_of_from_model(llama):
         ll.HeadSpec.from_model(nn.Linear(2, 2))
 
 
+class Doubled(nn.Module):
+    """A wrapper that doubles the logits."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs: Any) -> Any:
+        output = self.module(**inputs)
+        output.logits = 2 * output.logits
+        return output
+
+
+def test_what_a_wrapper_does_to_the_logits_is_measured(llama):
+    ids = make_ids([5, 4])
+    with torch.no_grad():
+        for model, temperature in ((llama, 1.0), (Doubled(llama), 0.5), (llama, 1.0)):
+            expected = plain_logps(llama, ids, temperature)
+            torch.testing.assert_close(model_logps(model, ids).logps, expected, rtol=0, atol=2e-5)
+
+
 class NeedsMore(nn.Module):
     """A wrapper whose model does not run on token ids alone."""
 
