@@ -96,18 +96,27 @@ def _full(parameter: Tensor) -> Tensor:
 
 
 def run_to_head(model: nn.Module, lm: Any, inputs: dict[str, Any], score: Callable[[Tensor], Any]) -> Any:
-    """Run the model up to its head and return ``score(hidden)``, where ``hidden`` is the head's input.
+    """Run the model up to its head and return ``score(hidden)``, where ``hidden`` is the head's input."""
+    return run_model(model, lm, inputs, score)[0]
 
-    A hook on the head passes it no rows. Calling the decoder alone would skip the wrappers of the model, what the model does to
-    its hidden states before the head, and the autocast state in which the head runs.
+
+def run_model(model: nn.Module, lm: Any, inputs: dict[str, Any], score: Callable[[Tensor], Any]) -> tuple[Any, Any]:
+    """Run the model with ``score`` in place of its head; returns ``score(hidden)`` and the model's output.
+
+    A hook on the head passes it no rows, so the logits of the output have none. Calling the decoder alone would skip the
+    wrappers of the model, what the model does to its hidden states before the head, and the autocast state in which the head
+    runs.
     """
     results: list[Any] = []
     owner, scoring = threading.get_ident(), False
+    name = type(lm).__name__
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         nonlocal scoring
         if threading.get_ident() != owner or scoring:  # a run of the model inside ``score`` has a hook of its own
             return None
+        if not args:
+            raise ValueError(f"model must pass its head the hidden states as its first argument, but {name} passes keywords")
         hidden, *rest = args
         scoring = True
         try:
@@ -118,9 +127,18 @@ def run_to_head(model: nn.Module, lm: Any, inputs: dict[str, Any], score: Callab
 
     handle = lm.get_output_embeddings().register_forward_pre_hook(hook)
     try:
-        model(**inputs, use_cache=False)  # with a cache, transformers does not tell packed sequences apart
+        output = model(**inputs, use_cache=False)  # with a cache, transformers does not tell packed sequences apart
     finally:
         handle.remove()
     if len(results) != 1:
-        raise ValueError(f"model must call its head once in a forward pass, but {type(lm).__name__} did {len(results)} times")
-    return results[0]
+        raise ValueError(f"model must call its head once in a forward pass, but {name} did {len(results)} times")
+    return results[0], output
+
+
+def check_head_input(lm: Any, hidden: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless the head's input has one hidden state per token of a batch of this shape."""
+    if tuple(hidden.shape[:-1]) != tuple(shape):
+        raise ValueError(
+            f"model cannot be used: it must pass its head one hidden state per token, {(*shape, hidden.shape[-1])}, but "
+            f"{type(lm).__name__} passes {tuple(hidden.shape)}"
+        )

@@ -13,7 +13,8 @@ from logitless.kernels.core.head_spec import HeadSpec
 from logitless.kernels.core.stats import TokenStats
 from logitless.kernels.linear_logps import linear_logps
 
-from .packing import Layout, PackedSequences, TokenSequences, lay_out, make_pack
+from .layout import Layout, TokenSequences, lay_out
+from .packing import PackedSequences, make_pack
 from .runner import HeadCall, Placed, RunOptions, place, place_packed, run_packed
 
 
@@ -97,7 +98,7 @@ def model_logps(
         stats = linear_logps(at.hidden.to(at.weight.device), at.weight, labels, at.bias, at.head, wanted, ignored)
         return TokenStats(**{name: _of_tokens(getattr(stats, name), at.where, layout, shifted) for name in wanted})
 
-    result: TokenStats = run_packed(model, sequences, score, RunOptions(head, temperature, padding_free, model_kwargs))
+    result: TokenStats = run_packed(model, sequences, score, RunOptions(head, temperature, padding_free, model_kwargs))[0]
     return result
 
 

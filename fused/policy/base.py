@@ -25,7 +25,7 @@ from .loss import OPTIONAL_INPUTS, PolicyLoss, PolicyLossResult, Tokens
 
 @dataclass
 class PolicyOutput:
-    """What a policy-loss module returns; only ``loss`` carries a gradient.
+    """What a policy-loss module returns; only ``loss`` (and ``aux_loss``) carries a gradient.
 
     Attributes:
         loss: 0-dim, float32 (float64 for float64 input).
@@ -35,6 +35,7 @@ class PolicyOutput:
         metrics: 0-dim tensors: means over the batch's scored tokens, except ``clip_ratio/low_min`` and ``/high_max``, which
             are extrema over sequences. The names do not depend on the data; without scored tokens all are 0.
         plan: the plan that was carried out: schedule, FLOP, bytes.
+        aux_loss: the load-balancing loss of a model's routers, which only :func:`logitless.model_loss` sets.
     """
 
     loss: Tensor
@@ -43,6 +44,7 @@ class PolicyOutput:
     ref_logps: Tensor | None
     metrics: dict[str, Tensor] = field(default_factory=dict)
     plan: Plan | None = None
+    aux_loss: Tensor | None = None
 
 
 class FusedLinearPolicyLoss(nn.Module):

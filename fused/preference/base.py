@@ -22,7 +22,7 @@ from .metrics import TOKEN_STATS, kto_metrics, pair_metrics
 
 @dataclass
 class PreferenceOutput:
-    """What a preference-loss module returns; only ``loss`` carries a gradient.
+    """What a preference-loss module returns; only ``loss`` (and ``aux_loss``) carries a gradient.
 
     Attributes:
         loss: 0-dim, float32 (float64 for float64 input).
@@ -34,6 +34,7 @@ class PreferenceOutput:
         metrics: 0-dim tensors under TRL's names; empty unless the module was made with ``metrics=True``. The names do not
             depend on the data; a mean over nothing is 0.
         plan: the plan that was carried out: schedule, FLOP, bytes.
+        aux_loss: the load-balancing loss of a model's routers, which only :func:`logitless.model_loss` sets.
     """
 
     loss: Tensor
@@ -45,11 +46,12 @@ class PreferenceOutput:
     ref_logps: Tensor | None
     metrics: dict[str, Tensor] = field(default_factory=dict)
     plan: Plan | None = None
+    aux_loss: Tensor | None = None
 
 
 @dataclass
 class KTOOutput:
-    """What :class:`FusedLinearKTOLoss` returns; only ``loss`` carries a gradient.
+    """What :class:`FusedLinearKTOLoss` returns; only ``loss`` (and ``aux_loss``) carries a gradient.
 
     Attributes:
         loss: 0-dim.
@@ -59,6 +61,7 @@ class KTOOutput:
         ref_logps: (S,).
         metrics: under TRL's names, which do not depend on the data: 0 for a class that is absent.
         plan: the plan that was carried out.
+        aux_loss: the load-balancing loss of a model's routers, which only :func:`logitless.model_loss` sets.
     """
 
     loss: Tensor
@@ -68,6 +71,7 @@ class KTOOutput:
     ref_logps: Tensor | None
     metrics: dict[str, Tensor] = field(default_factory=dict)
     plan: Plan | None = None
+    aux_loss: Tensor | None = None
 
     @property
     def chosen_logps(self) -> Tensor:

@@ -43,19 +43,21 @@ class Objective:
 
 @dataclass
 class MultiObjectiveOutput:
-    """What a sum of objectives returns; only ``loss`` carries a gradient.
+    """What a sum of objectives returns; only ``loss`` (and ``aux_loss``) carries a gradient.
 
     Attributes:
         loss: 0-dim, the weighted sum.
         losses: the value of each objective, by name.
         logps: (S,) log-probability of each sequence.
         plan: the plan that was carried out.
+        aux_loss: the load-balancing loss of a model's routers, which only :func:`logitless.model_loss` sets.
     """
 
     loss: Tensor
     losses: dict[str, Tensor]
     logps: Tensor
     plan: Plan | None = None
+    aux_loss: Tensor | None = None
 
 
 class FusedLinearMultiObjectiveLoss(FusedLinearPreferenceLoss):
