@@ -218,15 +218,15 @@ def model_loss(
     if aux_loss_coef is not None:
         _check_aux_loss(model, aux_loss_coef, kwargs)
         kwargs["output_router_logits"] = True
+    out: PreferenceOutput | KTOOutput | MultiObjectiveOutput | PolicyOutput
     out, aux = at_head(
         model, packed, fn, head=head, temperature=temperature, padding_free=padding_free, aux_loss=True, **kwargs
     )
-    if aux_loss_coef is not None:
-        if aux is None:
-            raise ValueError(f"aux_loss_coef={aux_loss_coef!r}: {type(causal_lm(model)).__name__} returned no aux_loss")
-        out = replace(out, loss=out.loss + aux_loss_coef * aux.to(out.loss))
-    result: PreferenceOutput | KTOOutput | MultiObjectiveOutput | PolicyOutput = replace(out, aux_loss=aux)
-    return result
+    if aux_loss_coef is None:
+        return out if aux is None else replace(out, aux_loss=aux)
+    if aux is None:
+        raise ValueError(f"aux_loss_coef={aux_loss_coef!r}: {type(causal_lm(model)).__name__} returned no aux_loss")
+    return replace(out, loss=out.loss + aux_loss_coef * aux.to(out.loss), aux_loss=aux)
 
 
 def _check_aux_loss(model: nn.Module, coef: Any, kwargs: Mapping[str, Any]) -> None:

@@ -30,7 +30,7 @@ def causal_lm(model: nn.Module) -> Any:
                 "adapters that keep the tokens, such as LoRA"
             )
         lm = get_base_model()
-    if getattr(lm.config, "is_encoder_decoder", False):
+    if any(getattr(config, "is_encoder_decoder", False) for config in (lm.config, lm.config.get_text_config())):
         raise ValueError(f"model must be a causal language model, got the encoder-decoder {type(lm).__name__}")
     for part in (model, lm, lm.get_output_embeddings()):
         if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None:

@@ -63,6 +63,7 @@ _NOT_PER_TOKEN = (
     "pixel",
     "protein",
     "qformer",
+    "ratio",
     "size",
     "tile",
     "video",

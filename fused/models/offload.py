@@ -9,26 +9,26 @@ from typing import Any
 import torch
 
 
-@contextmanager
-def loaded_head(lm: Any) -> Iterator[None]:
-    """The weight of the head on its device for as long as the context lasts.
-
-    Raises:
-        ValueError: the weight is on the meta device and cannot be loaded, or is loaded but would need a gradient.
-    """
+def check_head_is_there(lm: Any) -> None:
+    """Raise a ValueError unless the head has its weight, or will have it when it is called and needs no gradient for it."""
     head = lm.get_output_embeddings()
     absent = [p for p in head.parameters() if p.is_meta]
-    if not absent:
-        yield
-        return
-    modules = [module for module in head.modules() if hasattr(module, "_hf_hook")]
-    if not modules:
-        raise ValueError("model's head has its weight on the meta device: load it before the model runs")
+    if absent and not any(hasattr(module, "_hf_hook") for module in head.modules()):
+        raise ValueError("model's head has its weight on the meta device: load the model's weights first")
     if torch.is_grad_enabled() and any(p.requires_grad for p in absent):
         raise ValueError(
-            "model's head is offloaded by Accelerate, whose copy of the weight would lose its gradient: run the model under "
-            "torch.no_grad(), freeze the head, or keep it on a device (device_map)"
+            "model's head is offloaded by Accelerate, which loads a copy of the weight whose gradient would be lost: run the "
+            "model under torch.no_grad(), freeze the head, or keep it on a device (device_map)"
         )
+
+
+@contextmanager
+def loaded_head(lm: Any) -> Iterator[None]:
+    """The weight of an offloaded head on its device for as long as the context lasts."""
+    modules = [module for module in lm.get_output_embeddings().modules() if hasattr(module, "_hf_hook")]
+    if not modules:
+        yield
+        return
     from accelerate.utils import align_module_device
 
     with ExitStack() as stack:

@@ -34,7 +34,7 @@ from .causal_lm import (
 )
 from .layout import Layout, lay_out
 from .model_kwargs import ModelKwargs, is_composite, media_token_ids, read_kwargs
-from .offload import loaded_head
+from .offload import check_head_is_there, loaded_head
 from .packing import PackedSequences, make_pack, unpack
 
 log = logging.getLogger("logitless")
@@ -102,6 +102,7 @@ def run_packed(model: nn.Module, sequences: Placed, score: Callable[[HeadCall], 
     if options.padding_free not in (True, False, None):
         raise TypeError(f"padding_free must be True, False or None, got {options.padding_free!r}")
     lm = causal_lm(model)
+    check_head_is_there(lm)
     kwargs = read_kwargs(lm, options.model_kwargs or {}, layout)
     spec = _spec(lm, options.head, options.temperature)
     reasons = _why_not_one_row(model, lm, options.padding_free, sequences, kwargs)
