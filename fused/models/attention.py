@@ -18,10 +18,12 @@ from .packing import PackedSequences
 _MASKED = ("eager", "sdpa", "flex_attention")
 _LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 _PROBE_TOKENS = 8
-#: Largest change of a hidden state caused by the tokens of another sequence, and by packing itself, as a fraction of the change
-#: caused by a different context: far above bfloat16 rounding, far below the effect of a missing mask or of positions that
-#: continue across sequences.
+#: Largest change of a hidden state caused by tokens that it must not see, and by packing or padding itself, as a fraction of
+#: the change caused by other tokens before it: far above bfloat16 rounding, far below the effect of a missing mask or of
+#: positions that continue across sequences.
 _LEAK, _DIFFERENCE = 1 / 64, 1 / 8
+#: The same two changes where a model reacts less to context than it rounds, in roundings of the largest hidden state.
+_LEAK_ROUNDINGS, _DIFFERENCE_ROUNDINGS = 4, 16
 #: Findings of the probes, by causal language model, then by attention implementation and probe.
 _found: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, str], list[str]]] = weakref.WeakKeyDictionary()
 
@@ -160,9 +162,13 @@ def _change(a: Tensor, b: Tensor) -> float:
     return float(_distances(a, b).max())
 
 
-def _spread(states: Tensor) -> float:
-    """The largest distance of the hidden states (T, H) of a sequence from their mean."""
-    return _change(states, states.double().mean(0))
+def _rounding(lm: Any, states: Tensor) -> float:
+    """The rounding error of the largest hidden state, in the coarsest dtype that the model computes in."""
+    dtypes = [states.dtype, lm.get_input_embeddings().weight.dtype]
+    if torch.is_autocast_enabled(states.device.type):
+        dtypes.append(torch.get_autocast_dtype(states.device.type))
+    largest = float(states.double().norm(dim=-1).max())
+    return largest * max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1)
 
 
 def _probe_row(model: nn.Module, lm: Any) -> list[str]:
@@ -183,7 +189,7 @@ def _probe_row(model: nn.Module, lm: Any) -> list[str]:
     by_itself = _states(model, lm, {"input_ids": second[None], "position_ids": alone[None]})[0]
     row, scale = packed(first), _change(continued(first), continued(other))
     name = f"{type(lm).__name__} with {attention_of(lm)} attention"
-    if scale <= torch.finfo(row.dtype).eps * float(by_itself.double().norm(dim=-1).max()):  # rounding
+    if scale <= _rounding(lm, by_itself):
         return [f"{name} does not react to context: a probe cannot tell whether sequences in one row see each other"]
     if not _change(row, packed(other)) < _LEAK * scale:
         return [f"{name} lets the sequences of one row see each other"]
@@ -192,29 +198,29 @@ def _probe_row(model: nn.Module, lm: Any) -> list[str]:
     return []
 
 
+def _probe_contexts(lm: Any) -> tuple[Tensor, int]:
+    """Three rows of tokens, the second with another second half, the third with another first half; and a half's length."""
+    (ids, other), half = _probe_ids(lm, 2), _PROBE_TOKENS // 2
+    return torch.stack((ids, torch.cat((ids[:half], other[half:])), torch.cat((other[:half], ids[half:])))), half
+
+
 def _probe_causal(model: nn.Module, lm: Any) -> list[str]:
-    """Whether the hidden states of a sequence stay the same when tokens follow it."""
-    (ids,) = _probe_ids(lm, 1)
-    short = ids[: _PROBE_TOKENS // 2]
-
-    def states(tokens: Tensor) -> Tensor:
-        return _states(model, lm, {"input_ids": tokens[None], "attention_mask": torch.ones_like(tokens)[None]})[0]
-
-    alone = states(short)
-    if not _change(states(ids)[: len(short)], alone) <= _DIFFERENCE * _spread(alone):
-        return [_not_causal(lm)]
-    return []
+    """Whether the hidden states of the first half of a sequence stay the same with other tokens in the second."""
+    ids, half = _probe_contexts(lm)
+    here, followed, preceded = _states(model, lm, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    leak, scale = _change(here[:half], followed[:half]), _change(here[half:], preceded[half:])
+    return [] if leak <= max(_LEAK * scale, _LEAK_ROUNDINGS * _rounding(lm, here)) else [_not_causal(lm)]
 
 
 def _probe_padded(model: nn.Module, lm: Any) -> list[str]:
     """Whether padding on the right leaves the hidden states of a sequence unchanged."""
-    (ids,) = _probe_ids(lm, 1)
-    short = ids[: _PROBE_TOKENS // 2]
-    mask = torch.ones_like(ids).repeat(2, 1)
-    mask[1, len(short) :] = 0
-    alone = _states(model, lm, {"input_ids": short[None], "attention_mask": torch.ones_like(short)[None]})[0]
-    padded = _states(model, lm, {"input_ids": ids.repeat(2, 1), "attention_mask": mask})[1, : len(short)]
-    return [] if _change(padded, alone) <= _DIFFERENCE * _spread(alone) else [_not_padded(lm)]
+    ids, half = _probe_contexts(lm)
+    mask = torch.ones_like(ids)
+    mask[1, half:] = 0
+    here, padded, preceded = _states(model, lm, {"input_ids": ids, "attention_mask": mask})
+    alone = _states(model, lm, {"input_ids": ids[:1, :half], "attention_mask": mask[:1, :half]})[0]
+    limit = max(_DIFFERENCE * _change(here[half:], preceded[half:]), _DIFFERENCE_ROUNDINGS * _rounding(lm, here))
+    return [] if _change(padded[:half], alone) <= limit else [_not_padded(lm)]
 
 
 def _probe_batch(model: nn.Module, lm: Any, inputs: dict[str, Any], per_token: Iterable[str], scored: Tensor) -> list[str]:
@@ -225,9 +231,10 @@ def _probe_batch(model: nn.Module, lm: Any, inputs: dict[str, Any], per_token: I
     places = torch.arange(ids.shape[1], device=ids.device)
     last = torch.where(early, places, -1).amax(1, keepdim=True)
     media = torch.tensor(sorted(media_token_ids(lm)), dtype=ids.dtype, device=ids.device)
-    later = mask.bool() & (places > last) & (last >= 0) & ~torch.isin(ids, media)
+    text = mask.bool() & (last >= 0) & ~torch.isin(ids, media)
+    later, before = text & (places > last), text & (places <= last)
     first, second = _probe_ids(lm, 1)[0, :2].to(ids.device)
-    changed = torch.where(later, torch.where(ids == first, second, first), ids)
+    others = torch.where(ids == first, second, first)
 
     def longer(value: Tensor) -> Tensor:
         return torch.cat((value, value.new_zeros(len(value), _PROBE_TOKENS, *value.shape[2:])), 1)
@@ -235,15 +242,17 @@ def _probe_batch(model: nn.Module, lm: Any, inputs: dict[str, Any], per_token: I
     more = {name: longer(inputs[name]) for name in ("input_ids", "attention_mask", *per_token)}
     more["input_ids"][:, ids.shape[1] :] = first
     here = _states(model, lm, inputs)
-    followed = _states(model, lm, {**inputs, "input_ids": changed})
+    followed = _states(model, lm, {**inputs, "input_ids": torch.where(later, others, ids)})
+    preceded = _states(model, lm, {**inputs, "input_ids": torch.where(before, others, ids)})
     padded = _states(model, lm, {**inputs, **more})[:, : ids.shape[1]]
     if not bool(later.any()):  # nothing to compare
         return []
     # means: with thousands of tokens, rounding may send one of them to another expert
-    scale = float(_distances(here[later], followed[later]).mean())
-    if not float(_distances(here[early], followed[early]).mean()) < _LEAK * scale:
+    scale, rounding = float(_distances(here[later], preceded[later]).mean()), _rounding(lm, here)
+    if not float(_distances(here[early], followed[early]).mean()) <= max(_LEAK * scale, _LEAK_ROUNDINGS * rounding):
         return [_not_causal(lm)]
-    return [] if float(_distances(here[early], padded[early]).mean()) < _DIFFERENCE * scale else [_not_padded(lm)]
+    difference = float(_distances(here[early], padded[early]).mean())
+    return [] if difference <= max(_DIFFERENCE * scale, _DIFFERENCE_ROUNDINGS * rounding) else [_not_padded(lm)]
 
 
 def _not_causal(lm: Any) -> str:

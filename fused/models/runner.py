@@ -105,6 +105,8 @@ def run_packed(model: nn.Module, sequences: Placed, score: Callable[[HeadCall], 
     check_head_is_there(lm)
     kwargs = read_kwargs(lm, options.model_kwargs or {}, layout)
     spec = _spec(lm, options.head, options.temperature)
+    if not kwargs.of_rows:
+        _refuse(why_not_causal(model, lm))
     reasons = _why_not_one_row(model, lm, options.padding_free, sequences, kwargs)
     log.debug("packed sequences: %s", f"right-padded batch: {'; '.join(reasons)}" if reasons else "one padding-free row")
 
@@ -125,11 +127,9 @@ def run_packed(model: nn.Module, sequences: Placed, score: Callable[[HeadCall], 
     inputs |= kwargs.others
 
     if kwargs.of_rows:
-        wrong = why_not_batch(model, lm, inputs, per_token, targets != packed.ignore_index)
-    else:
-        wrong = why_not_causal(model, lm) or (why_not_right_padded(model, lm) if reasons else [])
-    if wrong:
-        raise ValueError(f"model cannot be used: {'; '.join(wrong)}")
+        _refuse(why_not_batch(model, lm, inputs, per_token, targets != packed.ignore_index))
+    elif reasons:
+        _refuse(why_not_right_padded(model, lm))
 
     def call(hidden: Tensor) -> Any:
         check_head_input(lm, hidden, tuple(targets.shape))
@@ -137,6 +137,11 @@ def run_packed(model: nn.Module, sequences: Placed, score: Callable[[HeadCall], 
             return score(HeadCall(hidden, *full_head_parameters(lm), spec, targets, where))
 
     return run_model(model, lm, inputs, call)
+
+
+def _refuse(reasons: list[str]) -> None:
+    if reasons:
+        raise ValueError(f"model cannot be used: {'; '.join(reasons)}")
 
 
 def _spec(lm: Any, head: HeadSpec | None, temperature: float | None) -> HeadSpec:
