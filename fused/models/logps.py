@@ -48,9 +48,16 @@ def model_logps(
     and convolutional layers, and models that do not pass position ids to their mask (Bloom, OPT, GPT-OSS and AFMoE in
     transformers 5.23). Each model is therefore checked and probed once, with 16 tokens, before it runs this way
     (:func:`logitless.models.why_not_padding_free`). A model that fails runs on a right-padded batch, which is probed once as
-    well. ``"dynamic"`` and ``"longrope"`` position scaling depend on the longest sequence of a batch; in one row they apply to
+    well. Whatever the layout, the model is probed once for causality. ``"dynamic"`` and ``"longrope"`` position scaling depend on the longest sequence of a batch; in one row they apply to
     all of its sequences. With ``sdpa`` and ``eager`` attention, the mask of one row of N tokens has N * N entries; unless
     asked for, these run padding-free only where that costs less than padding.
+
+    **Images, and other arguments.** Values per token (``token_type_ids``, ``mm_token_type_ids``, ``cross_attention_mask`` ...,
+    or any tensor whose shape follows ``input_ids``) are given in the layout of ``input_ids``, also as a list or packed, and are
+    laid out anew with the ids. Data of images or of whole sequences (``pixel_values``, ``image_grid_thw``,
+    ``encoder_hidden_states``, ``adapter_names`` ...) are passed on unchanged, in the order of the sequences, and make the model
+    run on a right-padded batch without position ids, so that it derives the positions of images (M-RoPE) itself. The first
+    such batch also serves as the probe, which costs four forward passes without gradients.
 
     Args:
         model: the result of ``AutoModelForCausalLM``, or a wrapper of it. Its head must be a plain ``nn.Linear``.
@@ -67,7 +74,8 @@ def model_logps(
             modules take them. ``None``: aligned as the labels of the input are, so shifted only for :class:`PackedSequences`.
         padding_free: ``True``: one row, or an error where that would be wrong; ``False``: a right-padded batch; ``None``:
             the correct one that costs less. The choice is logged at DEBUG.
-        model_kwargs: further arguments of the model's forward, passed on unchanged.
+        model_kwargs: further arguments of the model's forward: values per token in the layout of ``input_ids``, others
+            unchanged.
 
     Returns:
         TokenStats: each ``[S, T]`` for padded ids, else ``[N]``, aligned (unless shifted) with the token itself, as in Hugging
@@ -77,7 +85,9 @@ def model_logps(
     Raises:
         TypeError, ValueError: naming the argument; for a head that is not a plain linear layer (LoRA on ``lm_head``,
             quantised), prompt-learning PEFT methods, an encoder-decoder, a compiled model (compile its decoder instead:
-            ``model.model.compile()``), or ``padding_free=True`` where the model or the position ids do not allow it.
+            ``model.model.compile()``), a model that is not causal, a required argument of the model's forward that is missing,
+            values per token in another layout than ``input_ids``, a head that Accelerate offloads and that needs a gradient, or
+            ``padding_free=True`` where the model, its arguments or the position ids do not allow it.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
