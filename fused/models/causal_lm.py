@@ -55,7 +55,11 @@ def num_token_ids(lm: Any) -> int:
     embedding = lm.get_input_embeddings()
     # the number of rows that the layer was made with: the weight of a sharded layer may be flat or empty
     rows = getattr(embedding, "num_embeddings", None)
-    return rows if isinstance(rows, int) else embedding.weight.shape[0]
+    if isinstance(rows, int):
+        return rows
+    if not isinstance(getattr(embedding, "weight", None), Tensor):
+        raise ValueError(f"model must embed one token id per position, got the input embedding {type(embedding).__name__}")
+    return embedding.weight.shape[0]
 
 
 def head_parameters(lm: Any) -> tuple[Tensor, Tensor | None]:
