@@ -239,7 +239,8 @@ def _probe_batch(model: nn.Module, lm: Any, inputs: dict[str, Any], per_token: I
     def longer(value: Tensor) -> Tensor:
         return torch.cat((value, value.new_zeros(len(value), _PROBE_TOKENS, *value.shape[2:])), 1)
 
-    more = {name: longer(inputs[name]) for name in ("input_ids", "attention_mask", *per_token)}
+    names = ("input_ids", "attention_mask", "position_ids", *per_token)
+    more = {name: longer(inputs[name]) for name in names if name in inputs}
     more["input_ids"][:, ids.shape[1] :] = first
     here = _states(model, lm, inputs)
     followed = _states(model, lm, {**inputs, "input_ids": torch.where(later, others, ids)})

@@ -49,9 +49,9 @@ def model_logps(
     transformers 5.23). Each model is therefore checked and probed once, with 16 tokens, before it runs this way
     (:func:`logitless.models.why_not_padding_free`). A model that fails runs on a right-padded batch, which is probed once as
     well. Whatever the layout, the model is probed once for causality. ``"dynamic"`` and ``"longrope"`` position scaling depend
-    on the longest sequence of a batch; in one row they apply to all of its sequences. With ``sdpa`` and ``eager`` attention, the
-    mask of one row of N tokens has N * N entries; unless asked for, these run padding-free only where that costs less than
-    padding.
+    on the longest sequence of a batch; in one row they apply to all of its sequences. With ``sdpa`` and ``eager`` attention,
+    the mask of one row of N tokens has N * N entries; unless asked for, these run padding-free only where that costs less
+    than padding.
 
     **Images, and other arguments.** Values per token (``token_type_ids``, ``mm_token_type_ids``, ``cross_attention_mask`` ...,
     or any tensor whose shape follows ``input_ids``) are given in the layout of ``input_ids``, also as a list or packed, and are

@@ -20,6 +20,7 @@ _RESERVED = frozenset(
         "fused_lm_head",
         "input_ids",
         "inputs_embeds",
+        "is_causal",
         "labels",
         "logits_to_keep",
         "max_length_k",
@@ -33,7 +34,7 @@ _RESERVED = frozenset(
     }
 )
 #: Arguments that a forward may accept without naming them in its signature.
-_UNNAMED = frozenset({"adapter_names", "is_causal", "output_attentions", "output_hidden_states", "output_router_logits"})
+_UNNAMED = frozenset({"adapter_names", "output_attentions", "output_hidden_states", "output_router_logits"})
 #: Arguments of transformers with one value per token, and the number of dimensions of each value.
 _PER_TOKEN = {
     "cross_attention_mask": 2,

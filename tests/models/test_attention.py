@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from logitless.fused.models.attention import why_not_padding_free
 from logitless.fused.models.logps import model_logps
@@ -124,6 +125,18 @@ def test_a_head_that_gets_other_states_than_one_per_token_is_an_error(make, mess
     for padding_free in (None, True, False):
         with pytest.raises(ValueError, match=f"model cannot be used: .*{message}"):
             model_logps(model, make_ids(), padding_free=padding_free)
+
+
+def test_a_head_that_is_called_by_keyword_is_an_error():
+    model = make_model("llama")
+
+    class ByKeyword(nn.Linear):
+        def __call__(self, hidden):
+            return super().__call__(input=hidden)
+
+    model.lm_head.__class__ = ByKeyword
+    with pytest.raises(ValueError, match="as its first argument, but LlamaForCausalLM passes keywords"):
+        model_logps(model, make_ids())
 
 
 def test_trying_a_model_leaves_it_as_it_was():

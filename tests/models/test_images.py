@@ -216,7 +216,10 @@ def test_adapters_chosen_for_each_sequence_go_with_their_rows():
         for name, sequence in zip(("one", "two"), ids, strict=True):
             model.set_adapter(name)
             expected.append(tiny.plain_logps(model, [sequence]))
+        later = [torch.arange(len(i)) + 3 for i in ids]  # rotary positions are relative
+        elsewhere = ll.model_logps(model, ids, adapter_names=["one", "two"], position_ids=later).logps
     torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=1e-5)
+    torch.testing.assert_close(elsewhere, torch.cat(expected), rtol=0, atol=1e-5)
 
 
 def careless(what: str) -> Any:
@@ -264,6 +267,7 @@ def test_a_model_that_no_batch_with_images_is_right_for_is_refused(what, message
         ({"labels_of_images": 1}, TypeError, "forward takes no argument labels_of_images"),
         ({"cache": 1}, ValueError, "cache is not to be given"),
         ({"return_dict": False}, ValueError, "return_dict is not to be given"),
+        ({"is_causal": False}, ValueError, "is_causal is not to be given"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
