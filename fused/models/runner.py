@@ -107,6 +107,10 @@ def run_packed(model: nn.Module, sequences: Placed, score: Callable[[HeadCall], 
     spec = _spec(lm, options.head, options.temperature)
     if not kwargs.of_rows:
         _refuse(why_not_causal(model, lm))
+        # Probes of both layouts, whichever the data takes: ranks of a sharded model run the same number of forward passes.
+        wrong = [] if options.padding_free else why_not_right_padded(model, lm)
+        if options.padding_free is not False:
+            why_not_padding_free(model)
     reasons = _why_not_one_row(model, lm, options.padding_free, sequences, kwargs)
     log.debug("packed sequences: %s", f"right-padded batch: {'; '.join(reasons)}" if reasons else "one padding-free row")
 
@@ -129,7 +133,7 @@ def run_packed(model: nn.Module, sequences: Placed, score: Callable[[HeadCall], 
     if kwargs.of_rows:
         _refuse(why_not_batch(model, lm, inputs, per_token, targets != packed.ignore_index))
     elif reasons:
-        _refuse(why_not_right_padded(model, lm))
+        _refuse(wrong)
 
     def call(hidden: Tensor) -> Any:
         check_head_input(lm, hidden, tuple(targets.shape))

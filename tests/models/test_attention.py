@@ -139,6 +139,18 @@ def test_a_head_that_is_called_by_keyword_is_an_error():
         model_logps(model, make_ids())
 
 
+def test_probes_do_not_depend_on_the_data():
+    """Where each forward pass gathers sharded weights, ranks with other data must run as many."""
+    passes = []
+    for ids, positions in (([], None), ([[5]], None), ([[3, 4, 5], [6, 7]], None), ([[3, 4]], [[4, 5]]), ([[3]] * 40, None)):
+        model, calls = make_model("llama", "sdpa"), []
+        model.register_forward_pre_hook(lambda *args, calls=calls: calls.append(1))
+        for _ in range(2):
+            model_logps(model, ids, position_ids=positions)
+            passes.append(len(calls))
+    assert passes == [passes[0], passes[0] + 1] * 5
+
+
 def test_trying_a_model_leaves_it_as_it_was():
     model = make_model("llama")
     model.config.attention_dropout = 0.5
