@@ -68,7 +68,8 @@ def model_logps(
             shifted; without ``labels`` and ``prompt_lengths`` every token but the first of each sequence is scored. Not
             allowed with :class:`PackedSequences`, which has its own.
         position_ids: like ``input_ids``, for positions that do not start at 0 in each sequence.
-        head: logit scale, soft-cap and temperature; default ``HeadSpec.from_config(model.config)``.
+        head: logit scale, soft-cap, temperature and entries; default :meth:`HeadSpec.from_model`, measured once per model. One
+            that contradicts the model's own logits is an error; the temperature is free.
         temperature: divides the logits, in place of the head's.
         outputs: which fields of the result to compute, of ``logitless.kernels.core.stats.OUTPUTS``.
         shifted: ``True``: align the results with shifted labels, that is with the position that predicts the token, as loss
@@ -86,9 +87,14 @@ def model_logps(
     Raises:
         TypeError, ValueError: naming the argument; for a head that is not a plain linear layer (LoRA on ``lm_head``,
             quantised), prompt-learning PEFT methods, an encoder-decoder, a compiled model (compile its decoder instead:
+<<<<<<< HEAD
             ``model.model.compile()``), a model that is not causal, a required argument of the model's forward that is missing,
             values per token in another layout than ``input_ids``, a head that Accelerate offloads and that needs a gradient, or
             ``padding_free=True`` where the model, its arguments or the position ids do not allow it.
+=======
+            ``model.model.compile()``), logits that no :class:`HeadSpec` describes (Chameleon masks image tokens), or
+            ``padding_free=True`` where the model or the position ids do not allow it.
+>>>>>>> probe
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel

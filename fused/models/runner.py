@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from logitless.kernels.core.checks import check_spec
 from logitless.kernels.core.head_spec import HeadSpec
 
 from .attention import (
@@ -32,6 +31,7 @@ from .causal_lm import (
     run_model,
     takes_positions,
 )
+from .head_probe import model_head
 from .layout import Layout, lay_out
 from .model_kwargs import ModelKwargs, is_composite, media_token_ids, read_kwargs
 from .offload import check_head_is_there, loaded_head
@@ -104,7 +104,6 @@ def run_packed(model: nn.Module, sequences: Placed, score: Callable[[HeadCall], 
     lm = causal_lm(model)
     check_head_is_there(lm)
     kwargs = read_kwargs(lm, options.model_kwargs or {}, layout)
-    spec = _spec(lm, options.head, options.temperature)
     if not kwargs.of_rows:
         _refuse(why_not_causal(model, lm))
         # Probes of both layouts, whichever the data takes: ranks of a sharded model run the same number of forward passes.
@@ -135,6 +134,8 @@ def run_packed(model: nn.Module, sequences: Placed, score: Callable[[HeadCall], 
     elif reasons:
         _refuse(wrong)
 
+    spec = model_head(model, lm, options.head, options.temperature, inputs)
+
     def call(hidden: Tensor) -> Any:
         check_head_input(lm, hidden, tuple(targets.shape))
         with loaded_head(lm):
@@ -146,17 +147,6 @@ def run_packed(model: nn.Module, sequences: Placed, score: Callable[[HeadCall], 
 def _refuse(reasons: list[str]) -> None:
     if reasons:
         raise ValueError(f"model cannot be used: {'; '.join(reasons)}")
-
-
-def _spec(lm: Any, head: HeadSpec | None, temperature: float | None) -> HeadSpec:
-    if head is None:
-        return HeadSpec.from_config(lm.config, 1.0 if temperature is None else temperature)
-    spec = check_spec(head)
-    if temperature is None:
-        return spec
-    if spec.temperature not in (1.0, temperature):
-        raise ValueError(f"temperature={temperature!r} contradicts head.temperature={spec.temperature!r}: pass one of them")
-    return spec.with_temperature(temperature)
 
 
 def _why_not_one_row(model: nn.Module, lm: Any, padding_free: bool | None, sequences: Placed, kwargs: ModelKwargs) -> list[str]:
