@@ -87,14 +87,10 @@ def model_logps(
     Raises:
         TypeError, ValueError: naming the argument; for a head that is not a plain linear layer (LoRA on ``lm_head``,
             quantised), prompt-learning PEFT methods, an encoder-decoder, a compiled model (compile its decoder instead:
-<<<<<<< HEAD
             ``model.model.compile()``), a model that is not causal, a required argument of the model's forward that is missing,
-            values per token in another layout than ``input_ids``, a head that Accelerate offloads and that needs a gradient, or
+            values per token in another layout than ``input_ids``, a head that Accelerate offloads and that needs a gradient,
+            logits that no :class:`HeadSpec` describes (Chameleon masks image tokens), or
             ``padding_free=True`` where the model, its arguments or the position ids do not allow it.
-=======
-            ``model.model.compile()``), logits that no :class:`HeadSpec` describes (Chameleon masks image tokens), or
-            ``padding_free=True`` where the model or the position ids do not allow it.
->>>>>>> probe
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
