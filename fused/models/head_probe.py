@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from .offload import loaded_head
 
 #: Largest raw logits of the probed rows. Small ones show a bias, middle ones the scale, large ones saturate a soft-cap.
 _PEAKS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 2e3, 2e4)
+#: Entries of the vocabulary that the estimates of scale and soft-cap use.
+_COLUMNS = 1 << 15
 #: Logits below this, the same for every row, are masked.
 _MASKED = -1e4
 #: Measured specs of the head's input, by model and by :func:`_signature`.
@@ -75,7 +77,10 @@ def model_head(
 
 
 def measure_head(
-    model: nn.Module, at: str = "head", temperature: float = 1.0, inputs: Mapping[str, Any] | None = None
+    model: nn.Module,
+    at: Literal["head", "backbone"] = "head",
+    temperature: float = 1.0,
+    inputs: Mapping[str, Any] | None = None,
 ) -> HeadSpec:
     """See :meth:`HeadSpec.from_model`."""
     if at not in ("head", "backbone"):
@@ -114,7 +119,7 @@ def _numbers(config: Any) -> Iterator[float]:
 
 
 def _observe(model: nn.Module, lm: Any, inputs: Mapping[str, Any] | None, given_only: bool = False) -> _Seen:
-    """Run the model on eight token ids; on ``inputs`` where it needs more than ids, or ``given_only``."""
+    """Run the model on eight token ids. Where it needs more than ids, or ``given_only``: on ``inputs``."""
     with torch.no_grad(), _evaluating(model):
         if not given_only:
             try:
@@ -216,7 +221,9 @@ def _fit(seen: _Seen, lm: Any) -> HeadSpec | str:
     if not bool(raw.isfinite().all() and logits.isfinite().all()):
         return f"logits of {name} are not finite, so its weights may not be either"
 
-    spec = replace(_estimate(raw, logits, seen.eps, set(_numbers(lm.config)) | {1.0}), vocab_size=vocab_size)
+    some = slice(None, None, max(1, real // _COLUMNS))
+    spec = _estimate(raw[:, some], logits[:, some], seen.eps, set(_numbers(lm.config)) | {1.0})
+    spec = replace(spec, vocab_size=vocab_size)
     return _wrong(spec, raw, logits, seen.eps, name) or spec
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ class HeadSpec:
     def from_model(
         cls,
         model: torch.nn.Module,
-        at: str = "head",
+        at: Literal["head", "backbone"] = "head",
         temperature: float = 1.0,
         inputs: Mapping[str, Any] | None = None,
     ) -> HeadSpec:

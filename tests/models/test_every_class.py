@@ -138,7 +138,7 @@ def assert_right(name: str, model: Any) -> None:
     found = ec.gradients(model, logps)
     expected = ec.plain_logps(model, ids, inputs)
     wanted = ec.gradients(model, expected)
-    tolerance = 64 * EPS * max(1.0, float(expected.detach().abs().max()))
+    tolerance = 16 * EPS * max(1.0, float(expected.detach().abs().max()))
     torch.testing.assert_close(logps, expected, rtol=0, atol=tolerance)
     error, parameter = ec.gradient_error(found, wanted)
     assert wanted and error < 1e-5, parameter
