@@ -50,6 +50,10 @@ class NumItems(NamedTuple):
         return NumItems(check(self.units, any_units), check(self.tokens, any_tokens))
 
 
+#: The loss divides by the counts of the call.
+OF_CALL = NumItems()
+
+
 def read_num_items(value: Any, counted: Counted, name: str = NAME) -> NumItems:
     """The argument ``num_items_in_batch`` of a loss: one number where the loss has one count, or ``(units, tokens)``.
 
@@ -57,7 +61,7 @@ def read_num_items(value: Any, counted: Counted, name: str = NAME) -> NumItems:
         TypeError, ValueError: for anything else; values are checked by :meth:`NumItems.checked`.
     """
     if value is None:
-        return NumItems()
+        return OF_CALL
     check_data(name, value)
     if isinstance(value, Tensor) and value.shape == (2,):
         value = value.detach().unbind()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..num_items import NumItems, over
+from ..num_items import OF_CALL, NumItems, over
 from ..scored_tokens import ScoredTokens
 
 #: See :class:`logitless.FusedLinearPolicyLoss`.
@@ -26,7 +26,7 @@ class Aggregation:
 
     name: str
     max_length: int | None = None
-    num_items: NumItems = NumItems()
+    num_items: NumItems = OF_CALL
 
     def token_weights(self, tokens: ScoredTokens, dtype: torch.dtype) -> Tensor:
         """What the loss of each token is multiplied by. (N,)."""

@@ -15,7 +15,7 @@ from logitless.kernels.planner.plan import Plan
 from ..call import LossCall, check_counted_labels
 from ..checks import check_bool, check_choice, check_number
 from ..engine import eagerly, run
-from ..num_items import Counted, NumItems, item_counts, read_num_items
+from ..num_items import OF_CALL, Counted, NumItems, item_counts, read_num_items
 from ..results import mean_or_zero
 from .aggregation import AGGREGATIONS, Aggregation
 from .importance import check_clip
@@ -246,8 +246,8 @@ class FusedLinearPolicyLoss(nn.Module):
         """What the loss divides by; an error, which says that ``name`` cannot be used, if it cannot be divided."""
         if self._takes_threshold and self.entropy_coef != 0:
             raise ValueError(
-                f"{name} cannot be used with entropy_coef and a top_entropy_quantile below 1: the bonus is divided by the number "
-                "of tokens above the threshold, which labels do not tell. Set entropy_coef=0, or pass all sequences in one call"
+                f"{name} cannot be used with entropy_coef and a top_entropy_quantile below 1: the bonus is divided by the "
+                "number of tokens above the threshold, which labels do not tell. Set entropy_coef=0, or pass all sequences at once"
             )
         if self.loss.group == "batch" and not self._takes_threshold:
             raise ValueError(
@@ -260,7 +260,7 @@ class FusedLinearPolicyLoss(nn.Module):
 
     def _num_items(self, given: object, inputs: PolicyInputs) -> NumItems:
         if given is None:
-            return NumItems()
+            return OF_CALL
         if self._takes_threshold and inputs.entropy_threshold is None:
             raise ValueError(
                 "num_items_in_batch needs an entropy_threshold with a top_entropy_quantile below 1: the quantile of one "
