@@ -5,7 +5,7 @@ If every micro-batch of a step divides by the counts of the step, its losses and
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from torch import Tensor
 from .checks import check_data, check_number
 
 NAME = "num_items_in_batch"
-Value = TypeVar("Value", float, Tensor)
 
 
 class Counted(NamedTuple):
@@ -113,7 +112,15 @@ def check_num_items(num_items: Tensor | float, any_scored: bool, name: str = NAM
     return number
 
 
-def over(value: Value, count: Tensor | float) -> Value | Tensor:
+@overload
+def over(value: Tensor, count: Tensor | float) -> Tensor: ...
+
+
+@overload
+def over(value: Tensor | float, count: Tensor | float) -> Tensor | float: ...
+
+
+def over(value: Tensor | float, count: Tensor | float) -> Tensor | float:
     """``value / count``; 0 for a count of 0. Counts between 0 and 1 are taken as 1."""
     if isinstance(count, Tensor):
         return value / count.clamp(min=1) * (count > 0)

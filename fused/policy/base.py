@@ -247,7 +247,7 @@ class FusedLinearPolicyLoss(nn.Module):
         if self._takes_threshold and self.entropy_coef != 0:
             raise ValueError(
                 f"{name} cannot be used with entropy_coef and a top_entropy_quantile below 1: the bonus is divided by the "
-                "number of tokens above the threshold, which labels do not tell. Set entropy_coef=0, or pass all sequences at once"
+                "number of tokens above the threshold, which labels do not tell. Set entropy_coef=0, or use one call"
             )
         if self.loss.group == "batch" and not self._takes_threshold:
             raise ValueError(
