@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
@@ -67,7 +68,7 @@ def adapter(*targets: str, **options: Any) -> Any:
     return peft.LoraConfig(r=2, target_modules=["q_proj", *targets], init_lora_weights=False, **options)
 
 
-def make_trainer(kind: str, model: nn.Module, out: Path, **extra: Any) -> Any:
+def make_trainer(kind: str, model: nn.Module, out: Path, peft_config: Any = None, **options: Any) -> Any:
     torch.set_num_threads(1)
     trainer, config = (WHOLE_LOGITS | FUSED)[kind]
     rng = random.Random(0)
@@ -75,9 +76,10 @@ def make_trainer(kind: str, model: nn.Module, out: Path, **extra: Any) -> Any:
     if kind in ("kto", "sft"):
         label = {"label": True} if kind == "kto" else {}
         rows = [{"prompt": row["prompt"], "completion": row["chosen"], **label} for row in rows]
-    options = training_options(out, 1) | ({"remove_unused_columns": False} if kind in WHOLE_LOGITS else {})
+    options = training_options(out, 1) | options | ({"remove_unused_columns": False} if kind in WHOLE_LOGITS else {})
     data = datasets.Dataset.from_list(rows)
-    return trainer(model=model, args=config(**options), train_dataset=data, processing_class=make_tokenizer(), **extra)
+    given = {} if peft_config is None else {"peft_config": peft_config}
+    return trainer(model=model, args=config(**options), train_dataset=data, processing_class=make_tokenizer(), **given)
 
 
 def step(trainer: Any) -> tuple[float, list[Tensor]]:
@@ -148,6 +150,25 @@ def test_a_head_of_another_class_is_that_of_trl_where_trl_has_a_fused_head(tmp_p
     with caplog.at_level(logging.WARNING, logger="logitless"), swap.patch():
         assert step(trainer)[0] == pytest.approx(loss, rel=1e-5)
     assert not [record for record in caplog.records if record.name == "logitless"]
+
+
+@pytest.mark.parametrize("kind", ["sft", "cpo"])
+def test_accumulation_divides_by_the_counts_of_trl(kind, tmp_path):
+    """SFT divides by the tokens of the whole step; CPO averages micro-batches."""
+    runs = []
+    for patched in (False, True):
+        trainer = make_trainer(
+            kind,
+            make_model("untied", 0),
+            tmp_path / str(patched),
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=4,
+        )
+        with swap.patch() if patched else contextlib.nullcontext():
+            trainer.train()
+        runs.append(trainer.state.log_history[0])
+    for name in ("loss", "grad_norm"):
+        assert runs[1][name] == pytest.approx(runs[0][name], rel=2e-5), name
 
 
 def test_errors_of_a_step_are_not_caught(tmp_path, caplog):
