@@ -11,8 +11,8 @@ from torch import nn
 from logitless.kernels.core.checks import check_head
 
 from .at_head import AtHead, at_head
-from .attention import _evaluating, attention_of
-from .causal_lm import causal_lm, num_token_ids
+from .attention import _evaluating, _probe_ids, attention_of
+from .causal_lm import causal_lm
 from .packing import pack
 
 #: Findings, by causal language model, then by the state of its head.
@@ -22,8 +22,8 @@ _found: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], str | None]] 
 def why_not_served(model: nn.Module) -> str | None:
     """Why :func:`logitless.model_logps` cannot run a model; ``None`` if it can.
 
-    The kind of the model is checked at each call. The model also runs once on two sequences of three and two tokens, without
-    gradients and in evaluation mode, up to its head, and again when the adapters, hooks or modules of its head change.
+    The kind of the model is checked at each call. The model also runs once, up to its head, on two sequences of five and three
+    tokens, without gradients and in evaluation mode; and again when the adapters, hooks or modules of its head change.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -36,11 +36,11 @@ def why_not_served(model: nn.Module) -> str | None:
     found = _found.setdefault(lm, {})
     state = _state_of_head(lm)
     if state not in found:
-        ids = (torch.arange(5) % num_token_ids(lm)).to(lm.get_input_embeddings().weight.device)
+        (ids,) = _probe_ids(lm, 1)
         try:
             with torch.no_grad(), _evaluating(model):
                 at_head(
-                    model, pack([ids[:3], ids[3:]]), lambda at: check_head(at.hidden, at.weight, at.bias), padding_free=False
+                    model, pack([ids[:5], ids[5:]]), lambda at: check_head(at.hidden, at.weight, at.bias), padding_free=False
                 )
             found[state] = None
         except (TypeError, ValueError) as error:  # the reasons for which a model is refused

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 import logitless as ll
@@ -174,6 +176,21 @@ def test_micro_batches_add_up_to_one_batch(name, split, budget, monkeypatch):
         assert out.metrics.keys() == other.metrics.keys() == whole.metrics.keys()
         for key, value in other.metrics.items():
             torch.testing.assert_close(out.metrics[key], value, rtol=1e-12, atol=0)
+
+
+@hypothesis.settings(max_examples=20, deadline=None, derandomize=True)
+@hypothesis.given(
+    st.sampled_from(["mix", "orpo metrics", "kto", "own sequence", "dr_grpo 0.1", "ppo token-mean"]),
+    st.lists(st.integers(0, 3), min_size=PAIRS, max_size=PAIRS),
+)
+def test_any_split_adds_up_to_one_batch(name, places):
+    """``places``: the micro-batch, of four, of each pair; some have none."""
+    loss = LOSSES[name]
+    batch = make(loss)
+    parts = [rows_of(loss, [unit for unit, place in enumerate(places) if place == i]) for i in range(4)]
+    items = sum(batch.count(loss, rows) for rows in parts)
+    total = torch.stack([batch.run(loss, rows, items).loss for rows in parts]).sum()
+    assert_adds_up(total, batch.run(loss, list(range(2 * PAIRS))).loss, batch.leaves, 1e-12)
 
 
 @pytest.mark.parametrize(
