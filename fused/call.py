@@ -22,6 +22,41 @@ from logitless.kernels.core.head_spec import HeadSpec
 from .checks import check_data, check_per_sequence, check_per_token
 
 
+def check_layout(
+    labels: Tensor,  # (S, T), or packed (P,)
+    cu_seqlens: Tensor | None,  # (S + 1,)
+) -> tuple[list[int] | None, int]:
+    """Where packed sequences start and end, ``None`` for padded ones, and the number of sequences."""
+    if cu_seqlens is not None:
+        if labels.dim() != 1:
+            raise ValueError(f"labels must have shape [N] with cu_seqlens, got {tuple(labels.shape)}")
+        bounds = check_cu_seqlens(cu_seqlens, len(labels), labels.device)
+        return bounds, len(bounds) - 1
+    if labels.dim() != 2:
+        raise ValueError(f"labels must have shape [S, T], or [N] with cu_seqlens, got {tuple(labels.shape)} and no cu_seqlens")
+    return None, len(labels)
+
+
+def check_counted_labels(
+    labels: Tensor,  # (S, T), or packed (P,)
+    cu_seqlens: Tensor | None,  # (S + 1,)
+    nll_labels: Tensor | None,  # like labels
+    *,
+    uses_nll: bool,
+) -> tuple[list[int] | None, int]:
+    """Check the arguments of ``count_items``; returns what :func:`check_layout` does."""
+    named = {"labels": labels, "cu_seqlens": cu_seqlens, "nll_labels": nll_labels}
+    for name, value in named.items():
+        check_data(name, value)
+    check_tensor("labels", labels)
+    check_labels(labels, labels[..., None])
+    if nll_labels is not None:
+        if not uses_nll:
+            raise ValueError("nll_labels is given, but this loss has no NLL term")
+        check_labels(nll_labels, labels[..., None], "nll_labels")
+    return check_layout(labels, cu_seqlens)
+
+
 @dataclass(frozen=True)
 class ReferenceStates:
     """Hidden states and head of the reference model. Detached."""
@@ -89,16 +124,7 @@ class LossCall:
         check_head(hidden, weight, bias)
         check_entries(head, weight)
         check_labels(labels, hidden)
-        bounds = None
-        if cu_seqlens is not None:
-            if labels.dim() != 1:
-                raise ValueError(f"labels must have shape [N] with cu_seqlens, got {tuple(labels.shape)}")
-            bounds = check_cu_seqlens(cu_seqlens, len(labels), labels.device)
-        elif labels.dim() != 2:
-            raise ValueError(
-                f"labels must have shape [S, T], or [N] with cu_seqlens, got {tuple(labels.shape)} and no cu_seqlens"
-            )
-        count = len(labels) if bounds is None else len(bounds) - 1
+        bounds, count = check_layout(labels, cu_seqlens)
         return cls(hidden, weight, labels, bias, head, bounds, count, ignore_index)
 
     def with_reference(

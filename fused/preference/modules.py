@@ -323,6 +323,7 @@ class FusedLinearKTOLoss(FusedLinearPreferenceLoss):
         ref_bias: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         token_weights: Tensor | None = None,
+        num_items_in_batch: Tensor | Sequence[Tensor | float] | float | None = None,  # 0-dim, or (2,)
     ) -> KTOOutput:
         """Compute the loss; arguments as in :meth:`FusedLinearPreferenceLoss.forward`, and
 
@@ -330,12 +331,14 @@ class FusedLinearKTOLoss(FusedLinearPreferenceLoss):
             desirable: whether each sequence is desirable. Bool.
             kl: mean log-ratio of the KL pairs; detached, and clamped at 0 from below, here. For ``"kto"`` only. A Python number
                 must be finite. The value of a tensor is not checked, which would synchronise: if it is NaN, so is the loss.
+                With ``num_items_in_batch``, pass the mean over the whole optimiser step to each call.
         """
         call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index).with_reference(
             ref_logps, ref_hidden, ref_weight, ref_bias, uses=True, needs=True
         )
         check_token_arguments(call, token_weights, None, uses_nll=False)
         inputs = self.check_inputs(desirable, kl, call.num_sequences, hidden.device)
-        term = Term(self.loss, tuple(range(call.num_sequences)), ref_logps=call.reference.logps, inputs=inputs)
+        sequences, num_items = tuple(range(call.num_sequences)), self._num_items(num_items_in_batch)
+        term = Term(self.loss, sequences, ref_logps=call.reference.logps, inputs=inputs, num_items=num_items)
         loss, report = eagerly(run)(self._job(call, [term], token_weights, None))
         return kto_output(loss, report, term, metrics=self.metrics)
