@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from logitless.kernels.core.blocking import real_rows
 from logitless.kernels.core.checks import (
     check_cu_seqlens,
+    check_entries,
     check_head,
     check_labels,
     check_spec,
@@ -85,6 +87,7 @@ class LossCall:
             check_data(name, value)
         head = check_spec(head)
         check_head(hidden, weight, bias)
+        check_entries(head, weight)
         check_labels(labels, hidden)
         bounds = None
         if cu_seqlens is not None:
@@ -148,10 +151,18 @@ class LossCall:
         check_head(hidden, weight, bias, prefix="ref_")
         if hidden.shape[:-1] != mine.shape[:-1]:
             raise ValueError(f"ref_hidden must have shape {(*mine.shape[:-1], 'H')} like hidden, got {tuple(hidden.shape)}")
-        if len(weight) != len(self.weight):
+        if self.head.vocab_size is not None:  # the two heads may be padded differently
+            check_entries(self.head, weight, "ref_weight")
+        elif len(weight) != len(self.weight):
             raise ValueError(f"ref_weight must have {len(self.weight)} rows like weight, got {len(weight)}")
         states = hidden.detach().to(compute_dtype(hidden)).reshape(-1, hidden.shape[-1])
-        return ReferenceStates(states, weight.detach(), None if bias is None else bias.detach())
+        weight, bias = real_rows(weight.detach(), None if bias is None else bias.detach(), self.head)
+        return ReferenceStates(states, weight, bias)
+
+    @property
+    def vocab_size(self) -> int:
+        """V, without the padding rows of the head."""
+        return self.head.entries_of(len(self.weight))
 
     @property
     def wide_dtype(self) -> torch.dtype:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from logitless.kernels.backends.interface import Backend
 from logitless.kernels.backends.registry import get_backend
 from logitless.kernels.core.autograd import once_differentiable
+from logitless.kernels.core.blocking import real_rows
 from logitless.kernels.core.checks import compute_dtype
 from logitless.kernels.core.dtypes import accumulate_dtype, tile_dtype
 from logitless.kernels.core.stats import RowStats
@@ -24,6 +26,7 @@ from logitless.kernels.planner.steps import DEFERRED_SCALE, FORWARD_ONLY, GRADIE
 from logitless.kernels.tile.head_gradient import HeadGradient
 from logitless.kernels.tile.rows import gather_rows
 
+from .call import LossCall
 from .job import Job, Report
 from .scored_tokens import ScoredTokens
 
@@ -42,7 +45,7 @@ def run(job: Job[Report]) -> tuple[Tensor, Report]:
         the_plan = plan(
             num_tokens=len(tokens),
             hidden_size=hidden.shape[1],
-            vocab_size=len(call.weight),
+            vocab_size=call.vocab_size,
             group_sizes=None if job.token_groups else tokens.group_sizes,
             dtype=hidden.dtype,
             weight_dtype=call.weight.dtype,
@@ -55,6 +58,7 @@ def run(job: Job[Report]) -> tuple[Tensor, Report]:
             token_groups=job.token_groups,
             entropy_gradient=job.entropy_gradient and any(needs),
         )
+        the_plan = replace(the_plan, extra_bytes=the_plan.extra_bytes + _padding_bytes(call, the_plan, needs))
         work = _Work(job, tokens, the_plan, hidden, needs)
         schedules = work.schedules()
         for step in the_plan.steps:
@@ -63,6 +67,13 @@ def run(job: Job[Report]) -> tuple[Tensor, Report]:
         report = work.evaluation.report(the_plan, work.stats, work.acc)
     loss: Tensor = _FinishedGradients.apply(hidden, call.weight, call.bias, work)
     return loss, report
+
+
+def _padding_bytes(call: LossCall, the_plan: Plan, needs: tuple[bool, ...]) -> int:
+    """Bytes of the gradient's rows beyond ``HeadSpec.vocab_size``, which the plan does not have."""
+    rows, acc = len(call.weight) - call.vocab_size, accumulate_dtype(call.weight.dtype).itemsize
+    row_bytes = call.weight.shape[1] * (call.weight.dtype.itemsize + acc * the_plan.accumulate) if needs[1] else 0
+    return rows * (row_bytes + (3 * acc if needs[2] else 0))
 
 
 @functools.cache
@@ -90,7 +101,8 @@ class _Work:
         needs: tuple[bool, ...],  # whether hidden, weight and bias need a gradient
     ) -> None:
         self.job, self.call, self.tokens, self.needs = job, job.call, tokens, needs
-        self.hidden, self.weight, self.bias, self.head = hidden, job.call.weight, job.call.bias, job.call.head
+        self.hidden, self.head = hidden, job.call.head
+        self.weight, self.bias = real_rows(job.call.weight, job.call.bias, self.head)
         self.options, self.accumulate = the_plan.options, the_plan.accumulate
         self.backend: Backend = get_backend(the_plan.backend)
         self.evaluation = job.evaluation(tokens, self.backend.elementwise)
@@ -118,7 +130,12 @@ class _Work:
 
     def _new_head_gradient(self) -> HeadGradient:
         return HeadGradient(
-            self.weight, self.bias, need_weight=self.needs[1], need_bias=self.needs[2], accumulate=self.accumulate
+            self.call.weight,
+            self.call.bias,
+            need_weight=self.needs[1],
+            need_bias=self.needs[2],
+            accumulate=self.accumulate,
+            entries=self.head.vocab_size,
         )
 
     def _inputs(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -290,8 +307,8 @@ class _FinishedGradients(torch.autograd.Function):
         ctx.save_for_backward(
             work.dhidden,
             work.tokens.rows,
-            None if head is None else head.weight,
-            None if head is None else head.bias,
+            None if head is None else head.whole_weight,
+            None if head is None else head.whole_bias,
         )
         return work.evaluation.loss.to(work.acc)
 

@@ -80,7 +80,7 @@ def find_scored_tokens(
     nll_sequences: Sequence[int] = (),
 ) -> ScoredTokens:
     """Find the scored tokens and sort them. Copies their number to the host: the one synchronisation of a call."""
-    labels, vocab_size, ignore_index = call.labels, len(call.weight), call.ignore_index
+    labels, vocab_size, ignore_index = call.labels, call.vocab_size, call.ignore_index
     where, num_sequences = sequence_of_position(labels, call.bounds)
     flat = labels.reshape(-1).long()
     scored = flat != ignore_index

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .core.autograd import once_differentiable
-from .core.checks import check_head, check_ignore_index, check_labels, check_outputs, check_spec, compute_dtype
+from .core.checks import check_entries, check_head, check_ignore_index, check_labels, check_outputs, check_spec, compute_dtype
 from .core.head_spec import HeadSpec
 from .core.settings import current_settings
 from .core.stats import OPTIONAL_OUTPUTS, TokenStats
@@ -92,7 +92,7 @@ def linear_logps(
         weight: the head's weight, of the same dtype unless autocast is on.
         labels: int32 or int64, already shifted (:func:`logitless.shift`).
         bias: the head's bias.
-        head: logit scale, soft-cap and temperature; default none of them.
+        head: logit scale, soft-cap, temperature and number of entries; default none of them.
         outputs: which fields of the result to compute, of ``logitless.kernels.core.stats.OUTPUTS``.
         ignore_index: the label of positions to leave out.
 
@@ -110,6 +110,7 @@ def linear_logps(
     """
     head, wanted = check_spec(head), check_outputs(outputs)
     check_head(hidden, weight, bias)
+    check_entries(head, weight)
     check_labels(labels, hidden)
     check_ignore_index(ignore_index)
     x = hidden.to(compute_dtype(hidden))

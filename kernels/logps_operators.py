@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .backends.interface import Call, Work
 from .backends.registry import choose_backend, choose_elementwise
-from .core.blocking import core_options
+from .core.blocking import core_options, real_rows
 from .core.checks import check_label_range
 from .core.dtypes import accumulate_dtype
 from .core.head_spec import HeadSpec
@@ -83,6 +83,7 @@ def _forward(
     grad_filter: float,
 ) -> tuple[Tensor, ...]:
     spec = HeadSpec.unpack(head)
+    weight, bias = real_rows(weight, bias, spec)
     check_label_range(labels, labels != ignore_index, len(weight), ignore_index)
     picked = ScoredRows.of(labels, ignore_index)
     rows, acc = picked.taken, accumulate_dtype(hidden.dtype)
@@ -166,6 +167,8 @@ def _backward(
     grad_filter: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     spec = HeadSpec.unpack(head)
+    whole_weight, whole_bias = weight, bias
+    weight, bias = real_rows(weight, bias, spec)
     picked = ScoredRows.of(labels, ignore_index)
     rows = picked.taken
     n, acc, deferred = len(rows), accumulate_dtype(hidden.dtype), needs[0] and not (needs[1] or needs[2])
@@ -186,7 +189,14 @@ def _backward(
         head_gradient = None
         if needs[1] or needs[2]:
             # every block of dW is written once here, and the upstream gradient is in it: no float32 buffer is needed
-            head_gradient = HeadGradient(weight, bias, need_weight=needs[1], need_bias=needs[2], accumulate=False)
+            head_gradient = HeadGradient(
+                whole_weight,
+                whole_bias,
+                need_weight=needs[1],
+                need_bias=needs[2],
+                accumulate=False,
+                entries=spec.vocab_size,
+            )
         if recomputed:
             stats = RowStats(
                 logps=empty(),
@@ -224,11 +234,11 @@ def _backward(
                 assert dhidden is not None
                 dh = chosen.elementwise.scatter_rows(hidden.shape, hidden.dtype, rows, dhidden)
         if head_gradient is not None:
-            if head_gradient.weight is not None:
-                dw = head_gradient.weight
-            if head_gradient.bias is not None:
+            if head_gradient.whole_weight is not None:
+                dw = head_gradient.whole_weight
+            if head_gradient.whole_bias is not None:
                 assert bias is not None
-                db = head_gradient.bias.to(bias.dtype)
+                db = head_gradient.whole_bias.to(bias.dtype)
     return dh, dw, db
 
 
@@ -246,24 +256,28 @@ def _backward_fake(
     return like(hidden, needs[0]), like(weight, needs[1]), like(bias, needs[2])
 
 
+def _products(weight: Tensor, labels: Tensor, head: Tensor, ignore_index: int) -> int:
+    """N * H * V of the scored tokens and the real entries."""
+    entries = HeadSpec.unpack(head).entries_of(weight.shape[0])
+    return int((labels != ignore_index).sum()) * entries * weight.shape[1]
+
+
 @register_flop_formula(torch.ops.logitless.logps_forward, get_raw=True)
 def _forward_flops(
-    hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, head: Any, ignore_index: int, *rest: Any, **_: Any
+    hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, head: Tensor, ignore_index: int, *rest: Any, **_: Any
 ) -> int:
     unit_dhidden = rest[1]
-    scored = int((labels != ignore_index).sum())
-    return 2 * scored * weight.numel() * (2 if unit_dhidden else 1)
+    return 2 * _products(weight, labels, head, ignore_index) * (2 if unit_dhidden else 1)
 
 
 @register_flop_formula(torch.ops.logitless.logps_backward, get_raw=True)
 def _backward_flops(
-    hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, head: Any, ignore_index: int, *rest: Any, **_: Any
+    hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, head: Tensor, ignore_index: int, *rest: Any, **_: Any
 ) -> int:
     grad_entropy, needs = rest[-6], rest[-5]
-    scored = int((labels != ignore_index).sum())
     if needs[0] and not (needs[1] or needs[2]) and grad_entropy is None:
         return 0  # deferred scale: the forward pass has done the work
-    return 2 * scored * weight.numel() * (1 + int(needs[0]) + int(needs[1]))
+    return 2 * _products(weight, labels, head, ignore_index) * (1 + int(needs[0]) + int(needs[1]))
 
 
 @torch.library.impl(_library, "segment_sum", "CompositeExplicitAutograd")

@@ -30,9 +30,10 @@ def reference_logps(
     head = HeadSpec() if head is None else head
     scored = labels != ignore_index
     y = labels[scored].long()
-    raw = hidden[scored].double() @ weight.double().t()
+    entries = head.entries_of(len(weight))
+    raw = hidden[scored].double() @ weight[:entries].double().t()
     if bias is not None:
-        raw = raw + bias.double()
+        raw = raw + bias[:entries].double()
     z = head.apply(raw)
     log_p = F.log_softmax(z, dim=-1)
     p = log_p.exp()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .head_spec import HeadSpec
 from .stats import CoreOptions
 
 #: Vocabulary entries per block of logits: a block of 768 tokens fits a 32 MiB L3, and the GEMM runs at full speed.
@@ -49,6 +50,14 @@ def core_options(
 def blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
     for start in range(0, total, size):
         yield start, min(start + size, total)
+
+
+def real_rows(weight: Tensor, bias: Tensor | None, head: HeadSpec) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias without the padding rows beyond ``head.vocab_size``: views, made outside of autograd."""
+    entries = head.entries_of(len(weight))
+    if entries == len(weight):
+        return weight, bias
+    return weight[:entries], None if bias is None else bias[:entries]
 
 
 def weight_block(weight: Tensor, v0: int, v1: int, dtype: torch.dtype) -> Tensor:

@@ -137,6 +137,14 @@ def check_spec(head: HeadSpec | None) -> HeadSpec:
     return head
 
 
+def check_entries(head: HeadSpec, weight: Tensor, name: str = "weight") -> None:
+    """A padded head has at least ``head.vocab_size`` rows."""
+    if head.vocab_size is not None and head.vocab_size > weight.shape[0]:
+        raise ValueError(
+            f"head.vocab_size must be at most {weight.shape[0]}, the number of rows of {name}, got {head.vocab_size}"
+        )
+
+
 def check_outputs(outputs: Iterable[str]) -> frozenset[str]:
     names = (outputs,) if isinstance(outputs, str) else tuple(outputs) if isinstance(outputs, Iterable) else (outputs,)
     unknown = [name for name in names if name not in OUTPUTS]

@@ -1,4 +1,4 @@
-"""The transforms of a language-model head: logit scale, soft-cap, temperature."""
+"""The transforms of a language-model head: logit scale, soft-cap, temperature, and its number of real entries."""
 
 from __future__ import annotations
 
@@ -33,18 +33,22 @@ class HeadSpec:
         logit_scale: multiplies the raw logits (Cohere ``logit_scale``, Granite ``1 / logits_scaling``). Any finite number.
         softcap: soft-cap of Gemma 2 (``final_logit_softcapping``); positive, or ``None`` for no cap.
         temperature: sampling temperature; positive.
+        vocab_size: number of real entries of a padded head; ``None``: all rows of the weight. The rows of weight and bias
+            beyond it do not exist: they are never read, get no probability and a gradient of 0, and labels there are out of
+            range.
 
     Raises:
         TypeError, ValueError: naming the argument, when a value is not a number or out of range.
 
     Example:
         >>> HeadSpec(softcap=30.0, temperature=0.7)
-        HeadSpec(logit_scale=1.0, softcap=30.0, temperature=0.7)
+        HeadSpec(logit_scale=1.0, softcap=30.0, temperature=0.7, vocab_size=None)
     """
 
     logit_scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "logit_scale", _number("logit_scale", self.logit_scale))
@@ -55,6 +59,11 @@ class HeadSpec:
             object.__setattr__(self, "softcap", _number("softcap", self.softcap))
             if self.softcap <= 0:
                 raise ValueError(f"softcap must be > 0 or None, got {self.softcap}")
+        if self.vocab_size is not None:
+            if isinstance(self.vocab_size, bool) or not isinstance(self.vocab_size, int):
+                raise TypeError(f"vocab_size must be an int or None, got {type(self.vocab_size).__name__} {self.vocab_size!r}")
+            if self.vocab_size < 1:
+                raise ValueError(f"vocab_size must be >= 1 or None, got {self.vocab_size}")
 
     @classmethod
     def from_config(cls, config: Any, temperature: float = 1.0) -> HeadSpec:
@@ -112,24 +121,42 @@ class HeadSpec:
         return squared
 
     def apply(self, r: Tensor) -> Tensor:
-        """Out-of-place and differentiable: the logits of raw logits ``r``."""
+        """Out-of-place and differentiable: the logits of raw logits ``r`` (..., V), without those beyond ``vocab_size``.
+
+        Raises:
+            ValueError: when ``vocab_size`` is larger than V.
+        """
+        if self.vocab_size is not None:
+            r = r[..., : self.entries_of(r.shape[-1])]
         z = r * self.logit_scale
         if self.softcap is not None:
             z = self.softcap * torch.tanh(z / self.softcap)
         return z / self.temperature
 
+    def entries_of(self, rows: int) -> int:
+        """The number of vocabulary entries of a head whose weight has that many rows.
+
+        Raises:
+            ValueError: when ``vocab_size`` is larger.
+        """
+        if self.vocab_size is None:
+            return rows
+        if self.vocab_size > rows:
+            raise ValueError(f"vocab_size of the HeadSpec must be at most the {rows} rows of the head, got {self.vocab_size}")
+        return self.vocab_size
+
     def pack(self) -> Tensor:
-        """The three numbers as a float64 CPU tensor, 0 for no soft-cap.
+        """The numbers as a float64 CPU tensor, 0 for no soft-cap and for no ``vocab_size``.
 
         Operators take this tensor: a Python float would be compiled in as a constant, and every new temperature would
         recompile the caller's graph. Multiplication (unlike ``torch.tensor``) keeps the floats symbolic under Dynamo.
         """
         one = torch.ones((), dtype=torch.float64, device="cpu")
         cap = 0.0 if self.softcap is None else self.softcap
-        return torch.stack((one * self.logit_scale, one * cap, one * self.temperature))
+        return torch.stack((one * self.logit_scale, one * cap, one * self.temperature, one * (self.vocab_size or 0)))
 
     @classmethod
     def unpack(cls, packed: Tensor) -> HeadSpec:
         """Inverse of :meth:`pack`."""
-        scale, cap, temperature = packed.tolist()
-        return cls(scale, cap or None, temperature)
+        scale, cap, temperature, vocab_size = packed.tolist()
+        return cls(scale, cap or None, temperature, int(vocab_size) or None)

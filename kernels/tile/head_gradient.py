@@ -16,18 +16,35 @@ class HeadGradient:
     With ``accumulate`` the sums are kept in float32 (float64 for float64 weights) until :meth:`finish` scales and rounds
     them once; error then does not depend on the number of tiles, and a loss scale cannot underflow. Without it each block
     of rows is written exactly once, in the weight's dtype, and no float32 buffer of the weight's size exists.
+
+    Attributes:
+        weight, bias: what is collected, ``None`` where it is not needed: the first ``entries`` rows.
+        whole_weight, whole_bias: all rows, 0 from ``entries`` on (the padding rows of a head).
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, need_weight: bool, need_bias: bool, accumulate: bool) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        need_weight: bool,
+        need_bias: bool,
+        accumulate: bool,
+        entries: int | None = None,  # HeadSpec.vocab_size; None: V
+    ) -> None:
         self.acc = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.accumulate = accumulate
         self.weight_dtype = weight.dtype
         self.bias_dtype = bias.dtype if bias is not None else None
-        self.weight: Tensor | None = None
+        self.whole_weight = self.whole_bias = self.weight = self.bias = None
         if need_weight:
             new = torch.zeros if accumulate else torch.empty
-            self.weight = new(weight.shape, dtype=self.acc if accumulate else weight.dtype, device=weight.device)
-        self.bias = torch.zeros(weight.shape[0], dtype=self.acc, device=weight.device) if need_bias else None
+            whole = new(weight.shape, dtype=self.acc if accumulate else weight.dtype, device=weight.device)
+            self.whole_weight, self.weight = whole, whole[:entries]
+            whole[len(self.weight) :].zero_()
+        if need_bias:
+            self.whole_bias = torch.zeros(weight.shape[0], dtype=self.acc, device=weight.device)
+            self.bias = self.whole_bias[:entries]
 
     def add_weight(self, v0: int, v1: int, g: Tensor, x: Tensor, factor: Tensor | None = None) -> None:
         """Rows v0..v1 of dW get ``factor * g.T @ x``. g (N, v1 - v0), x (N, H), of one dtype; factor 0-dim."""

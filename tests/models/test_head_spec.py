@@ -197,10 +197,12 @@ def test_numbers_are_kept_as_floats():
     assert spec == ll.HeadSpec(2.0, 30.0, 1.0) and hash(spec) == hash(ll.HeadSpec(2.0, 30.0, 1.0))
 
 
-@pytest.mark.parametrize("spec", [ll.HeadSpec(), ll.HeadSpec(-0.3, 1 / 3, 0.7), ll.HeadSpec(0.0, None, 1e-3)])
+@pytest.mark.parametrize(
+    "spec", [ll.HeadSpec(), ll.HeadSpec(-0.3, 1 / 3, 0.7), ll.HeadSpec(0.0, None, 1e-3), ll.HeadSpec(vocab_size=151643)]
+)
 def test_unpack_undoes_pack_exactly(spec):
     packed = spec.pack()
-    assert packed.shape == (3,) and packed.dtype == torch.float64 and packed.device.type == "cpu"
+    assert packed.shape == (4,) and packed.dtype == torch.float64 and packed.device.type == "cpu"
     assert ll.HeadSpec.unpack(packed) == spec
 
 
@@ -208,6 +210,7 @@ def test_with_temperature_changes_that_alone():
     spec = ll.HeadSpec(0.5, 30.0)
     assert spec.with_temperature(0.7) == ll.HeadSpec(0.5, 30.0, 0.7)
     assert spec == ll.HeadSpec(0.5, 30.0)
+    assert ll.HeadSpec(vocab_size=7).with_temperature(0.7) == ll.HeadSpec(1.0, None, 0.7, 7)
     with pytest.raises(ValueError, match="temperature"):
         spec.with_temperature(0)
 
