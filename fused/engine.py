@@ -6,7 +6,6 @@ small tensors), and turns the finished gradient tile into ``dX`` and ``dW``. The
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,6 +19,7 @@ from logitless.kernels.core.autograd import once_differentiable
 from logitless.kernels.core.blocking import real_rows
 from logitless.kernels.core.checks import compute_dtype
 from logitless.kernels.core.dtypes import accumulate_dtype, tile_dtype
+from logitless.kernels.core.head_weight import HeadRows, join, trained_part
 from logitless.kernels.core.stats import RowStats
 from logitless.kernels.planner.plan import Plan, plan
 from logitless.kernels.planner.steps import DEFERRED_SCALE, FORWARD_ONLY, GRADIENT_IN_FORWARD, RECOMPUTE, Step
@@ -38,17 +38,21 @@ def run(job: Job[Report]) -> tuple[Tensor, Report]:
     """
     call = job.call
     hidden = call.hidden.to(compute_dtype(call.hidden)).reshape(-1, call.hidden.shape[-1])
-    grads = torch.is_grad_enabled()
-    needs = tuple(grads and t is not None and t.requires_grad for t in (hidden, call.weight, call.bias))
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with torch.no_grad():
         tokens = job.scored_tokens()
+        scored = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device).index_fill_(0, tokens.rows, True)
+    hidden, weight = join(hidden, call.weight, scored)
+    trained = trained_part(weight)
+    grads = torch.is_grad_enabled()
+    needs = tuple(grads and t is not None and t.requires_grad for t in (hidden, trained, call.bias))
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         the_plan = plan(
             num_tokens=len(tokens),
-            hidden_size=hidden.shape[1],
+            hidden_size=call.weight.shape[1],
             vocab_size=call.vocab_size,
             group_sizes=None if job.token_groups else tokens.group_sizes,
             dtype=hidden.dtype,
-            weight_dtype=call.weight.dtype,
+            weight_dtype=weight.dtype if trained is None else trained.dtype,
             train_hidden=needs[0],
             train_weight=needs[1],
             train_bias=needs[2],
@@ -57,29 +61,26 @@ def run(job: Job[Report]) -> tuple[Tensor, Report]:
             outputs=job.outputs | job.loss_outputs | {"logps"},
             token_groups=job.token_groups,
             entropy_gradient=job.entropy_gradient and any(needs),
+            lora_rank=weight.shape[1] - call.weight.shape[1],
+            quantized=isinstance(call.weight, HeadRows) or isinstance(getattr(call.weight, "base", None), HeadRows),
         )
-        the_plan = replace(the_plan, extra_bytes=the_plan.extra_bytes + _padding_bytes(call, the_plan, needs))
-        work = _Work(job, tokens, the_plan, hidden, needs)
+        the_plan = replace(the_plan, extra_bytes=the_plan.extra_bytes + _padding_bytes(call, trained, the_plan, needs))
+        work = _Work(job, tokens, the_plan, hidden, weight, needs)
         schedules = work.schedules()
         for step in the_plan.steps:
             schedules[step.schedule](step)
             work.fresh = False
         report = work.evaluation.report(the_plan, work.stats, work.acc)
-    loss: Tensor = _FinishedGradients.apply(hidden, call.weight, call.bias, work)
+    loss: Tensor = _FinishedGradients.apply(hidden, trained, call.bias, work)
     return loss, report
 
 
-def _padding_bytes(call: LossCall, the_plan: Plan, needs: tuple[bool, ...]) -> int:
+def _padding_bytes(call: LossCall, trained: Tensor | None, the_plan: Plan, needs: tuple[bool, ...]) -> int:
     """Bytes of the gradient's rows beyond ``HeadSpec.vocab_size``, which the plan does not have."""
-    rows, acc = len(call.weight) - call.vocab_size, accumulate_dtype(call.weight.dtype).itemsize
-    row_bytes = call.weight.shape[1] * (call.weight.dtype.itemsize + acc * the_plan.accumulate) if needs[1] else 0
+    rows, acc, row_bytes = len(call.weight) - call.vocab_size, accumulate_dtype(call.weight.dtype).itemsize, 0
+    if needs[1] and trained is not None:
+        row_bytes = trained.shape[1] * (trained.dtype.itemsize + acc * the_plan.accumulate)
     return rows * (row_bytes + (3 * acc if needs[2] else 0))
-
-
-@functools.cache
-def eagerly(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.compiler.disable``, at the first call: as a decorator it would add a second to every import of the package."""
-    return torch.compiler.disable(fn)
 
 
 class _Work:
@@ -97,12 +98,14 @@ class _Work:
         job: Job[Any],
         tokens: ScoredTokens,
         the_plan: Plan,
-        hidden: Tensor,  # (P, H)
+        hidden: Tensor,  # (P, H), or (P, H + r) with adapters
+        weight: Tensor | HeadRows,  # (V, H) or (V, H + r), with its padding rows
         needs: tuple[bool, ...],  # whether hidden, weight and bias need a gradient
     ) -> None:
         self.job, self.call, self.tokens, self.needs = job, job.call, tokens, needs
         self.hidden, self.head = hidden, job.call.head
-        self.weight, self.bias = real_rows(job.call.weight, job.call.bias, self.head)
+        self.whole_weight = weight
+        self.weight, self.bias = real_rows(weight, job.call.bias, self.head)
         self.options, self.accumulate = the_plan.options, the_plan.accumulate
         self.backend: Backend = get_backend(the_plan.backend)
         self.evaluation = job.evaluation(tokens, self.backend.elementwise)
@@ -130,7 +133,7 @@ class _Work:
 
     def _new_head_gradient(self) -> HeadGradient:
         return HeadGradient(
-            self.call.weight,
+            self.whole_weight,
             self.call.bias,
             need_weight=self.needs[1],
             need_bias=self.needs[2],
@@ -298,10 +301,10 @@ class _FinishedGradients(torch.autograd.Function):
     """Hands the finished gradients, scaled by the upstream one, to autograd."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, work: _Work) -> Tensor:
         ctx.needs, ctx.distinct = work.needs, work.tokens.nll is None
         ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
-        ctx.head_dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        ctx.head_dtypes = (None if weight is None else weight.dtype, None if bias is None else bias.dtype)
         ctx.elementwise = work.backend.elementwise
         head = work.head_gradient
         ctx.save_for_backward(

@@ -16,6 +16,7 @@ from .core.blocking import core_options, real_rows
 from .core.checks import check_label_range
 from .core.dtypes import accumulate_dtype
 from .core.head_spec import HeadSpec
+from .core.head_weight import HeadRows
 from .core.stats import OPTIONAL_OUTPUTS, CoreOptions, RowStats
 from .tile.head_gradient import HeadGradient
 from .tile.rows import ScoredRows
@@ -51,7 +52,7 @@ def _names(bits: int) -> frozenset[str]:
     return frozenset(name for i, name in enumerate(OPTIONAL_OUTPUTS) if bits >> i & 1)
 
 
-def _call(hidden: Tensor, weight: Tensor, num_tokens: int, work: Work, options: CoreOptions) -> Call:
+def _call(hidden: Tensor, weight: Tensor | HeadRows, num_tokens: int, work: Work, options: CoreOptions) -> Call:
     """What a backend is asked for. hidden (P, H), weight (V, H)."""
     return Call(
         hidden.device,
@@ -64,13 +65,14 @@ def _call(hidden: Tensor, weight: Tensor, num_tokens: int, work: Work, options: 
         work=work,
         workspace=options.workspace,
         grad_filter=options.grad_filter,
+        by_rows=isinstance(weight, HeadRows),
     )
 
 
 @torch.library.impl(_library, "logps_forward", "CompositeExplicitAutograd")
-def _forward(
+def logps_forward(
     hidden: Tensor,  # (P, H)
-    weight: Tensor,  # (V, H)
+    weight: Tensor | HeadRows,  # (V, H); the operator's is a tensor
     bias: Tensor | None,  # (V,)
     labels: Tensor,  # (P,) int64
     head: Tensor,  # HeadSpec.pack()
@@ -144,9 +146,9 @@ def _forward_fake(
 
 
 @torch.library.impl(_library, "logps_backward", "CompositeExplicitAutograd")
-def _backward(
+def logps_backward(
     hidden: Tensor,  # (P, H)
-    weight: Tensor,  # (V, H)
+    weight: Tensor | HeadRows,  # (V, H)
     bias: Tensor | None,  # (V,)
     labels: Tensor,  # (P,)
     head: Tensor,

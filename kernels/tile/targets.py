@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..core.blocking import ROW_ELEMENTS, blocks
 from ..core.head_spec import HeadSpec
+from ..core.head_weight import HeadRows
 from ..core.stats import RowStats
 from .head_gradient import HeadGradient
 
@@ -37,7 +38,7 @@ def target_entry(stats: RowStats) -> Tensor:
 
 def add_targets(
     x: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
+    weight: Tensor | HeadRows,  # (V, H)
     labels: Tensor,  # (N,)
     values: Tensor,  # (N,) dLoss / d raw logit of the target
     dhidden: Tensor | None,
