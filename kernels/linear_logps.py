@@ -11,7 +11,7 @@ from torch import Tensor
 from .core.autograd import eagerly, once_differentiable
 from .core.checks import check_entries, check_head, check_ignore_index, check_labels, check_outputs, check_spec, compute_dtype
 from .core.head_spec import HeadSpec
-from .core.head_weight import HeadRows, LoRAWeight, Weight, join, read_weight, trained_part
+from .core.head_weight import HeadRows, JoinedRows, Weight, join, read_weight, trained_part
 from .core.settings import current_settings
 from .core.stats import OPTIONAL_OUTPUTS, TokenStats
 from .logps_operators import ALL_ROWS, NO_UNIT, SCORED_ROWS, logps_backward, logps_forward, output_bits
@@ -41,7 +41,8 @@ class LinearLogps(torch.autograd.Function):
         labels: Tensor,
         head: Tensor,
         options: _Options,
-        rows: HeadRows | None,
+        rows: HeadRows | None = None,
+        inputs: Tensor | None = None,  # of an adapter: those of ``rows``
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         if rows is None:
@@ -60,10 +61,12 @@ class LinearLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_logps is None and grad_entropy is None:
-            return (None,) * 7
+            return (None,) * 8
         hidden, weight, bias, labels, head, *saved = ctx.saved_tensors
         options, rows = ctx.options, ctx.rows
         needs = list(ctx.needs_input_grad[:3])
+        needs_inputs = ctx.needs_input_grad[7]
+        needs[0] |= needs_inputs
         # without an entropy output its gradient cannot exist; a stray empty tensor's is dropped
         grad_entropy = grad_entropy if options.outputs & 1 else None
         run = torch.ops.logitless.logps_backward if rows is None else logps_backward
@@ -83,9 +86,15 @@ class LinearLogps(torch.autograd.Function):
             options.memory_budget,
             options.grad_filter,
         )
+        du = None
         if rows is not None:
             rows.release()
-        return dh if needs[0] else None, dw if needs[1] else None, db if needs[2] else None, None, None, None, None
+            if isinstance(rows, JoinedRows) and needs[0]:
+                size = hidden.shape[1]
+                du = dh[:, size:].to(rows.inputs.dtype) if needs_inputs else None
+                dh = dh[:, :size].to(hidden.dtype)
+        dh = dh if ctx.needs_input_grad[0] else None
+        return dh, dw if needs[1] else None, db if needs[2] else None, None, None, None, None, du
 
 
 def linear_logps(
@@ -151,13 +160,14 @@ def token_stats(
     """
     current = current_settings()
     grad, flat_labels = torch.is_grad_enabled(), labels.reshape(-1).long()
-    x, read = hidden.reshape(-1, hidden.shape[-1]), read_weight("weight", weight)
-    if isinstance(read, LoRAWeight):
-        x, read = join(x, read, flat_labels != ignore_index)
+    x = hidden.reshape(-1, hidden.shape[-1])
+    read = join(x, read_weight("weight", weight), flat_labels != ignore_index)
     rows, trained = read if isinstance(read, HeadRows) else None, trained_part(read)
+    inputs = read.inputs if isinstance(read, JoinedRows) else None
+    trains_hidden = hidden.requires_grad or (inputs is not None and inputs.requires_grad)
     frozen_head = not read.requires_grad and (bias is None or not bias.requires_grad)
     unit = NO_UNIT
-    if grad and x.requires_grad and frozen_head:
+    if grad and trains_hidden and frozen_head:
         unit = ALL_ROWS if torch.compiler.is_compiling() and rows is None else SCORED_ROWS
     options = _Options(
         ignore_index=ignore_index,
@@ -169,7 +179,7 @@ def token_stats(
         grad_filter=current.grad_filter,
     )
     apply = (function or LinearLogps).apply
-    flat = (apply if rows is None else eagerly(apply))(x, trained, bias, flat_labels, head.pack(), options, rows)
+    flat = (apply if rows is None else eagerly(apply))(x, trained, bias, flat_labels, head.pack(), options, rows, inputs)
     values = {
         name: value.view(labels.shape)
         for name, value in zip(("logps", *OPTIONAL_OUTPUTS), flat, strict=True)

@@ -16,7 +16,7 @@ from .core.blocking import core_options, real_rows
 from .core.checks import check_label_range
 from .core.dtypes import accumulate_dtype
 from .core.head_spec import HeadSpec
-from .core.head_weight import HeadRows
+from .core.head_weight import HeadRows, JoinedRows
 from .core.stats import OPTIONAL_OUTPUTS, CoreOptions, RowStats
 from .tile.head_gradient import HeadGradient
 from .tile.rows import ScoredRows
@@ -59,7 +59,7 @@ def _call(hidden: Tensor, weight: Tensor | HeadRows, num_tokens: int, work: Work
         hidden.dtype,
         weight.dtype,
         num_tokens=num_tokens,
-        hidden_size=hidden.shape[1],
+        hidden_size=weight.shape[1],
         vocab_size=len(weight),
         outputs=options.outputs,
         work=work,
@@ -67,6 +67,12 @@ def _call(hidden: Tensor, weight: Tensor | HeadRows, num_tokens: int, work: Work
         grad_filter=options.grad_filter,
         by_rows=isinstance(weight, HeadRows),
     )
+
+
+def _inputs(picked: ScoredRows, hidden: Tensor, weight: Tensor | HeadRows) -> Tensor:
+    """What the weight is multiplied by, (N, K): hidden states, with an adapter ``[h, u]``."""
+    x = picked.hidden(hidden)
+    return weight.extend(x, picked.hidden(weight.inputs)) if isinstance(weight, JoinedRows) else x
 
 
 @torch.library.impl(_library, "logps_forward", "CompositeExplicitAutograd")
@@ -94,7 +100,7 @@ def logps_forward(
     chosen = choose_backend(_call(hidden, weight, len(rows), work, options), backend)
     with torch.autocast(hidden.device.type, enabled=False):
         stats: RowStats = chosen.score(
-            picked.hidden(hidden),
+            _inputs(picked, hidden, weight),
             weight,
             bias,
             picked.labels(labels, bias),
@@ -113,7 +119,7 @@ def logps_forward(
         results.append(full if value is None else full.index_copy_(0, rows, value))
     unit = stats.unit_dhidden
     if unit is None:
-        unit = torch.empty((0, hidden.shape[1]), dtype=acc, device=hidden.device)
+        unit = torch.empty((0, weight.shape[1]), dtype=acc, device=hidden.device)
     elif unit_dhidden == ALL_ROWS:
         unit = chosen.elementwise.scatter_rows(hidden.shape, acc, rows, unit)
     return *results, unit
@@ -187,7 +193,7 @@ def logps_backward(
         recomputed = not deferred or g is not None
         dhidden = None
         if needs[0] and recomputed:
-            dhidden = torch.empty((n, hidden.shape[1]), dtype=acc, device=hidden.device)
+            dhidden = torch.empty((n, weight.shape[1]), dtype=acc, device=hidden.device)
         head_gradient = None
         if needs[1] or needs[2]:
             # every block of dW is written once here, and the upstream gradient is in it: no float32 buffer is needed
@@ -199,6 +205,8 @@ def logps_backward(
                 accumulate=False,
                 entries=spec.vocab_size,
             )
+            if isinstance(whole_weight, JoinedRows):
+                head_gradient.adapter_inputs = picked.hidden(whole_weight.inputs)
         if recomputed:
             stats = RowStats(
                 logps=empty(),
@@ -210,7 +218,7 @@ def logps_backward(
                 entropy=entropy[rows] if g is not None else None,
             )
             chosen.recompute_gradients(
-                picked.hidden(hidden),
+                _inputs(picked, hidden, weight),
                 weight,
                 bias,
                 picked.labels(labels, bias),
@@ -223,6 +231,9 @@ def logps_backward(
                 head_gradient=head_gradient,
             )
         dh, dw, db = empty(), empty(), empty()
+        # with an adapter the gradient of [h, u] is returned, not rounded: u may be wider than h
+        shape = len(hidden), weight.shape[1]
+        dtype = acc if isinstance(weight, JoinedRows) else hidden.dtype
         if needs[0]:
             if deferred:
                 if picked.scored is not None and len(unit) != n:
@@ -231,10 +242,10 @@ def logps_backward(
                     )
                 factor = torch.zeros_like(sum_others[rows]) if c is None else c
                 unit = unit if len(unit) == n else unit[rows]
-                dh = chosen.elementwise.scatter_rows(hidden.shape, hidden.dtype, rows, unit, factor, dhidden)
+                dh = chosen.elementwise.scatter_rows(shape, dtype, rows, unit, factor, dhidden)
             else:
                 assert dhidden is not None
-                dh = chosen.elementwise.scatter_rows(hidden.shape, hidden.dtype, rows, dhidden)
+                dh = chosen.elementwise.scatter_rows(shape, dtype, rows, dhidden)
         if head_gradient is not None:
             if head_gradient.whole_weight is not None:
                 dw = head_gradient.whole_weight

@@ -54,7 +54,7 @@ def _autocasts(device: torch.device) -> bool:
 
 
 def check_head(hidden: Tensor, weight: Weight, bias: Tensor | None, prefix: str = "") -> None:
-    """Shapes, dtypes and devices of hidden states (..., H), weight (V, H) and bias (V,). The weight as ``read_weight`` left it."""
+    """Shapes, dtypes and devices of hidden states (..., H), weight (V, H), which ``read_weight`` has read, and bias (V,)."""
     names = [prefix + name for name in ("hidden", "weight", "bias")]
     for name, value in zip(names, (hidden, weight, bias), strict=True):
         check_local(name, value)

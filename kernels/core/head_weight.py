@@ -90,12 +90,16 @@ class HeadRows(ABC):
 
 
 class JoinedRows(HeadRows):
-    """``[W, B]``: a frozen weight W (V, H) and trained columns B (V, r)."""
+    """``[W, B]``: a frozen weight W (V, H) and trained columns B (V, r).
 
-    def __init__(self, base: Tensor | HeadRows, trained: Tensor) -> None:
+    Attributes:
+        inputs: (P, r), ``u``: what B is multiplied by, for each row of the hidden states. Differentiable.
+    """
+
+    def __init__(self, base: Tensor | HeadRows, trained: Tensor, inputs: Tensor) -> None:
         shape = base.shape[0], base.shape[1] + trained.shape[1]
         super().__init__(shape, torch.promote_types(base.dtype, trained.dtype), base.device)
-        self.base, self.trained = base, trained
+        self.base, self.trained, self.inputs = base, trained, inputs
 
     def write(self, v0: int, v1: int, out: Tensor) -> None:
         hidden = self.base.shape[1]
@@ -105,6 +109,11 @@ class JoinedRows(HeadRows):
         else:
             out[:, :hidden].copy_(self.base[v0:v1])
         out[:, hidden:].copy_(self.trained[v0:v1])
+
+    @staticmethod
+    def extend(hidden: Tensor, inputs: Tensor) -> Tensor:
+        """``[h, u]`` (n, H + r) in the dtype of h (n, H), which :meth:`block` is multiplied by."""
+        return torch.cat((hidden, inputs.to(hidden.dtype)), dim=1)
 
     def take(self, rows: Tensor) -> Tensor:
         assert self.trained is not None
@@ -235,19 +244,20 @@ class LoRAWeight:
         self,
         hidden: Tensor,  # (P, H)
         scored: Tensor,  # (P,) bool
-    ) -> tuple[Tensor, JoinedRows]:
-        """``[h, u]`` (P, H + r), differentiable in h and A, and ``[W, B]``. ``u`` is 0 where nothing is scored."""
-        columns = [hidden]
+    ) -> JoinedRows:
+        """``[W, B]`` and ``u``, which is differentiable in h and A, and 0 where nothing is scored."""
+        columns: list[Tensor] = []
         with torch.autocast(hidden.device.type, enabled=False):
             x = hidden.masked_fill(~scored[:, None], 0)  # NaN there must not reach the gradient of A
             for a in self.adapters:
                 wide = torch.promote_types(hidden.dtype, a.lora_A.dtype)
                 u = x.to(wide) if a.dropout is None else a.dropout(x.to(wide))
-                columns.append((F.linear(u, a.lora_A.to(wide)) * a.scaling).to(hidden.dtype))
+                columns.append(F.linear(u, a.lora_A.to(wide)) * a.scaling)
             trained = self.adapters[0].lora_B
             if len(self.adapters) > 1:
                 trained = torch.cat([a.lora_B for a in self.adapters], dim=1)
-        return torch.cat(columns, dim=1), JoinedRows(self.base, trained)
+        inputs = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+        return JoinedRows(self.base, trained, inputs)
 
 
 #: What ``weight=`` of the public functions may be, after ``read_weight``.
@@ -271,9 +281,9 @@ def join(
     hidden: Tensor,  # (P, H)
     weight: Weight,
     scored: Tensor,  # (P,) bool
-) -> tuple[Tensor, Tensor | HeadRows]:
-    """Hidden states and weight as backends take them: with an adapter, ``[h, u]`` and ``[W, B]``."""
-    return weight.join(hidden, scored) if isinstance(weight, LoRAWeight) else (hidden, weight)
+) -> Tensor | HeadRows:
+    """The weight as backends take it: one with an adapter as :class:`JoinedRows`."""
+    return weight.join(hidden, scored) if isinstance(weight, LoRAWeight) else weight
 
 
 def trained_part(weight: Tensor | HeadRows) -> Tensor | None:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .head_weight import HeadRows
 
 _READ = (
-    "logitless reads torchao's Int8Tensor and Float8Tensor (weight-only) and bitsandbytes' Params4bit and Int8Params; for others "
+    "accepted are torchao's weight-only Int8Tensor and Float8Tensor and bitsandbytes' Params4bit and Int8Params; of any other "
     "pass the dequantised weight"
 )
 
@@ -156,11 +156,11 @@ def quantized_rows(name: str, weight: Tensor) -> Any:
     if library not in ("torchao", "bitsandbytes"):
         # DTensors have errors of their own, and FakeTensors and functional tensors are torch's
         if is_traceable_wrapper_subclass(weight) and library != "torch":
-            raise TypeError(f"{name} is a {full}, a tensor subclass that is not read: {_READ}")
+            raise TypeError(f"{name} is a {full}, a tensor subclass that is not accepted: {_READ}")
         return weight
     if weight.requires_grad:
         raise ValueError(
-            f"{name} is a quantised {full} that requires a gradient: quantised weights are frozen, call requires_grad_(False)"
+            f"{name} is a {full} that requires a gradient: quantised weights are frozen, call requires_grad_(False)"
         )
     if library == "torchao":
         return TorchaoRows(_checked_torchao(name, full, weight))
@@ -168,12 +168,12 @@ def quantized_rows(name: str, weight: Tensor) -> Any:
         return four_bit_rows(name, weight.data, weight.quant_state)
     if kind.__name__ == "Int8Params":
         return int8_rows(name, weight.data, weight.SCB)
-    raise TypeError(f"{name} is a {full}, which is not read: {_READ}")
+    raise TypeError(f"{name} is a {full}, which is not accepted: {_READ}")
 
 
 def _checked_torchao(name: str, full: str, weight: Any) -> Any:
     if type(weight).__name__ not in ("Int8Tensor", "Float8Tensor") or weight.dim() != 2:
-        raise TypeError(f"{name} is a {full}, which is not read: {_READ}")
+        raise TypeError(f"{name} is a {full}, which is not accepted: {_READ}")
     for attribute in ("act_quant_kwargs", "act_quant_scale", "act_pre_scale"):
         if getattr(weight, attribute, None) is not None:
             raise TypeError(f"{name} quantises or scales activations too ({full}.{attribute} is set): {_READ}")

@@ -21,6 +21,7 @@ class HeadGradient:
     Attributes:
         weight, bias: what is collected, ``None`` where it is not needed: the first ``entries`` rows.
         whole_weight, whole_bias: all rows, 0 from ``entries`` on (the padding rows of a head).
+        adapter_inputs: (N, r) of the next call's tokens, ``JoinedRows.inputs``: x holds them rounded to its dtype.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class HeadGradient:
         self.accumulate = accumulate
         self.columns = weight.shape[1] if trained is None else trained.shape[1]
         self.low_rank = self.columns < weight.shape[1]
+        self.adapter_inputs: Tensor | None = None
         self.bias_dtype = bias.dtype if bias is not None else None
         self.whole_weight = self.whole_bias = self.weight = self.bias = None
         if need_weight:
@@ -51,8 +53,10 @@ class HeadGradient:
             self.whole_bias = torch.zeros(weight.shape[0], dtype=self.acc, device=weight.device)
             self.bias = self.whole_bias[:entries]
 
-    def inputs(self, x: Tensor) -> Tensor:
-        """The columns of x (N, K) that dW is made of."""
+    def inputs(self, x: Tensor, first: int = 0) -> Tensor:
+        """What dW is made of, for the rows x (n, K) of the call's tokens, from ``first`` on. (n, columns)."""
+        if self.adapter_inputs is not None and not x.is_cuda:
+            return self.adapter_inputs[first : first + len(x)]
         return x[:, x.shape[1] - self.columns :] if self.low_rank else x
 
     def operand(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -19,8 +19,8 @@ from ...core.head_spec import HeadSpec
 from ...core.head_weight import HeadRows
 from ...core.stats import CoreOptions, RowStats
 from ...tile.factors import FP16_SCALE, add_bias_gradient, block_dtype, for_gemm, gradient_factors, rounding_of, scale_rows
-from ...tile.gemm import mm_accumulate
 from ...tile.head_gradient import HeadGradient
+from ...tile.hidden_gradient import add_hidden
 from ...tile.sums import BlockSums, combine
 from ...tile.targets import add_targets, target_entry, target_logit_and_slope, targets_in_tile
 from ...tile.unit import add_unit, finish_unit
@@ -162,7 +162,7 @@ def tile_gradients(
         else:
             dhidden.zero_()
             for v0, v1 in [(0, vocab)] if whole and isinstance(weight, Tensor) else blocks(vocab, VOCAB_BLOCK):
-                mm_accumulate(dhidden, operand(v0, v1), weight_block(weight, v0, v1, grad_dtype))
+                add_hidden(dhidden, operand(v0, v1), weight, v0, v1)
         dhidden.mul_(scale[:, None])
     if head_gradient is not None and head_gradient.weight is not None:
         ax, factor = scale_rows(head_gradient.inputs(x), scale, head_gradient.operand(grad_dtype, x.device))
@@ -234,10 +234,10 @@ def recompute_gradients(
             )
             g = g.to(grad_dtype)
             if dhidden is not None:
-                mm_accumulate(dhidden[r0:r1], g, weight_block(weight, v0, v1, grad_dtype))
+                add_hidden(dhidden[r0:r1], g, weight, v0, v1)
             if head_gradient is not None and head_gradient.weight is not None:
                 operand = head_gradient.operand(grad_dtype, x.device)
-                ax, factor = scale_rows(head_gradient.inputs(x[r0:r1]), scale[r0:r1], operand)
+                ax, factor = scale_rows(head_gradient.inputs(x[r0:r1], r0), scale[r0:r1], operand)
                 if dweight is None:
                     head_gradient.add_weight(v0, v1, g, ax, factor)
                 else:
