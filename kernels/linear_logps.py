@@ -53,7 +53,8 @@ class LinearLogps(torch.autograd.Function):
         ctx.rows = rows
         logps, entropy, mean_logits, is_top1, log_sum_sq_probs, *saved, unit = results
         ctx.options = options
-        ctx.save_for_backward(hidden, weight, bias, labels, head, *saved, entropy, unit)
+        sources = () if rows is None else rows.sources
+        ctx.save_for_backward(hidden, weight, bias, labels, head, *saved, entropy, unit, *sources)
         ctx.mark_non_differentiable(mean_logits, is_top1, log_sum_sq_probs)
         return logps, entropy, mean_logits, is_top1, log_sum_sq_probs
 
@@ -62,8 +63,10 @@ class LinearLogps(torch.autograd.Function):
     def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_logps is None and grad_entropy is None:
             return (None,) * 8
-        hidden, weight, bias, labels, head, *saved = ctx.saved_tensors
         options, rows = ctx.options, ctx.rows
+        hidden, weight, bias, labels, head, *saved = ctx.saved_tensors
+        if rows is not None:
+            saved = saved[: len(saved) - len(rows.sources)]
         needs = list(ctx.needs_input_grad[:3])
         needs_inputs = ctx.needs_input_grad[7]
         needs[0] |= needs_inputs

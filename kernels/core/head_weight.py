@@ -31,9 +31,11 @@ class HeadRows(ABC):
         dtype: of the numbers that it stands for.
         device: where its data is.
         trained: (V, r), its last r columns, if these may need a gradient; else ``None``.
+        sources: frozen tensors that it is read from, which must not change before the backward pass.
     """
 
     trained: Tensor | None = None
+    sources: tuple[Tensor, ...] = ()
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = torch.Size(shape), dtype, device
@@ -100,6 +102,7 @@ class JoinedRows(HeadRows):
         shape = base.shape[0], base.shape[1] + trained.shape[1]
         super().__init__(shape, torch.promote_types(base.dtype, trained.dtype), base.device)
         self.base, self.trained, self.inputs = base, trained, inputs
+        self.sources = base.sources if isinstance(base, HeadRows) else (base,)
 
     def write(self, v0: int, v1: int, out: Tensor) -> None:
         hidden = self.base.shape[1]

@@ -27,7 +27,7 @@ class TorchaoRows(HeadRows):
 
     def __init__(self, weight: Any) -> None:
         super().__init__(tuple(weight.shape), weight.dtype, weight.device)
-        self.weight = weight
+        self.weight, self.sources = weight, (weight.qdata, weight.scale)
         self.rows_per_scale = -(-weight.shape[0] // weight.scale.shape[0])
 
     def _dequantize(self, qdata: Tensor, rows: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class Int8Rows(HeadRows):
 
     def __init__(self, data: Tensor, absmax: Tensor) -> None:
         super().__init__((data.shape[0], data.shape[1]), torch.float32, data.device)
-        self.data, self.absmax = data, absmax
+        self.data, self.absmax = self.sources = data, absmax
 
     def write(self, v0: int, v1: int, out: Tensor) -> None:
         out.copy_(_int8_vectorwise_dequant(self.data[v0:v1], self.absmax[v0:v1]))
@@ -76,6 +76,7 @@ class FourBitRows(HeadRows):
         super().__init__((state.shape[0], state.shape[1]), state.dtype, data.device)
         # Linear4bit changes the state in place when it rearranges the weight (CpuFourBitRows), perhaps before the backward pass
         self.data, self.state = data.contiguous().view(torch.uint8).reshape(-1), copy.copy(state)
+        self.sources = (data,)
         self.size, self.code, self.total = state.blocksize, state.code.to(data.device), self.shape.numel()
 
     def _scales(self, first: int, last: int) -> Tensor:
@@ -128,7 +129,7 @@ class CpuFourBitRows(HeadRows):
     def __init__(self, data: Tensor, state: Any) -> None:
         super().__init__((state.shape[0], state.shape[1]), state.dtype, data.device)
         self.data = data.reshape(-1, self.shape[1] // 2, 32)
-        self.state = state
+        self.state, self.sources = copy.copy(state), (data,)
 
     def _values(self, codes: Tensor, rows: Tensor) -> Tensor:
         scales = self.state.absmax.index_select(1, rows).t().float().repeat_interleave(self.state.blocksize, dim=1)
