@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 #: Elements that are converted at a time within a block.
-_ELEMENTS = 1 << 19
+_ELEMENTS = 1 << 17
 _GPU_ELEMENTS = 1 << 24
 
 
