@@ -60,11 +60,11 @@ def _with_lora(wrapper: Any, names: list[str], gather: bool) -> tuple[Weight, Te
     for name in names:
         variant = getattr(wrapper, "lora_variant", {}).get(name)
         if variant is not None or getattr(wrapper, "use_dora", {}).get(name):
-            kind = "DoRA" if variant is None else type(variant).__name__.removesuffix("LinearVariant")
-            reason = "another function of the head's input than LoRA's"
-            if kind.lower() == "dora":
-                reason = "each row of W + B A scaled by that row's norm, which needs the whole [vocab, hidden] sum"
-            raise ValueError(f"model's head has the adapter {name!r} of the kind {kind}, {reason}: {_WAYS_OUT}")
+            kind = "Dora" if variant is None else type(variant).__name__.removesuffix("LinearVariant")
+            reason = f"of the kind {kind}, another function of the head's input than LoRA's"
+            if kind == "Dora":
+                reason = "with DoRA, which scales each row of W + B A by its norm and so needs the whole [vocab, hidden] sum"
+            raise ValueError(f"model's head has the adapter {name!r} {reason}: {_WAYS_OUT}")
         lora_A, lora_B = wrapper.lora_A[name], wrapper.lora_B[name]
         scaling = wrapper.scaling[name]
         dropout = wrapper.lora_dropout[name]

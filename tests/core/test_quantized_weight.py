@@ -93,11 +93,6 @@ def test_blocks_and_rows_have_the_bits_of_the_whole(kind, vocab, hidden, dtype):
     assert_bits(weight, dequantized(weight))
 
 
-def test_an_odd_number_of_elements():
-    weight = KINDS["nf4"](101, 51, torch.float32)
-    assert_bits(weight, dequantized(weight))
-
-
 def test_a_weight_that_bitsandbytes_rearranged():
     weight = rearranged(320, 128, torch.bfloat16)
     assert_bits(weight, dequantized(weight))

@@ -135,6 +135,68 @@ def test_model_loss(loss):
         assert relative_error(found[name], value) < 2e-5, name
 
 
+def quantise_head(model: Any, kind: str) -> Any:
+    """Quantise the head alone; transformers leaves it out unless asked."""
+    head = model.lm_head
+    if kind.startswith("torchao"):
+        quantization = pytest.importorskip("torchao.quantization")
+        config = {"torchao int8": "Int8WeightOnlyConfig", "torchao float8": "Float8WeightOnlyConfig"}[kind]
+        quantization.quantize_(model, getattr(quantization, config)(), lambda module, name: module is head)
+        return model
+    bnb = pytest.importorskip("bitsandbytes")
+    shape, weight = (head.in_features, head.out_features), head.weight.data
+    if kind == "int8":
+        new = bnb.nn.Linear8bitLt(*shape, bias=False, has_fp16_weights=False)
+        new.weight = bnb.nn.Int8Params(weight, requires_grad=False)
+    else:
+        new = bnb.nn.Linear4bit(*shape, bias=False, quant_type=kind, compute_dtype=torch.float32)
+        new.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type=kind, module=new)
+    model.lm_head = new.to("cpu")
+    return model
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["frozen", "with LoRA"])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao int8", "torchao float8"])
+def test_a_quantised_head(kind, lora):
+    """LLM.int8 rounds its input too, except in training on a CPU: there the layer multiplies the dequantised weight."""
+    model = quantise_head(make_model("llama"), kind)
+    model = with_lora(model) if lora else model
+    model.train()
+    assert_served(model)
+    model.eval()
+    with torch.no_grad():  # after a forward pass, which moves the scales of Int8Params and may rearrange Params4bit
+        first, second = (own_logps(model, make_ids()) for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
+    packed = ll.pack(make_ids([6, 5]))
+    assert ll.at_head(model, packed, lambda at: tuple(at.weight.shape)) == (61, 16)
+    assert ll.model_loss(model, ll.FusedLinearSimPOLoss(), packed).loss.requires_grad
+
+
+def test_heads_that_are_not_served_are_named():
+    ids = make_ids()
+
+    def refused(model: Any, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            ll.model_logps(model, ids)
+
+    refused(with_lora(make_model("llama"), use_dora=True), "head has the adapter 'default' with DoRA, which scales each row")
+    ia3 = peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[])
+    refused(peft.get_peft_model(make_model("llama"), ia3), r"got peft\.tuners\.ia3\.layer\.Linear; an adapter other than LoRA")
+    tokens = peft.TrainableTokensConfig(target_modules=["lm_head"], token_indices=[3, 5])
+    refused(peft.get_peft_model(make_model("llama"), tokens), "TrainableTokensLayer; trainable_token_indices replaces rows")
+    model = make_model("llama")
+    decoupled = type("IdeficsDecoupledLinear", (nn.Linear,), {"forward": lambda self, x: nn.Linear.forward(self, x) * 2})
+    model.lm_head = decoupled(16, 61)
+    with pytest.raises(ValueError, match=r"got .*IdeficsDecoupledLinear$"):
+        ll.model_logps(model, ids)
+    trained = with_lora(make_model("llama"))
+    trained.get_output_embeddings().base_layer.weight.requires_grad_()
+    refused(trained, "base requires a gradient")
+    several = with_lora(make_model("llama"))
+    with pytest.raises(ValueError, match="adapter_names is given, and the model's head has adapters"):
+        ll.model_logps(several, ids, padding_free=False, adapter_names=["default", "default", "default", "__base__"])
+
+
 def test_as_precise_as_peft_with_a_base_in_bfloat16_and_adapters_in_float32():
     """Against float64 of the same weights and the same hidden states; PEFT rounds the base's logits and the sum."""
     torch.manual_seed(0)
