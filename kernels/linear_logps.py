@@ -72,7 +72,7 @@ class LinearLogps(torch.autograd.Function):
         needs[0] |= needs_inputs
         # without an entropy output its gradient cannot exist; a stray empty tensor's is dropped
         grad_entropy = grad_entropy if options.outputs & 1 else None
-        run = torch.ops.logitless.logps_backward if rows is None else logps_backward
+        run: Any = torch.ops.logitless.logps_backward if rows is None else logps_backward
         dh, dw, db = run(
             hidden,
             weight if rows is None else rows,

@@ -83,7 +83,7 @@ def _with_lora(wrapper: Any, names: list[str], gather: bool) -> tuple[Weight, Te
 
 def _linear(layer: Any, gather: bool) -> tuple[Weight, Tensor | None]:
     kind = type(layer)
-    if kind.__module__.startswith("bitsandbytes.") and isinstance(layer, nn.Linear):
+    if kind.__module__.startswith("bitsandbytes."):
         weight, bias = layer.weight, layer.bias
         if hasattr(layer, "quant_state"):
             state = getattr(weight, "quant_state", None)

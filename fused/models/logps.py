@@ -52,7 +52,9 @@ def model_logps(
     asked for, these run padding-free only where that costs less than padding.
 
     Args:
-        model: the result of ``AutoModelForCausalLM``, or a wrapper of it. Its head must be a plain ``nn.Linear``.
+        model: the result of ``AutoModelForCausalLM``, or a wrapper of it. Its head must be an ``nn.Linear``, plain or quantised
+            (torchao int8 or float8 weight-only, bitsandbytes ``Linear4bit`` or ``Linear8bitLt``, whose input is not quantised
+            here), with or without LoRA adapters on it.
         input_ids: padded ``[S, T]`` (with ``attention_mask``), packed ``[N]`` with ``cu_seqlens``, a list of 1-D tensors or
             lists of ints, or :class:`PackedSequences`. Sequences may have no or one token.
         attention_mask, cu_seqlens, labels, prompt_lengths, ignore_index: as in :func:`logitless.pack`: ``labels`` are not
@@ -74,9 +76,10 @@ def model_logps(
         sequence, at positions that are not scored, and at padding. Differentiable in the model's parameters.
 
     Raises:
-        TypeError, ValueError: naming the argument; for a head that is not a plain linear layer (LoRA on ``lm_head``,
-            quantised), prompt-learning PEFT methods, an encoder-decoder, a compiled model (compile its decoder instead:
-            ``model.model.compile()``), or ``padding_free=True`` where the model or the position ids do not allow it.
+        TypeError, ValueError: naming the argument; for a head that is no linear layer or has an adapter other than plain LoRA
+            (DoRA, IA3, ``trainable_token_indices`` ...), prompt-learning PEFT methods, an encoder-decoder, a compiled model
+            (compile its decoder instead: ``model.model.compile()``), or ``padding_free=True`` where the model or the position
+            ids do not allow it.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from logitless.kernels.core.checks import check_spec
 from logitless.kernels.core.head_spec import HeadSpec
+from logitless.kernels.core.head_weight import Weight
 
 from .attention import attention_of, takes_bounds, why_not_padding_free, why_not_right_padded
 from .causal_lm import causal_lm, full_head_parameters, head_parameters, num_token_ids, run_to_head, takes_positions
@@ -42,7 +43,7 @@ class HeadCall(NamedTuple):
     """The call of a model's head, for positions in the shape in which the model ran."""
 
     hidden: Tensor  # (..., H)
-    weight: Tensor  # (V, H)
+    weight: Weight  # (V, H)
     bias: Tensor | None  # (V,)
     head: HeadSpec
     labels: Tensor  # (...), shifted

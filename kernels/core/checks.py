@@ -60,8 +60,8 @@ def check_head(hidden: Tensor, weight: Weight, bias: Tensor | None, prefix: str 
         check_local(name, value)
     check_tensor(names[0], hidden)
     if isinstance(weight, LoRAWeight):
-        for part, tensor in weight.tensors():
-            check_local(f"{names[1]}.{part}", tensor)
+        for own, tensor in weight.tensors():
+            check_local(f"{names[1]}.{own}", tensor)
     elif not isinstance(weight, HeadRows):
         check_tensor(names[1], weight)
     if weight.dim() != 2:
@@ -91,9 +91,9 @@ def check_head(hidden: Tensor, weight: Weight, bias: Tensor | None, prefix: str 
             raise ValueError(f"{names[2]} must have shape [{weight.shape[0]}], got {tuple(bias.shape)}")
         if bias.dtype not in DTYPES:
             raise TypeError(f"{names[2]} must be floating point (float64, float32, bfloat16 or float16), got {bias.dtype}")
-    for name, tensor in zip(names[1:], (weight, bias), strict=True):
-        if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device} but {names[0]} is on {hidden.device}: move one of them")
+    for name, part in zip(names[1:], (weight, bias), strict=True):
+        if part is not None and part.device != hidden.device:
+            raise ValueError(f"{name} is on {part.device} but {names[0]} is on {hidden.device}: move one of them")
 
 
 def check_labels(labels: Tensor, hidden: Tensor, name: str = "labels") -> None:

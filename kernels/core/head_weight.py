@@ -166,10 +166,8 @@ class LoRAWeight:
         scaling: float = 1.0,
         dropout: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        adapters: tuple[_Adapter, ...] = ()
-        if isinstance(base, LoRAWeight):
-            base, adapters = base.base, base.adapters
-        base = read_weight("base", base)
+        adapters: tuple[_Adapter, ...] = base.adapters if isinstance(base, LoRAWeight) else ()
+        base = base.base if isinstance(base, LoRAWeight) else read_weight("base", base)
         if not isinstance(base, (Tensor, HeadRows)) or base.dim() != 2:
             given = tuple(base.shape) if isinstance(base, Tensor) else type(base).__name__
             raise TypeError(f"base must be a weight of shape [vocab, hidden], got {given}")
@@ -178,8 +176,8 @@ class LoRAWeight:
         vocab, hidden = base.shape
         for name, value in (("lora_A", lora_A), ("lora_B", lora_B)):
             if not isinstance(value, Tensor) or value.dim() != 2 or not value.is_floating_point():
-                given = (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
-                raise TypeError(f"{name} must be a floating point matrix, got {given}")
+                what = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise TypeError(f"{name} must be a floating point matrix, got {what}")
             if value.device != base.device:
                 raise ValueError(f"{name} is on {value.device} but base is on {base.device}: move one of them")
         if lora_A.shape[1] != hidden or lora_A.shape[0] < 1:
@@ -191,7 +189,7 @@ class LoRAWeight:
         if dropout is not None and not callable(dropout):
             raise TypeError(f"dropout must be a function of the adapter's input, or None, got {dropout!r}")
         self.base: Tensor | HeadRows = base
-        self.adapters = (*adapters, _Adapter(lora_A, lora_B, float(scaling), dropout))
+        self.adapters: tuple[_Adapter, ...] = (*adapters, _Adapter(lora_A, lora_B, float(scaling), dropout))
 
     @property
     def shape(self) -> torch.Size:

@@ -150,7 +150,7 @@ class CpuFourBitRows(HeadRows):
         return self._values(codes.reshape(len(rows), -1), rows)
 
 
-def quantized_rows(name: str, weight: Tensor) -> Any:
+def quantized_rows(name: str, weight: Any) -> Any:
     """A quantised weight as :class:`HeadRows`; any other tensor as it is. See ``read_weight``."""
     kind = type(weight)
     library, full = kind.__module__.split(".")[0], f"{kind.__module__}.{kind.__name__}"

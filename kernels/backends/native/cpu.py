@@ -98,6 +98,7 @@ def score(
         return blockwise.score(
             x, weight, bias, labels, head, options, tile=tile, unit_dhidden=unit_dhidden, passes=NATIVE_PASSES
         )
+    assert isinstance(weight, Tensor)
     x, bias = _rows(x), None if bias is None else bias.float().contiguous()
     tokens, width = _block(len(x), x.shape[1], options.workspace, 2)
     dhidden = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if unit_dhidden else None
