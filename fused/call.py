@@ -18,6 +18,7 @@ from logitless.kernels.core.checks import (
     compute_dtype,
 )
 from logitless.kernels.core.head_spec import HeadSpec
+from logitless.kernels.core.head_weight import Weight, read_weight
 
 from .checks import check_data, check_per_sequence, check_per_token
 
@@ -62,7 +63,7 @@ class ReferenceStates:
     """Hidden states and head of the reference model. Detached."""
 
     hidden: Tensor  # (P, H'), P positions in the order of the policy's
-    weight: Tensor  # (V, H')
+    weight: Weight  # (V, H')
     bias: Tensor | None  # (V,)
 
 
@@ -96,7 +97,7 @@ class LossCall:
     """
 
     hidden: Tensor
-    weight: Tensor
+    weight: Weight
     labels: Tensor
     bias: Tensor | None
     head: HeadSpec
@@ -109,7 +110,7 @@ class LossCall:
     def check(
         cls,
         hidden: Tensor,  # (S, T, H), or packed (P, H)
-        weight: Tensor,  # (V, H)
+        weight: Weight,  # (V, H)
         labels: Tensor,  # (S, T), or packed (P,)
         bias: Tensor | None,  # (V,)
         head: HeadSpec | None,
@@ -121,6 +122,7 @@ class LossCall:
         for name, value in named.items():
             check_data(name, value)
         head = check_spec(head)
+        weight = read_weight("weight", weight)
         check_head(hidden, weight, bias)
         check_entries(head, weight)
         check_labels(labels, hidden)
@@ -131,7 +133,7 @@ class LossCall:
         self,
         ref_logps: Tensor | None,  # (S,), or like labels with per_token
         ref_hidden: Tensor | None,  # like hidden, up to its last dimension
-        ref_weight: Tensor | None,  # (V, H')
+        ref_weight: Weight | None,  # (V, H')
         ref_bias: Tensor | None,  # (V,)
         *,
         uses: bool,
@@ -163,7 +165,7 @@ class LossCall:
             logps = check_per_sequence("ref_logps", ref_logps, self.num_sequences, self.hidden.device)
         return replace(self, reference=Reference(logps))
 
-    def _reference_states(self, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> ReferenceStates | None:
+    def _reference_states(self, hidden: Tensor | None, weight: Weight | None, bias: Tensor | None) -> ReferenceStates | None:
         """Hidden states shaped like the policy's up to the hidden size, and a head of as many rows."""
         if hidden is None or weight is None:
             named = {"ref_hidden": hidden, "ref_weight": weight, "ref_bias": bias}
@@ -174,6 +176,7 @@ class LossCall:
         mine = self.hidden
         if hidden.device != mine.device:
             raise ValueError(f"ref_hidden is on {hidden.device} but hidden is on {mine.device}: move one of them")
+        weight = read_weight("ref_weight", weight)
         check_head(hidden, weight, bias, prefix="ref_")
         if hidden.shape[:-1] != mine.shape[:-1]:
             raise ValueError(f"ref_hidden must have shape {(*mine.shape[:-1], 'H')} like hidden, got {tuple(hidden.shape)}")

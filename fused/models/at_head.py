@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from logitless.kernels.core.head_spec import HeadSpec
+from logitless.kernels.core.head_weight import Weight
 
 from ..policy.base import FusedLinearPolicyLoss, PolicyOutput
 from ..preference.base import FusedLinearPreferenceLoss, KTOOutput, PreferenceOutput
@@ -29,7 +30,8 @@ class AtHead:
 
     Attributes:
         hidden: (N, H) input of the head, one row per packed token, differentiable.
-        weight: (V, H) of the head.
+        weight: (V, H) of the head: a tensor; with LoRA on the head a :class:`logitless.LoRAWeight`; of a quantised head an
+            object with ``shape``, ``dtype`` and ``device``, which :func:`logitless.linear_logps` and the loss modules take.
         bias: (V,) of the head, or ``None``.
         head: logit scale and soft-cap of the model, and the temperature.
         labels: (N,) shifted labels of the packed sequences.
@@ -46,7 +48,7 @@ class AtHead:
     """
 
     hidden: Tensor
-    weight: Tensor
+    weight: Weight
     bias: Tensor | None
     head: HeadSpec
     labels: Tensor

@@ -9,13 +9,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from logitless.kernels.core.head_weight import Weight
+
+from .head_layer import head_of
+
 
 def causal_lm(model: nn.Module) -> Any:
     """The ``transformers`` causal language model inside wrappers (PEFT, DistributedDataParallel and the like).
 
     Raises:
         TypeError, ValueError: the model is no causal language model, has a prompt-learning adapter, is compiled together with
-            its head, or has a head that is not a plain linear layer.
+            its head, or has a head that is not linear, see :func:`~logitless.fused.models.head_layer.head_of`.
     """
     lm: Any = model
     while isinstance(lm, nn.Module) and not hasattr(lm, "get_output_embeddings") and hasattr(lm, "module"):
@@ -62,41 +66,20 @@ def num_token_ids(lm: Any) -> int:
     return embedding.weight.shape[0]
 
 
-def head_parameters(lm: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight (V, H) and bias (V,) of the head, after a check that the head computes ``hidden @ weight.T + bias``."""
+def head_parameters(lm: Any) -> tuple[Weight, Tensor | None]:
+    """Weight (V, H) and bias (V,) of the head, after a check that the head computes ``hidden @ weight.T + bias``.
+
+    With LoRA on the head the weight is a :class:`logitless.LoRAWeight`; a quantised weight is read by rows.
+    """
     head = lm.get_output_embeddings()
     if head is None:
         raise ValueError(f"model must have a head, but {type(lm).__name__}.get_output_embeddings() is None")
-    linear = head
-    while not isinstance(linear, nn.Linear):  # PEFT's wrappers, recognised by attributes that torch and transformers lack
-        off = getattr(linear, "disable_adapters", False) or not getattr(linear, "active_adapters", [])
-        copies = getattr(linear, "modules_to_save", None)
-        if not off and isinstance(copies, nn.ModuleDict):
-            linear = copies[linear.active_adapters[0]]
-            continue
-        inner = getattr(linear, "base_layer" if hasattr(linear, "base_layer") else "original_module", None)
-        if not isinstance(inner, nn.Module) or not (off or getattr(linear, "merged", False)):
-            break
-        linear = inner
-    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
-        raise ValueError(
-            f"model's head must be an nn.Linear, got {type(linear).__module__}.{type(linear).__name__}; an adapter on the head "
-            "must be merged, or left out of target_modules (modules_to_save=['lm_head'] trains it whole)"
-        )
-    if hasattr(linear.weight, "ds_id"):  # ZeRO-3 releases the gathered weight before the backward pass reads it
-        raise ValueError("model's head is sharded by DeepSpeed ZeRO-3, which model_logps does not serve: use stage 1 or 2")
-    return linear.weight, linear.bias
+    return head_of(head, gather=False)
 
 
-def full_head_parameters(lm: Any) -> tuple[Tensor, Tensor | None]:
-    """:func:`head_parameters`, gathered where FSDP2 shards them as DTensors; ``full_tensor`` is differentiable."""
-    weight, bias = head_parameters(lm)
-    return _full(weight), None if bias is None else _full(bias)
-
-
-def _full(parameter: Tensor) -> Tensor:
-    full_tensor = getattr(parameter, "full_tensor", None)
-    return parameter if full_tensor is None else full_tensor()
+def full_head_parameters(lm: Any) -> tuple[Weight, Tensor | None]:
+    """:func:`head_parameters`, gathered where FSDP2 shards them as DTensors."""
+    return head_of(lm.get_output_embeddings(), gather=True)
 
 
 def run_to_head(model: nn.Module, lm: Any, inputs: dict[str, Any], score: Callable[[Tensor], Any]) -> Any:
@@ -111,6 +94,8 @@ def run_model(model: nn.Module, lm: Any, inputs: dict[str, Any], score: Callable
     wrappers of the model, what the model does to its hidden states before the head, and the autocast state in which the head
     runs.
     """
+    if inputs.get("adapter_names") is not None and hasattr(lm.get_output_embeddings(), "lora_A"):
+        raise ValueError("adapter_names is given, and the model's head has adapters: one batch for each adapter is served only")
     results: list[Any] = []
     owner, scoring = threading.get_ident(), False
     name = type(lm).__name__

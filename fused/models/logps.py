@@ -61,7 +61,9 @@ def model_logps(
     such batch also serves as the probe, which costs four forward passes without gradients.
 
     Args:
-        model: the result of ``AutoModelForCausalLM``, or a wrapper of it. Its head must be a plain ``nn.Linear``.
+        model: the result of ``AutoModelForCausalLM``, or a wrapper of it. Its head must be an ``nn.Linear``, plain or quantised
+            (torchao int8 or float8 weight-only, bitsandbytes ``Linear4bit`` or ``Linear8bitLt``, whose input is not quantised
+            here), with or without LoRA adapters on it.
         input_ids: padded ``[S, T]`` (with ``attention_mask``), packed ``[N]`` with ``cu_seqlens``, a list of 1-D tensors or
             lists of ints, or :class:`PackedSequences`. Sequences may have no or one token.
         attention_mask, cu_seqlens, labels, prompt_lengths, ignore_index: as in :func:`logitless.pack`: ``labels`` are not
@@ -85,11 +87,11 @@ def model_logps(
         sequence, at positions that are not scored, and at padding. Differentiable in the model's parameters.
 
     Raises:
-        TypeError, ValueError: naming the argument; for a head that is not a plain linear layer (LoRA on ``lm_head``,
-            quantised), prompt-learning PEFT methods, an encoder-decoder, a compiled model (compile its decoder instead:
-            ``model.model.compile()``), a model that is not causal, a required argument of the model's forward that is missing,
-            values per token in another layout than ``input_ids``, a head that Accelerate offloads and that needs a gradient,
-            logits that no :class:`HeadSpec` describes (Chameleon masks image tokens), or
+        TypeError, ValueError: naming the argument; for a head that is no linear layer or has an adapter other than plain LoRA
+            (DoRA, IA3, ``trainable_token_indices`` ...), prompt-learning PEFT methods, an encoder-decoder, a compiled model
+            (compile its decoder instead: ``model.model.compile()``), a model that is not causal, a required argument of the
+            model's forward that is missing, values per token in another layout than ``input_ids``, a head that Accelerate
+            offloads and that needs a gradient, logits that no :class:`HeadSpec` describes (Chameleon masks image tokens), or
             ``padding_free=True`` where the model, its arguments or the position ids do not allow it.
 
     Example:

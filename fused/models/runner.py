@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from logitless.kernels.core.head_spec import HeadSpec
+from logitless.kernels.core.head_weight import Weight
 
 from .attention import (
     attention_of,
@@ -44,7 +45,7 @@ class HeadCall(NamedTuple):
     """The call of a model's head, for positions in the shape in which the model ran."""
 
     hidden: Tensor  # (..., H)
-    weight: Tensor  # (V, H)
+    weight: Weight  # (V, H)
     bias: Tensor | None  # (V,)
     head: HeadSpec
     labels: Tensor  # (...), shifted

@@ -8,13 +8,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from logitless.kernels.core.autograd import eagerly
 from logitless.kernels.core.checks import check_ignore_index
 from logitless.kernels.core.head_spec import HeadSpec
+from logitless.kernels.core.head_weight import Weight
 from logitless.kernels.planner.plan import Plan
 
 from ..call import LossCall, check_counted_labels
 from ..checks import check_bool, check_choice, check_number
-from ..engine import eagerly, run
+from ..engine import run
 from ..num_items import OF_CALL, Counted, NumItems, item_counts, read_num_items
 from ..results import mean_or_zero
 from .aggregation import AGGREGATIONS, Aggregation
@@ -135,7 +137,7 @@ class FusedLinearPolicyLoss(nn.Module):
     def forward(
         self,
         hidden: Tensor,  # (S, T, H), or packed (N, H)
-        weight: Tensor,  # (V, H)
+        weight: Weight,  # (V, H)
         labels: Tensor,  # (S, T), or packed (N,)
         bias: Tensor | None = None,  # (V,)
         head: HeadSpec | None = None,
@@ -144,7 +146,7 @@ class FusedLinearPolicyLoss(nn.Module):
         old_logps: Tensor | None = None,  # like labels
         ref_logps: Tensor | None = None,  # like labels
         ref_hidden: Tensor | None = None,  # like hidden, up to its last dimension
-        ref_weight: Tensor | None = None,  # (V, H')
+        ref_weight: Weight | None = None,  # (V, H')
         ref_bias: Tensor | None = None,  # (V,)
         cu_seqlens: Tensor | None = None,  # (S + 1,)
         num_items_in_batch: Tensor | Sequence[Tensor | float] | float | None = None,  # 0-dim, or (2,)
@@ -157,7 +159,7 @@ class FusedLinearPolicyLoss(nn.Module):
         Args:
             hidden: hidden states of the policy, float64, float32, bfloat16 or float16; padded ``[S, T, H]``, or packed
                 ``[N, H]`` with ``cu_seqlens``.
-            weight: the head's weight.
+            weight: the head's weight: a tensor, or any other of :func:`logitless.linear_logps`.
             labels: int32 or int64, already shifted (:func:`logitless.shift`, :func:`logitless.pack`); ``ignore_index`` where
                 nothing is scored: prompts, padding, tool output.
             bias: the head's bias.

@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from logitless.kernels.core.autograd import eagerly
 from logitless.kernels.core.checks import check_ignore_index, check_labels, check_token_weights
 from logitless.kernels.core.head_spec import HeadSpec
+from logitless.kernels.core.head_weight import Weight
 from logitless.kernels.planner.plan import Plan
 
 from ..call import LossCall, check_counted_labels
 from ..checks import check_bool, check_data
-from ..engine import eagerly, run
+from ..engine import run
 from ..num_items import NAME, OF_CALL, NumItems, item_counts, read_num_items
 from ..scored_tokens import ScoredTokens
 from .job import PreferenceJob, PreferenceReport, Term
@@ -140,13 +142,13 @@ class FusedLinearPreferenceLoss(nn.Module):
     def forward(
         self,
         hidden: Tensor,  # (S, T, H), or packed (N, H)
-        weight: Tensor,  # (V, H)
+        weight: Weight,  # (V, H)
         labels: Tensor,  # (S, T), or packed (N,)
         bias: Tensor | None = None,  # (V,)
         head: HeadSpec | None = None,
         ref_logps: Tensor | None = None,  # (S,)
         ref_hidden: Tensor | None = None,  # like hidden, up to its last dimension
-        ref_weight: Tensor | None = None,  # (V, H')
+        ref_weight: Weight | None = None,  # (V, H')
         ref_bias: Tensor | None = None,  # (V,)
         cu_seqlens: Tensor | None = None,  # (S + 1,)
         token_weights: Tensor | None = None,  # like labels
@@ -158,7 +160,7 @@ class FusedLinearPreferenceLoss(nn.Module):
         Args:
             hidden: hidden states of the policy, float64, float32, bfloat16 or float16; padded ``[S, T, H]``, or packed
                 ``[N, H]`` with ``cu_seqlens``.
-            weight: the head's weight.
+            weight: the head's weight: a tensor, or any other of :func:`logitless.linear_logps`.
             labels: int32 or int64, already shifted (:func:`logitless.shift`); ``ignore_index`` where nothing is scored.
             bias: the head's bias.
             head: logit scale, soft-cap, temperature; of the reference's head too.

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from logitless.kernels.core.autograd import eagerly
 from logitless.kernels.core.head_spec import HeadSpec
+from logitless.kernels.core.head_weight import Weight
 
 from ..call import LossCall
 from ..checks import check_bool, check_choice, check_data, check_number, check_per_sequence
-from ..engine import eagerly, run
+from ..engine import run
 from ..scored_tokens import ScoredTokens
 from .base import FusedLinearPreferenceLoss, KTOOutput, check_token_arguments, kto_output
 from .job import Term
@@ -311,7 +313,7 @@ class FusedLinearKTOLoss(FusedLinearPreferenceLoss):
     def forward(  # type: ignore[override]
         self,
         hidden: Tensor,  # (S, T, H), or packed (N, H)
-        weight: Tensor,  # (V, H)
+        weight: Weight,  # (V, H)
         labels: Tensor,  # (S, T), or packed (N,)
         desirable: Tensor,  # (S,) bool
         bias: Tensor | None = None,
@@ -319,7 +321,7 @@ class FusedLinearKTOLoss(FusedLinearPreferenceLoss):
         ref_logps: Tensor | None = None,  # (S,)
         kl: Tensor | float | None = None,  # 0-dim
         ref_hidden: Tensor | None = None,
-        ref_weight: Tensor | None = None,
+        ref_weight: Weight | None = None,
         ref_bias: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         token_weights: Tensor | None = None,

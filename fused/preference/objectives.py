@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from logitless.kernels.core.autograd import eagerly
 from logitless.kernels.core.checks import check_ignore_index
 from logitless.kernels.core.head_spec import HeadSpec
+from logitless.kernels.core.head_weight import Weight
 from logitless.kernels.planner.plan import Plan
 
 from ..call import LossCall, check_counted_labels
 from ..checks import check_number, check_per_sequence
-from ..engine import eagerly, run
+from ..engine import run
 from ..num_items import NAME, OF_CALL, item_counts, over, read_num_items
 from ..scored_tokens import sequence_of_position
 from .base import FusedLinearPreferenceLoss, check_token_arguments
@@ -84,13 +86,13 @@ class FusedLinearMultiObjectiveLoss(FusedLinearPreferenceLoss):
     def forward(  # type: ignore[override]
         self,
         hidden: Tensor,
-        weight: Tensor,
+        weight: Weight,
         labels: Tensor,
         objectives: Mapping[str, Objective],
         bias: Tensor | None = None,
         head: HeadSpec | None = None,
         ref_hidden: Tensor | None = None,
-        ref_weight: Tensor | None = None,
+        ref_weight: Weight | None = None,
         ref_bias: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         token_weights: Tensor | None = None,
