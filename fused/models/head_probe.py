@@ -17,6 +17,7 @@ from logitless.kernels.core.head_spec import HeadSpec, measure_with
 
 from .attention import _evaluating, _probe_ids
 from .causal_lm import causal_lm, full_head_parameters
+from .offload import loaded_head
 
 #: Largest raw logits of the probed rows. Small ones show a bias, middle ones the scale, large ones saturate a soft-cap.
 _PEAKS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 2e3, 2e4)
@@ -181,7 +182,8 @@ def _probed_rows(states: Tensor) -> Tensor:
 
 def _rescale(lm: Any, hidden: Tensor) -> tuple[Tensor, Tensor, bool]:
     """Hidden states (n, H) multiplied so that raw logits reach ``_PEAKS``, these raw logits, and whether there is a bias."""
-    weight, bias = full_head_parameters(lm)
+    with loaded_head(lm):
+        weight, bias = full_head_parameters(lm)
     raw = nn.functional.linear(hidden.to(weight.device), weight, bias)
     largest = raw.float().abs().amax(-1)
     bound = min(1e30, torch.finfo(raw.dtype).max / 16)  # float16 overflows

@@ -188,7 +188,7 @@ def test_the_operators_flop_formula_counts_the_gemms_that_run(train, entropy, mo
     assert counted == by_formula > 0
 
 
-LENGTHS = [256, 1024, 8192]
+LENGTHS = [256, 1024]
 VOCAB, HIDDEN, BUDGET = 151_936, 8, 64 << 20
 
 
@@ -202,7 +202,7 @@ def warm_up() -> None:
 @pytest.mark.parametrize("tokens", LENGTHS)
 @pytest.mark.parametrize("train", ["hw", "h", ""])
 def test_extra_memory_of_a_loss_stays_within_the_promise(tokens, train):
-    """V = 151936 and a fixed budget, whatever the length: V * N never appears. A hidden size of 8 keeps the GEMMs short."""
+    """V = 151936: the logits of 1024 tokens take five budgets in bfloat16. A hidden size of 8 keeps the GEMMs short."""
     x, w, labels = inputs(train, tokens // 2, HIDDEN, VOCAB, torch.bfloat16, sequences=2)
     loss = ll.FusedLinearDPOLoss()
     plans = []

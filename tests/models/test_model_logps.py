@@ -293,17 +293,6 @@ def test_lora_on_a_frozen_tied_head():
     assert_like_plain(model, ids, lambda: model_logps(model, ids, padding_free=True).logps)
 
 
-def test_lora_on_the_head_is_refused_until_merged():
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
-    model, ids = peft.get_peft_model(make_model("llama"), config).eval(), make_ids()
-    with pytest.raises(ValueError, match=r"head must be an nn\.Linear, got peft"):
-        model_logps(model, ids)
-    model.merge_adapter()
-    with torch.no_grad():
-        torch.testing.assert_close(model_logps(model, ids).logps, plain_logps(model, ids), rtol=0, atol=1e-5)
-
-
 def test_prompt_learning_is_refused():
     peft = pytest.importorskip("peft")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)

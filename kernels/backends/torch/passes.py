@@ -10,6 +10,7 @@ from torch import Tensor
 from ...core.blocking import ROW_ELEMENTS, blocks, weight_block
 from ...core.dtypes import accumulate_dtype, logits_gemm_dtype
 from ...core.head_spec import HeadSpec
+from ...core.head_weight import HeadRows
 from ...core.stats import CoreOptions
 from ...tile.sums import FLOOR, RAISE_ABOVE, BlockSums
 from ..interface import ElementWise
@@ -22,7 +23,7 @@ from .segments import segment_sum
 class Logits:
     """Makes blocks of raw logits for some tokens, in float32 where the hardware makes that cheap."""
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, precision: str) -> None:
+    def __init__(self, x: Tensor, weight: Tensor | HeadRows, bias: Tensor | None, precision: str) -> None:
         self.operand = logits_gemm_dtype(x.dtype, x.device, precision)
         self.x, self.weight, self.bias = x.to(self.operand), weight, bias
         self.acc = accumulate_dtype(x.dtype)
@@ -54,7 +55,7 @@ class Logits:
             z.copy_(z.to(self.model_dtype))
 
 
-def target_logits(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, precision: str) -> Tensor:
+def target_logits(x: Tensor, weight: Tensor | HeadRows, bias: Tensor | None, labels: Tensor, precision: str) -> Tensor:
     """Raw logits of the labels by an indexed dot product in float32 (float64). x (N, H), labels (N,) -> (N,)."""
     n, hidden = x.shape
     acc = accumulate_dtype(x.dtype)
