@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from logitless.kernels.core.checks import check_spec
 from logitless.kernels.core.head_spec import HeadSpec, measure_with
+from logitless.kernels.core.head_weight import HeadRows, JoinedRows, LoRAWeight, Weight, join
 
 from .attention import _evaluating, _probe_ids
 from .causal_lm import causal_lm, full_head_parameters
@@ -23,6 +24,10 @@ from .offload import loaded_head
 _PEAKS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 2e3, 2e4)
 #: Entries of the vocabulary that the estimates of scale and soft-cap use.
 _COLUMNS = 1 << 15
+#: Entries of the vocabulary in a product with a weight that is read by rows.
+_BLOCK = 4096
+#: Rounding of the activations in bitsandbytes' int8 product, in place of the dtype's.
+_INT8 = 2.0**-6
 #: Logits below this, the same for every row, are masked.
 _MASKED = -1e4
 #: Measured specs of the head's input, by model and by :func:`_signature`.
@@ -132,7 +137,7 @@ def _observe(model: nn.Module, lm: Any, inputs: Mapping[str, Any] | None, given_
 
 def _run(model: nn.Module, lm: Any, inputs: Mapping[str, Any]) -> _Seen:
     owner, name = threading.get_ident(), type(lm).__name__
-    calls: list[tuple[Tensor, Tensor, bool]] = []
+    calls: list[tuple[Tensor, Tensor, bool, float]] = []
     outputs: list[Tensor] = []
 
     def replace_rows(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -143,8 +148,9 @@ def _run(model: nn.Module, lm: Any, inputs: Mapping[str, Any]) -> _Seen:
         hidden, *rest = args
         hidden = _probed_rows(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])
-        rescaled, raw, bias = _rescale(lm, flat)
-        calls.append((flat, raw, bias))
+        with loaded_head(lm):
+            rescaled, *seen = _rescale(flat, *full_head_parameters(lm))
+        calls.append((flat, *seen))
         return (rescaled.view_as(hidden), *rest)
 
     def keep_output(module: nn.Module, args: Any, output: Any) -> None:
@@ -161,7 +167,7 @@ def _run(model: nn.Module, lm: Any, inputs: Mapping[str, Any]) -> _Seen:
             handle.remove()
     if len(calls) != 1:
         raise ValueError(f"model must call its head once in a forward pass, but {name} did {len(calls)} times")
-    hidden, raw, bias = calls[0]
+    hidden, raw, bias, eps = calls[0]
     logits = _first_tensor(result, "logits")
     if logits is None:
         raise ValueError(f"model must return logits, but {name}.forward returned {type(result).__name__}")
@@ -169,7 +175,7 @@ def _run(model: nn.Module, lm: Any, inputs: Mapping[str, Any]) -> _Seen:
     rows = [_probed_rows(states) for states in outputs]
     fitting = [states.reshape(hidden.shape) for states in rows if states.numel() == hidden.numel()]
     backbone = fitting[-1] if fitting else None  # the outermost
-    eps = max(torch.finfo(raw.dtype).eps, torch.finfo(logits.dtype).eps)
+    eps = max(eps, torch.finfo(logits.dtype).eps)
     return _Seen(hidden, backbone, raw.double(), logits.to(raw.device).double(), bias, eps)
 
 
@@ -180,11 +186,12 @@ def _probed_rows(states: Tensor) -> Tensor:
     return states[:1, torch.arange(len(_PEAKS), device=states.device) % states.shape[1]]
 
 
-def _rescale(lm: Any, hidden: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Hidden states (n, H) multiplied so that raw logits reach ``_PEAKS``, these raw logits, and whether there is a bias."""
-    with loaded_head(lm):
-        weight, bias = full_head_parameters(lm)
-    raw = nn.functional.linear(hidden.to(weight.device), weight, bias)
+def _rescale(hidden: Tensor, weight: Weight, bias: Tensor | None) -> tuple[Tensor, Tensor, bool, float]:
+    """Hidden states (n, H) multiplied so that raw logits reach ``_PEAKS``.
+
+    Returns them, their raw logits (n, V), whether there is a bias, and the relative rounding error of the head.
+    """
+    raw = _raw_logits(hidden.to(weight.device), weight, bias)
     largest = raw.float().abs().amax(-1)
     bound = min(1e30, torch.finfo(raw.dtype).max / 16)  # float16 overflows
     peaks = torch.tensor([min(peak, bound) for peak in _PEAKS], device=raw.device)
@@ -192,8 +199,26 @@ def _rescale(lm: Any, hidden: Tensor) -> tuple[Tensor, Tensor, bool]:
     factors = torch.where(largest > 0, peaks / largest, 1.0).to(hidden.device)
     bounds = bound / hidden.float().abs().amax(-1).clamp(min=1e-6)
     rescaled = hidden * factors.minimum(bounds).to(hidden.dtype)[:, None]
-    raw = nn.functional.linear(rescaled.to(weight.device), weight, bias)
-    return rescaled, raw, bias is not None and bool(bias.any())
+    raw = _raw_logits(rescaled.to(weight.device), weight, bias)
+    eps = torch.finfo(raw.dtype).eps
+    if isinstance(weight, HeadRows) or (isinstance(weight, LoRAWeight) and isinstance(weight.base, HeadRows)):
+        eps = max(eps, _INT8)
+    return rescaled, raw, bias is not None and bool(bias.any()), eps
+
+
+def _raw_logits(hidden: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """``hidden @ weight.T + bias`` (n, V); a weight that is read by rows is multiplied a block at a time."""
+    if isinstance(weight, Tensor):
+        return nn.functional.linear(hidden, weight, bias)
+    rows = join(hidden, weight, torch.ones(len(hidden), dtype=torch.bool, device=hidden.device))
+    assert isinstance(rows, HeadRows)
+    if isinstance(rows, JoinedRows):
+        hidden = torch.cat((hidden, rows.inputs.to(hidden.dtype)), dim=1)
+    starts = range(0, len(rows), _BLOCK)
+    blocks = [nn.functional.linear(hidden, rows.block(v, min(v + _BLOCK, len(rows)), hidden.dtype)) for v in starts]
+    rows.release()
+    raw = torch.cat(blocks, dim=1)
+    return raw if bias is None else raw + bias
 
 
 def _first_tensor(output: Any, name: str) -> Tensor | None:
