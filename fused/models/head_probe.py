@@ -149,8 +149,8 @@ def _run(model: nn.Module, lm: Any, inputs: Mapping[str, Any]) -> _Seen:
         hidden = _probed_rows(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])
         with loaded_head(lm):
-            rescaled, *seen = _rescale(flat, *full_head_parameters(lm))
-        calls.append((flat, *seen))
+            rescaled, raw, bias, eps = _rescale(flat, *full_head_parameters(lm))
+        calls.append((flat, raw, bias, eps))
         return (rescaled.view_as(hidden), *rest)
 
     def keep_output(module: nn.Module, args: Any, output: Any) -> None:
