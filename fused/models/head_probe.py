@@ -12,8 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from logitless.kernels.core.blocking import VOCAB_BLOCK, blocks, weight_block
 from logitless.kernels.core.checks import check_spec
 from logitless.kernels.core.head_spec import HeadSpec, measure_with
+from logitless.kernels.core.head_weight import HeadRows, JoinedRows, LoRAWeight, Weight, join
 
 from .attention import _evaluating, _probe_ids
 from .causal_lm import causal_lm, full_head_parameters
@@ -38,7 +40,7 @@ class _Seen:
     raw: Tensor  # (n, V) float64, rescaled hidden @ weight.T + bias
     logits: Tensor  # (n, V') float64, the model's, of the rescaled rows
     bias: bool
-    eps: float  # of the coarser dtype of raw and logits
+    eps: float  # relative rounding of raw and logits, the coarser of both
 
 
 def model_head(
@@ -132,7 +134,7 @@ def _observe(model: nn.Module, lm: Any, inputs: Mapping[str, Any] | None, given_
 
 def _run(model: nn.Module, lm: Any, inputs: Mapping[str, Any]) -> _Seen:
     owner, name = threading.get_ident(), type(lm).__name__
-    calls: list[tuple[Tensor, Tensor, bool]] = []
+    calls: list[tuple[Tensor, Tensor, bool, float]] = []
     outputs: list[Tensor] = []
 
     def replace_rows(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -143,8 +145,8 @@ def _run(model: nn.Module, lm: Any, inputs: Mapping[str, Any]) -> _Seen:
         hidden, *rest = args
         hidden = _probed_rows(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])
-        rescaled, raw, bias = _rescale(lm, flat)
-        calls.append((flat, raw, bias))
+        rescaled, raw, bias, eps = _rescale(lm, flat)
+        calls.append((flat, raw, bias, eps))
         return (rescaled.view_as(hidden), *rest)
 
     def keep_output(module: nn.Module, args: Any, output: Any) -> None:
@@ -161,7 +163,7 @@ def _run(model: nn.Module, lm: Any, inputs: Mapping[str, Any]) -> _Seen:
             handle.remove()
     if len(calls) != 1:
         raise ValueError(f"model must call its head once in a forward pass, but {name} did {len(calls)} times")
-    hidden, raw, bias = calls[0]
+    hidden, raw, bias, eps = calls[0]
     logits = _first_tensor(result, "logits")
     if logits is None:
         raise ValueError(f"model must return logits, but {name}.forward returned {type(result).__name__}")
@@ -169,7 +171,7 @@ def _run(model: nn.Module, lm: Any, inputs: Mapping[str, Any]) -> _Seen:
     rows = [_probed_rows(states) for states in outputs]
     fitting = [states.reshape(hidden.shape) for states in rows if states.numel() == hidden.numel()]
     backbone = fitting[-1] if fitting else None  # the outermost
-    eps = max(torch.finfo(raw.dtype).eps, torch.finfo(logits.dtype).eps)
+    eps = max(eps, torch.finfo(raw.dtype).eps, torch.finfo(logits.dtype).eps)
     return _Seen(hidden, backbone, raw.double(), logits.to(raw.device).double(), bias, eps)
 
 
@@ -180,11 +182,12 @@ def _probed_rows(states: Tensor) -> Tensor:
     return states[:1, torch.arange(len(_PEAKS), device=states.device) % states.shape[1]]
 
 
-def _rescale(lm: Any, hidden: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Hidden states (n, H) multiplied so that raw logits reach ``_PEAKS``, these raw logits, and whether there is a bias."""
+def _rescale(lm: Any, hidden: Tensor) -> tuple[Tensor, Tensor, bool, float]:
+    """Hidden states (n, H) multiplied so that raw logits reach ``_PEAKS``, these raw logits, whether there is a bias, and the
+    rounding of the input that the model's own head does."""
     with loaded_head(lm):
         weight, bias = full_head_parameters(lm)
-    raw = nn.functional.linear(hidden.to(weight.device), weight, bias)
+    raw = _raw_logits(hidden, weight, bias)
     largest = raw.float().abs().amax(-1)
     bound = min(1e30, torch.finfo(raw.dtype).max / 16)  # float16 overflows
     peaks = torch.tensor([min(peak, bound) for peak in _PEAKS], device=raw.device)
@@ -192,8 +195,22 @@ def _rescale(lm: Any, hidden: Tensor) -> tuple[Tensor, Tensor, bool]:
     factors = torch.where(largest > 0, peaks / largest, 1.0).to(hidden.device)
     bounds = bound / hidden.float().abs().amax(-1).clamp(min=1e-6)
     rescaled = hidden * factors.minimum(bounds).to(hidden.dtype)[:, None]
-    raw = nn.functional.linear(rescaled.to(weight.device), weight, bias)
-    return rescaled, raw, bias is not None and bool(bias.any())
+    base = weight.base if isinstance(weight, LoRAWeight) else weight
+    eps = base.input_rounding if isinstance(base, HeadRows) else 0.0
+    return rescaled, _raw_logits(rescaled, weight, bias), bias is not None and bool(bias.any()), eps
+
+
+def _raw_logits(hidden: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """``hidden @ weight.T + bias``, (n, V), for any weight of a head; a quantised one is read a block at a time."""
+    hidden = hidden.to(weight.device)
+    rows = join(hidden, weight, torch.ones(len(hidden), dtype=torch.bool, device=hidden.device))
+    if isinstance(rows, JoinedRows):
+        hidden = rows.extend(hidden, rows.inputs)
+    parts = [
+        nn.functional.linear(hidden, weight_block(rows, v0, v1, hidden.dtype)) for v0, v1 in blocks(len(rows), VOCAB_BLOCK)
+    ]
+    raw = torch.cat(parts, dim=1)
+    return raw if bias is None else raw + bias.to(raw.dtype)
 
 
 def _first_tensor(output: Any, name: str) -> Tensor | None:
