@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from .core.autograd import once_differentiable
-from .core.checks import check_entries, check_head, check_ignore_index, check_labels, check_outputs, check_spec, compute_dtype
+from .core.checks import (
+    check_entries,
+    check_head,
+    check_ignore_index,
+    check_labels,
+    check_outputs,
+    check_spec,
+    check_temperature,
+    compute_dtype,
+)
 from .core.head_spec import HeadSpec
 from .core.settings import current_settings
 from .core.stats import OPTIONAL_OUTPUTS, TokenStats
@@ -33,13 +42,20 @@ class LinearLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, head: Tensor, options: _Options
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        head: Tensor,
+        temperature: Tensor | None,
+        options: _Options,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        results = torch.ops.logitless.logps_forward(hidden, weight, bias, labels, head, *options)
+        results = torch.ops.logitless.logps_forward(hidden, weight, bias, labels, head, temperature, *options)
         logps, entropy, mean_logits, is_top1, log_sum_sq_probs, *saved, unit = results
         ctx.options = options
-        ctx.save_for_backward(hidden, weight, bias, labels, head, *saved, entropy, unit)
+        ctx.save_for_backward(hidden, weight, bias, labels, head, temperature, *saved, entropy, unit)
         ctx.mark_non_differentiable(mean_logits, is_top1, log_sum_sq_probs)
         return logps, entropy, mean_logits, is_top1, log_sum_sq_probs
 
@@ -47,8 +63,8 @@ class LinearLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_logps is None and grad_entropy is None:
-            return (None,) * 6
-        hidden, weight, bias, labels, head, *saved = ctx.saved_tensors
+            return (None,) * 7
+        hidden, weight, bias, labels, head, temperature, *saved = ctx.saved_tensors
         options = ctx.options
         needs = list(ctx.needs_input_grad[:3])
         # without an entropy output its gradient cannot exist; a stray empty tensor's is dropped
@@ -59,6 +75,7 @@ class LinearLogps(torch.autograd.Function):
             bias,
             labels,
             head,
+            temperature,
             options.ignore_index,
             *saved,
             grad_logps,
@@ -69,7 +86,7 @@ class LinearLogps(torch.autograd.Function):
             options.memory_budget,
             options.grad_filter,
         )
-        return dh if needs[0] else None, dw if needs[1] else None, db if needs[2] else None, None, None, None
+        return dh if needs[0] else None, dw if needs[1] else None, db if needs[2] else None, None, None, None, None
 
 
 def linear_logps(
@@ -80,6 +97,7 @@ def linear_logps(
     head: HeadSpec | None = None,
     outputs: str | Iterable[str] = ("logps",),
     ignore_index: int = -100,
+    temperature: Tensor | None = None,  # (...)
 ) -> TokenStats:
     """Log-probabilities of ``labels`` under ``softmax(head(hidden @ weight.T + bias))``, without the logits.
 
@@ -95,6 +113,9 @@ def linear_logps(
         head: logit scale, soft-cap, temperature and number of entries; default none of them.
         outputs: which fields of the result to compute, of ``logitless.kernels.core.stats.OUTPUTS``.
         ignore_index: the label of positions to leave out.
+        temperature: sampling temperature of each token, float32 or float64, positive, for samples of one batch that were drawn
+            at different temperatures: ``head`` at ``temperature=1`` is divided by it. Not differentiable; values at ignored
+            positions are not read.
 
     Returns:
         TokenStats: tensors shaped like ``labels``, float32 (float64 for float64 input); ``logps`` and ``entropy`` carry
@@ -113,8 +134,9 @@ def linear_logps(
     check_entries(head, weight)
     check_labels(labels, hidden)
     check_ignore_index(ignore_index)
+    check_temperature(temperature, labels, head)
     x = hidden.to(compute_dtype(hidden))
-    return token_stats(x, weight, labels, bias, head, wanted, ignore_index)
+    return token_stats(x, weight, labels, bias, head, wanted, ignore_index, temperature=temperature)
 
 
 def token_stats(
@@ -126,6 +148,7 @@ def token_stats(
     outputs: frozenset[str],
     ignore_index: int,
     function: type[LinearLogps] | None = None,
+    temperature: Tensor | None = None,
 ) -> TokenStats:
     """:func:`linear_logps` without its checks, computing in the dtype of ``hidden`` whatever that of ``weight``.
 
@@ -147,7 +170,13 @@ def token_stats(
         grad_filter=current.grad_filter,
     )
     flat = (function or LinearLogps).apply(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1).long(), head.pack(), options
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        labels.reshape(-1).long(),
+        head.pack(),
+        None if temperature is None else temperature.reshape(-1),
+        options,
     )
     values = {
         name: value.view(labels.shape)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...core.blocking import VOCAB_BLOCK, block_shape, blocks, weight_block
 from ...core.dtypes import accumulate_dtype, gemm_dtype, logits_gemm_dtype
 from ...core.head_spec import HeadSpec
+from ...core.row_head import head_rows
 from ...core.stats import CoreOptions, RowStats
 from ...tile.factors import FP16_SCALE, add_bias_gradient, block_dtype, for_gemm, gradient_factors, rounding_of, scale_rows
 from ...tile.gemm import mm_accumulate
@@ -51,7 +52,8 @@ def score(
     for r0, r1 in blocks(max(1, len(x)), rows):
         rows_of_tile = None if tile is None else tile[r0:r1]
         rows_of_dhidden = None if dhidden is None else dhidden[r0:r1]
-        here = x[r0:r1], weight, bias, labels[r0:r1], head, options, width, rows_of_tile, rows_of_dhidden
+        tempered = head_rows(head, slice(r0, r1))
+        here = x[r0:r1], weight, bias, labels[r0:r1], tempered, options, width, rows_of_tile, rows_of_dhidden
         chunks.append(_score_rows(*here, passes))
     stats = RowStats.cat(chunks)
     stats.unit_dhidden = dhidden
@@ -218,7 +220,7 @@ def recompute_gradients(
             here = slice(r0, r1)
             passes.gradient_block(
                 logits,
-                head,
+                head_rows(head, here),
                 options,
                 source,
                 g,

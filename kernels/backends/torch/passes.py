@@ -10,6 +10,7 @@ from torch import Tensor
 from ...core.blocking import ROW_ELEMENTS, blocks, weight_block
 from ...core.dtypes import accumulate_dtype, logits_gemm_dtype
 from ...core.head_spec import HeadSpec
+from ...core.row_head import head_rows
 from ...core.stats import CoreOptions
 from ...tile.sums import FLOOR, RAISE_ABOVE, BlockSums
 from ..interface import ElementWise
@@ -102,7 +103,7 @@ def scan_block(
         overflowed = inside  # of the first attempt
         for attempt in range(2):
             logits.load(source[r0:r1], z, v0, v1)
-            squared = head.transform_(z)
+            squared = head_rows(head, slice(r0, r1)).transform_(z)
             if attempt == 0 and sums.z is not None:
                 torch.sum(z, dim=1, out=sums.z[r0:r1])
             target = z.gather(1, column)
@@ -181,7 +182,7 @@ def gradient_block(
     for r0, r1 in blocks(n, step):
         z = buffer[: r1 - r0]
         logits.load(source[r0:r1], z, v0, v1)
-        squared = head.transform_(z)
+        squared = head_rows(head, slice(r0, r1)).transform_(z)
         z.sub_(k[r0:r1, None])
         if mix is None:
             z.exp_()

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...core.blocking import blocks
 from ...core.dtypes import gemm_dtype
 from ...core.head_spec import HeadSpec
+from ...core.row_head import head_rows
 from ...core.stats import CoreOptions, RowStats
 from ...tile.factors import add_bias_gradient, for_gemm, gradient_factors, scale_rows
 from ...tile.grad_filter import count_blocks
@@ -72,7 +73,7 @@ def recompute_gradients(
                 at_target[here] if targets_in_tile(x.device) else None,
                 scale[here],
                 g,
-                head,
+                head_rows(head, here),
                 options,
                 config,
                 first=v0,

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...core.blocking import VOCAB_BLOCK, blocks
 from ...core.dtypes import gemm_dtype
 from ...core.head_spec import HeadSpec
+from ...core.row_head import head_rows
 from ...core.stats import CoreOptions, RowStats
 from ...operators.schemas import new_sums
 from ...tile.factors import block_dtype
@@ -60,7 +61,7 @@ def score(
     chunks = []
     for r0, r1 in blocks(max(1, n), rows):
         r1 = min(r1, n)
-        here = x[r0:r1], weight, bias, labels[r0:r1], head, options, config, width
+        here = x[r0:r1], weight, bias, labels[r0:r1], head_rows(head, slice(r0, r1)), options, config, width
         if dhidden is not None:
             assert g_dtype is not None
             chunks.append(_score_unit(*here, dhidden[r0:r1], g_dtype))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ....core.dtypes import rounding
 from ....core.head_spec import HeadSpec
+from ....core.row_head import inverse_temperature
 from ....core.stats import CoreOptions
 from ..compat import descriptor_step, gemm_warps, multiprocessors
 from ..launch import Launch
@@ -91,6 +92,8 @@ def _gemm_launch(
     if not known:
         config = config.for_unaligned()
     scale, cap = scale_and_cap(head)
+    inverse = inverse_temperature(head)
+    assert inverse is None or len(inverse) == n
     softcap = head.softcap is not None
     return Launch(
         kernel,
@@ -100,6 +103,7 @@ def _gemm_launch(
             "x_stride": x.stride(0),
             "w_stride": weight.stride(0),
             **arguments,
+            "inverse": inverse,
             "num_tokens": n,
             "num_entries": len(weight),
             "hidden_size": hidden,
