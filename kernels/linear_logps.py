@@ -35,6 +35,7 @@ class _Options(NamedTuple):
     precision: str
     memory_budget: int
     grad_filter: float
+    batch_invariant: bool | None
 
 
 class LinearLogps(torch.autograd.Function):
@@ -168,6 +169,7 @@ def token_stats(
         precision=current.precision,
         memory_budget=current.memory_budget,
         grad_filter=current.grad_filter,
+        batch_invariant=current.batch_invariant,
     )
     flat = (function or LinearLogps).apply(
         hidden.reshape(-1, hidden.shape[-1]),

@@ -24,8 +24,8 @@ from .tile.rows import ScoredRows
 _library = torch.library.Library("logitless", "DEF")
 _library.define(
     "logps_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor head, Tensor? temperature, "
-    "int ignore_index, int outputs, int unit_dhidden, str backend, str precision, int memory_budget, float grad_filter) "
-    "-> (Tensor logps, Tensor entropy, Tensor mean_logits, "
+    "int ignore_index, int outputs, int unit_dhidden, str backend, str precision, int memory_budget, float grad_filter, "
+    "bool? batch_invariant) -> (Tensor logps, Tensor entropy, Tensor mean_logits, "
     "Tensor is_top1, Tensor log_sum_sq_probs, Tensor k, Tensor sum_others, Tensor log_denom, Tensor target_offset, "
     "Tensor target_slope, Tensor unit)"
 )
@@ -65,6 +65,7 @@ def _call(hidden: Tensor, weight: Tensor, num_tokens: int, work: Work, options: 
         work=work,
         workspace=options.workspace,
         grad_filter=options.grad_filter,
+        batch_invariant=options.batch_invariant,
     )
 
 
@@ -83,6 +84,7 @@ def _forward(
     precision: str,
     memory_budget: int,
     grad_filter: float,
+    batch_invariant: bool | None,
 ) -> tuple[Tensor, ...]:
     spec = HeadSpec.unpack(head)
     weight, bias = real_rows(weight, bias, spec)
@@ -93,7 +95,8 @@ def _forward(
         own = picked.temperatures(temperature)
         check_temperature_range(own)
         spec = with_temperatures(spec, own, acc)
-    options = core_options(memory_budget, _names(outputs), precision, acc.itemsize, hidden.device, grad_filter)
+    given = memory_budget, _names(outputs), precision, acc.itemsize, hidden.device, grad_filter
+    options = core_options(*given, batch_invariant)
     work: Work = "forward" if unit_dhidden == NO_UNIT else "frozen"
     chosen = choose_backend(_call(hidden, weight, len(rows), work, options), backend)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -138,6 +141,7 @@ def _forward_fake(
     precision: str,
     memory_budget: int,
     grad_filter: float,
+    batch_invariant: bool | None,
 ) -> tuple[Tensor, ...]:
     acc = accumulate_dtype(hidden.dtype)
     results = []

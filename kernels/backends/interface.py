@@ -33,6 +33,7 @@ class Call:
         workspace: bytes for blocks of logits.
         architecture: of a GPU to plan for, which need not be present; ``None``: the device's.
         grad_filter: the size below which blocks of the gradient are left out, see ``settings``.
+        batch_invariant: whether the choice of a backend must not depend on the number of tokens.
     """
 
     device: torch.device
@@ -50,6 +51,7 @@ class Call:
     workspace: int = 32 << 20
     architecture: str | None = None
     grad_filter: float = 0.0
+    batch_invariant: bool = False
 
 
 @dataclass(frozen=True)

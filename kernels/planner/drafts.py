@@ -92,6 +92,7 @@ def calls_of(draft: Draft, request: Request) -> list[Call]:
         train_weight=request.train_weight,
         architecture=request.architecture,
         grad_filter=request.options.grad_filter,
+        batch_invariant=request.options.batch_invariant,
     )
     tokens: dict[Work, int] = {}
     tiles = 0

@@ -28,7 +28,7 @@ from .gemm.launch import score_block
 from .launch import unit_columns
 from .products import gradient_shape, is_wide, weight_rows
 from .targets import target_logit_and_slope
-from .tuning.lookup import gemm_config
+from .tuning.lookup import config_of
 
 
 def score(
@@ -48,7 +48,7 @@ def score(
         return torch_backend.score(*given, tile=tile, unit_dhidden=unit_dhidden, passes=TRITON_PASSES)
     x, bias, labels = unit_columns(x), None if bias is None else bias.contiguous(), labels.contiguous()
     n, vocab = len(x), len(weight)
-    config = gemm_config(x.device, x.dtype, n, x.shape[1], vocab, head.softcap is not None)
+    config = config_of(x, vocab, head, options)
     if unit_dhidden:
         dhidden = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         g_dtype = block_dtype(gemm_dtype(x.dtype, x.device))

@@ -24,11 +24,9 @@ struct Head {
         outer(static_cast<Acc>(spec.softcap / spec.temperature)),
         inverse_outer(capped ? static_cast<Acc>(spec.temperature / spec.softcap) : Acc{0}) {}
 
-  // Raw logits, bias already added, to z times the row's inverse temperature, which is 1 where the head's holds for all rows.
-  // Options are the same for all threads of a row: one branch per vector, none per element. The factor is a product of its own
-  // and not part of `inner` and `outer`: those are constants, and a register per row is one less for logits in flight.
+  // Raw logits, bias already added, to z. Options are the same for all threads: one branch per vector, none per element.
   template <int N>
-  __device__ inline void transform(Acc (&z)[N], Acc inverse_temperature) const {
+  __device__ inline void transform(Acc (&z)[N]) const {
     if (rounding == Rounding::kBFloat16) {
 #pragma unroll
       for (int i = 0; i < N; ++i) z[i] = rounded_to<bfloat16>(z[i]);
@@ -42,20 +40,11 @@ struct Head {
 #pragma unroll
       for (int i = 0; i < N; ++i) z[i] = rounded_product(hyperbolic_tangent(z[i]), outer);
     }
-    if (inverse_temperature != Acc{1}) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) z[i] = rounded_product(z[i], inverse_temperature);
-    }
-  }
-
-  // inverse_outer of a row.
-  __device__ inline Acc to_tanh(Acc inverse_temperature) const {
-    return inverse_temperature == Acc{1} ? inverse_outer : inverse_outer / inverse_temperature;
   }
 
   // 1 - tanh^2 of a capped logit. Computed from z, which costs a rounding and saves a register per logit in flight.
-  static __device__ inline Acc slope(Acc z, Acc to_tanh) {
-    const Acc t = z * to_tanh;
+  __device__ inline Acc slope(Acc z) const {
+    const Acc t = z * inverse_outer;
     return larger(fused_multiply_add(-t, t, Acc{1}), Acc{0});
   }
 };
