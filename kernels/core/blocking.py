@@ -16,9 +16,11 @@ VOCAB_BLOCK = 8192
 ROW_ELEMENTS = 1 << 19
 #: float32 buffers of the element-wise pass, in elements of its cache block: the block, a second one, the soft-cap's square.
 PASS_BUFFERS = 3
-#: Tokens of a batch-invariant GEMM are a multiple of this: BLAS libraries have other kernels for a few rows, which sum in another
-#: order. MKL on an AVX2 CPU has them for up to 7 rows (float32 and float64, H=64 to 1024, V=1000 to 8192).
+#: Tokens of a batch-invariant GEMM are a multiple of this: BLAS libraries have other kernels for a few rows, which sum in other
+#: orders. MKL on an AVX2 CPU has them for up to 7 rows (float32 and float64, H=64 to 1024, V=1000 to 8192).
 ROW_MULTIPLE = 16
+#: Tokens of a batch-invariant block on a CPU are at most this: the last block is copied to add rows of padding.
+MOST_ROWS = 512
 #: Tokens for which a batch-invariant call chooses what may depend on the shape alone (GPU backend, configuration of a kernel).
 INVARIANT_TOKENS = 4096
 _MIN_BLOCK = 256

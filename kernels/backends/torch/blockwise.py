@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...core.blocking import ROW_MULTIPLE, VOCAB_BLOCK, block_shape, blocks, weight_block
+from ...core.blocking import MOST_ROWS, ROW_MULTIPLE, VOCAB_BLOCK, block_shape, blocks, weight_block
 from ...core.dtypes import accumulate_dtype, gemm_dtype, logits_gemm_dtype
 from ...core.head_spec import HeadSpec
 from ...core.row_head import head_rows
@@ -47,7 +47,7 @@ def score(
     rows, width = block_shape(len(x), len(weight), 2 * size, options.workspace, options.batch_invariant)
     multiple = 1
     if options.batch_invariant:  # how a GPU's library computes may depend on any number of rows
-        multiple = rows if x.is_cuda else ROW_MULTIPLE
+        rows, multiple = (rows, rows) if x.is_cuda else (min(rows, MOST_ROWS), ROW_MULTIPLE)
     dhidden = None
     if unit_dhidden:
         dhidden = torch.zeros(x.shape, dtype=accumulate_dtype(x.dtype), device=x.device)
