@@ -14,6 +14,7 @@ from logitless.kernels.core.checks import (
     check_head,
     check_labels,
     check_spec,
+    check_temperature,
     check_tensor,
     compute_dtype,
 )
@@ -94,6 +95,7 @@ class LossCall:
         num_sequences: S.
         ignore_index: the label of positions that are not scored.
         reference: see :meth:`with_reference`.
+        temperature: of each token, like ``labels``, in place of the head's; ``None``: the head's.
     """
 
     hidden: Tensor
@@ -105,6 +107,7 @@ class LossCall:
     num_sequences: int
     ignore_index: int
     reference: Reference = Reference()
+    temperature: Tensor | None = None
 
     @classmethod
     def check(
@@ -116,9 +119,11 @@ class LossCall:
         head: HeadSpec | None,
         cu_seqlens: Tensor | None,  # (S + 1,)
         ignore_index: int,
+        temperature: Tensor | None = None,  # like labels
     ) -> LossCall:
         """Check what every loss is called with; no reference yet."""
         named = {"hidden": hidden, "weight": weight, "labels": labels, "bias": bias, "cu_seqlens": cu_seqlens}
+        named["temperature"] = temperature
         for name, value in named.items():
             check_data(name, value)
         head = check_spec(head)
@@ -126,8 +131,9 @@ class LossCall:
         check_head(hidden, weight, bias)
         check_entries(head, weight)
         check_labels(labels, hidden)
+        check_temperature(temperature, labels, head)
         bounds, count = check_layout(labels, cu_seqlens)
-        return cls(hidden, weight, labels, bias, head, bounds, count, ignore_index)
+        return cls(hidden, weight, labels, bias, head, bounds, count, ignore_index, temperature=temperature)
 
     def with_reference(
         self,

@@ -17,9 +17,11 @@ from logitless.kernels.backends.interface import Backend
 from logitless.kernels.backends.registry import get_backend
 from logitless.kernels.core.autograd import once_differentiable
 from logitless.kernels.core.blocking import real_rows
-from logitless.kernels.core.checks import compute_dtype
+from logitless.kernels.core.checks import check_temperature_range, compute_dtype
 from logitless.kernels.core.dtypes import accumulate_dtype, tile_dtype
+from logitless.kernels.core.head_spec import HeadSpec
 from logitless.kernels.core.head_weight import HeadRows, JoinedRows, join, trained_part
+from logitless.kernels.core.row_head import head_rows, with_temperatures
 from logitless.kernels.core.stats import RowStats
 from logitless.kernels.planner.plan import Plan, plan
 from logitless.kernels.planner.steps import DEFERRED_SCALE, FORWARD_ONLY, GRADIENT_IN_FORWARD, RECOMPUTE, Step
@@ -111,6 +113,10 @@ class _Work:
         self.whole_weight, ref = weight, job.call.reference.states
         self.ref_weight = None if ref is None else join(ref.hidden, ref.weight, scored)
         self.weight, self.bias = real_rows(weight, job.call.bias, self.head)
+        if job.call.temperature is not None:
+            temperature = job.call.temperature.reshape(-1)[tokens.rows]
+            check_temperature_range(temperature)
+            self.head = with_temperatures(self.head, temperature, accumulate_dtype(hidden.dtype))
         self.options, self.accumulate = the_plan.options, the_plan.accumulate
         self.backend: Backend = get_backend(the_plan.backend)
         self.evaluation = job.evaluation(tokens, self.backend.elementwise)
@@ -146,8 +152,8 @@ class _Work:
             entries=self.head.vocab_size,
         )
 
-    def _inputs(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Hidden states (n, H) and labels (n,) of some tokens."""
+    def _inputs(self, start: int, stop: int) -> tuple[Tensor, Tensor, HeadSpec]:
+        """Hidden states (n, H), labels (n,) and the transforms of some tokens."""
         rows = self.tokens.rows[start:stop]
         x = gather_rows(self.hidden, rows, in_order=False)
         if isinstance(self.weight, JoinedRows):
@@ -156,7 +162,7 @@ class _Work:
             for gradient in (self.head_gradient, self.second):
                 if gradient is not None:
                     gradient.adapter_inputs = inputs
-        return x, self.tokens.labels[start:stop]
+        return x, self.tokens.labels[start:stop], head_rows(self.head, slice(start, stop))
 
     def _keep(self, start: int, stop: int, stats: RowStats) -> None:
         for name, values in self.stats.items():
@@ -172,7 +178,8 @@ class _Work:
         if isinstance(self.ref_weight, JoinedRows):
             x = self.ref_weight.extend(x, gather_rows(self.ref_weight.inputs, rows, in_order=False))
         labels, options = self.tokens.labels[start:stop], self.options.without_outputs()
-        return self.backend.score(x, self.ref_weight, ref.bias, labels, self.head, options).logps
+        head = head_rows(self.head, slice(start, stop))
+        return self.backend.score(x, self.ref_weight, ref.bias, labels, head, options).logps
 
     def _dhidden(self, start: int, stop: int) -> Tensor | None:
         return None if self.dhidden is None else self.dhidden[start:stop]
@@ -183,16 +190,16 @@ class _Work:
 
     def _forward_only(self, step: Step) -> None:
         start, stop = step.start, step.stop
-        x, labels = self._inputs(start, stop)
-        stats = self.backend.score(x, self.weight, self.bias, labels, self.head, self.options)
+        x, labels, head = self._inputs(start, stop)
+        stats = self.backend.score(x, self.weight, self.bias, labels, head, self.options)
         self._keep(start, stop, stats)
         self.evaluation.coefficients(step, stats, self._reference(start, stop), False)
 
     def _deferred_rows(self, step: Step) -> None:
         """Frozen head: dX up to one factor per row needs no tile; the factor is known once the loss is."""
         start, stop = step.start, step.stop
-        x, labels = self._inputs(start, stop)
-        stats = self.backend.score(x, self.weight, self.bias, labels, self.head, self.options, unit_dhidden=True)
+        x, labels, head = self._inputs(start, stop)
+        stats = self.backend.score(x, self.weight, self.bias, labels, head, self.options, unit_dhidden=True)
         self._keep(start, stop, stats)
         c = self.evaluation.coefficients(step, stats, self._reference(start, stop), True)
         assert c.logps is not None and stats.unit_dhidden is not None
@@ -201,9 +208,9 @@ class _Work:
     def _gradient_in_forward(self, step: Step) -> None:
         """All tokens of the step in one tile, which becomes the gradient."""
         start, stop = step.start, step.stop
-        x, labels = self._inputs(start, stop)
+        x, labels, head = self._inputs(start, stop)
         tile = self._new_tile(step.num_tokens)
-        stats = self.backend.score(x, self.weight, self.bias, labels, self.head, self.options, tile=tile)
+        stats = self.backend.score(x, self.weight, self.bias, labels, head, self.options, tile=tile)
         self._keep(start, stop, stats)
         c = self.evaluation.coefficients(step, stats, self._reference(start, stop), True)
         self.backend.tile_gradients(
@@ -213,7 +220,7 @@ class _Work:
             tile,
             stats,
             c.logps,
-            self.head,
+            head,
             self.options,
             dhidden=self._dhidden(start, stop),
             head_gradient=self.head_gradient,
@@ -223,8 +230,8 @@ class _Work:
     def _recompute(self, step: Step) -> None:
         """Scored without a tile; the logits are computed again once the coefficients are known."""
         start, stop = step.start, step.stop
-        x, labels = self._inputs(start, stop)
-        stats = self.backend.score(x, self.weight, self.bias, labels, self.head, self.options)
+        x, labels, head = self._inputs(start, stop)
+        stats = self.backend.score(x, self.weight, self.bias, labels, head, self.options)
         self._keep(start, stop, stats)
         c = self.evaluation.coefficients(step, stats, self._reference(start, stop), True)
         self.backend.recompute_gradients(
@@ -235,7 +242,7 @@ class _Work:
             stats,
             c.logps,
             c.entropy,
-            self.head,
+            head,
             self.options,
             dhidden=self._dhidden(start, stop),
             head_gradient=self.head_gradient,
@@ -256,9 +263,9 @@ class _Work:
         whole_tile = self._new_tile(min(step.rows, step.num_tokens))
         for start in range(step.start, step.stop, step.rows):
             stop = min(start + step.rows, step.stop)
-            x, labels = self._inputs(start, stop)
+            x, labels, head = self._inputs(start, stop)
             tile = whole_tile[: stop - start]
-            stats = self.backend.score(x, self.weight, self.bias, labels, self.head, self.options, tile=tile)
+            stats = self.backend.score(x, self.weight, self.bias, labels, head, self.options, tile=tile)
             self._keep(start, stop, stats)
             references.append(self._reference(start, stop))
             self.backend.tile_gradients(
@@ -268,7 +275,7 @@ class _Work:
                 tile,
                 stats,
                 unit[start - step.start : stop - step.start].to(stats.logps.dtype),
-                self.head,
+                head,
                 self.options,
                 dhidden=self._dhidden(start, stop),
                 head_gradient=target,

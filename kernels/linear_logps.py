@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from .core.autograd import eagerly, once_differentiable
-from .core.checks import check_entries, check_head, check_ignore_index, check_labels, check_outputs, check_spec, compute_dtype
+from .core.checks import (
+    check_entries,
+    check_head,
+    check_ignore_index,
+    check_labels,
+    check_outputs,
+    check_spec,
+    check_temperature,
+    compute_dtype,
+)
 from .core.head_spec import HeadSpec
 from .core.head_weight import HeadRows, JoinedRows, Weight, join, read_weight, trained_part
 from .core.settings import current_settings
@@ -27,6 +36,7 @@ class _Options(NamedTuple):
     precision: str
     memory_budget: int
     grad_filter: float
+    batch_invariant: bool | None
 
 
 class LinearLogps(torch.autograd.Function):
@@ -40,21 +50,22 @@ class LinearLogps(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         head: Tensor,
+        temperature: Tensor | None,
         options: _Options,
         rows: HeadRows | None = None,
         inputs: Tensor | None = None,  # of an adapter: those of ``rows``
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         if rows is None:
-            results = torch.ops.logitless.logps_forward(hidden, weight, bias, labels, head, *options)
+            results = torch.ops.logitless.logps_forward(hidden, weight, bias, labels, head, temperature, *options)
         else:  # operators take tensors alone
-            results = logps_forward(hidden, rows, bias, labels, head, *options)
+            results = logps_forward(hidden, rows, bias, labels, head, temperature, *options)
             rows.release()
         ctx.rows = rows
         logps, entropy, mean_logits, is_top1, log_sum_sq_probs, *saved, unit = results
         ctx.options = options
         sources = () if rows is None else rows.sources
-        ctx.save_for_backward(hidden, weight, bias, labels, head, *saved, entropy, unit, *sources)
+        ctx.save_for_backward(hidden, weight, bias, labels, head, temperature, *saved, entropy, unit, *sources)
         ctx.mark_non_differentiable(mean_logits, is_top1, log_sum_sq_probs)
         return logps, entropy, mean_logits, is_top1, log_sum_sq_probs
 
@@ -62,13 +73,13 @@ class LinearLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_logps is None and grad_entropy is None:
-            return (None,) * 8
+            return (None,) * 9
         options, rows = ctx.options, ctx.rows
-        hidden, weight, bias, labels, head, *saved = ctx.saved_tensors
+        hidden, weight, bias, labels, head, temperature, *saved = ctx.saved_tensors
         if rows is not None:
             saved = saved[: len(saved) - len(rows.sources)]
         needs = list(ctx.needs_input_grad[:3])
-        needs_inputs = ctx.needs_input_grad[7]
+        needs_inputs = ctx.needs_input_grad[8]
         needs[0] |= needs_inputs
         # without an entropy output its gradient cannot exist; a stray empty tensor's is dropped
         grad_entropy = grad_entropy if options.outputs & 1 else None
@@ -79,6 +90,7 @@ class LinearLogps(torch.autograd.Function):
             bias,
             labels,
             head,
+            temperature,
             options.ignore_index,
             *saved,
             grad_logps,
@@ -97,7 +109,7 @@ class LinearLogps(torch.autograd.Function):
                 du = dh[:, size:].to(rows.inputs.dtype) if needs_inputs else None
                 dh = dh[:, :size].to(hidden.dtype)
         dh = dh if ctx.needs_input_grad[0] else None
-        return dh, dw if needs[1] else None, db if needs[2] else None, None, None, None, None, du
+        return dh, dw if needs[1] else None, db if needs[2] else None, None, None, None, None, None, du
 
 
 def linear_logps(
@@ -108,6 +120,7 @@ def linear_logps(
     head: HeadSpec | None = None,
     outputs: str | Iterable[str] = ("logps",),
     ignore_index: int = -100,
+    temperature: Tensor | None = None,  # (...)
 ) -> TokenStats:
     """Log-probabilities of ``labels`` under ``softmax(head(hidden @ weight.T + bias))``, without the logits.
 
@@ -125,6 +138,9 @@ def linear_logps(
         head: logit scale, soft-cap, temperature and number of entries; default none of them.
         outputs: which fields of the result to compute, of ``logitless.kernels.core.stats.OUTPUTS``.
         ignore_index: the label of positions to leave out.
+        temperature: sampling temperature of each token, float32 or float64, positive, for samples of one batch that were drawn
+            at different temperatures: ``head`` at ``temperature=1`` is divided by it. Not differentiable; values at ignored
+            positions are not read.
 
     Returns:
         TokenStats: tensors shaped like ``labels``, float32 (float64 for float64 input); ``logps`` and ``entropy`` carry
@@ -143,8 +159,9 @@ def linear_logps(
     check_entries(head, weight)
     check_labels(labels, hidden)
     check_ignore_index(ignore_index)
+    check_temperature(temperature, labels, head)
     x = hidden.to(compute_dtype(hidden))
-    return token_stats(x, weight, labels, bias, head, wanted, ignore_index)
+    return token_stats(x, weight, labels, bias, head, wanted, ignore_index, temperature=temperature)
 
 
 def token_stats(
@@ -156,6 +173,7 @@ def token_stats(
     outputs: frozenset[str],
     ignore_index: int,
     function: type[LinearLogps] | None = None,
+    temperature: Tensor | None = None,
 ) -> TokenStats:
     """:func:`linear_logps` without its checks, computing in the dtype of ``hidden`` whatever that of ``weight``.
 
@@ -180,9 +198,20 @@ def token_stats(
         precision=current.precision,
         memory_budget=current.memory_budget,
         grad_filter=current.grad_filter,
+        batch_invariant=current.batch_invariant,
     )
     apply = (function or LinearLogps).apply
-    flat = (apply if rows is None else eagerly(apply))(x, trained, bias, flat_labels, head.pack(), options, rows, inputs)
+    flat = (apply if rows is None else eagerly(apply))(
+        x,
+        trained,
+        bias,
+        flat_labels,
+        head.pack(),
+        None if temperature is None else temperature.reshape(-1),
+        options,
+        rows,
+        inputs,
+    )
     values = {
         name: value.view(labels.shape)
         for name, value in zip(("logps", *OPTIONAL_OUTPUTS), flat, strict=True)

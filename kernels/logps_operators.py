@@ -13,27 +13,28 @@ from torch.utils.flop_counter import register_flop_formula
 from .backends.interface import Call, Work
 from .backends.registry import choose_backend, choose_elementwise
 from .core.blocking import core_options, real_rows
-from .core.checks import check_label_range
+from .core.checks import check_label_range, check_temperature_range
 from .core.dtypes import accumulate_dtype
 from .core.head_spec import HeadSpec
 from .core.head_weight import HeadRows, JoinedRows
+from .core.row_head import with_temperatures
 from .core.stats import OPTIONAL_OUTPUTS, CoreOptions, RowStats
 from .tile.head_gradient import HeadGradient
 from .tile.rows import ScoredRows
 
 _library = torch.library.Library("logitless", "DEF")
 _library.define(
-    "logps_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor head, int ignore_index, int outputs, "
-    "int unit_dhidden, str backend, str precision, int memory_budget, float grad_filter) "
-    "-> (Tensor logps, Tensor entropy, Tensor mean_logits, "
+    "logps_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor head, Tensor? temperature, "
+    "int ignore_index, int outputs, int unit_dhidden, str backend, str precision, int memory_budget, float grad_filter, "
+    "bool? batch_invariant) -> (Tensor logps, Tensor entropy, Tensor mean_logits, "
     "Tensor is_top1, Tensor log_sum_sq_probs, Tensor k, Tensor sum_others, Tensor log_denom, Tensor target_offset, "
     "Tensor target_slope, Tensor unit)"
 )
 _library.define(
-    "logps_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor head, int ignore_index, Tensor k, "
-    "Tensor sum_others, Tensor log_denom, Tensor target_offset, Tensor target_slope, Tensor entropy, Tensor unit, "
-    "Tensor? grad_logps, Tensor? grad_entropy, bool[] needs, str backend, str precision, int memory_budget, float grad_filter) "
-    "-> (Tensor dhidden, Tensor dweight, Tensor dbias)"
+    "logps_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor head, Tensor? temperature, "
+    "int ignore_index, Tensor k, Tensor sum_others, Tensor log_denom, Tensor target_offset, Tensor target_slope, "
+    "Tensor entropy, Tensor unit, Tensor? grad_logps, Tensor? grad_entropy, bool[] needs, str backend, str precision, "
+    "int memory_budget, float grad_filter) -> (Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
 _library.define("segment_sum(Tensor values, Tensor offsets, str backend) -> Tensor")
 #: Whether the forward operator returns d logps / d hidden, and of which rows. Dynamo needs sizes that do not depend on data.
@@ -66,6 +67,7 @@ def _call(hidden: Tensor, weight: Tensor | HeadRows, num_tokens: int, work: Work
         workspace=options.workspace,
         grad_filter=options.grad_filter,
         by_rows=isinstance(weight, HeadRows),
+        batch_invariant=options.batch_invariant,
     )
 
 
@@ -82,6 +84,7 @@ def logps_forward(
     bias: Tensor | None,  # (V,)
     labels: Tensor,  # (P,) int64
     head: Tensor,  # HeadSpec.pack()
+    temperature: Tensor | None,  # (P,)
     ignore_index: int,
     outputs: int,
     unit_dhidden: int,  # NO_UNIT, SCORED_ROWS or ALL_ROWS
@@ -89,13 +92,19 @@ def logps_forward(
     precision: str,
     memory_budget: int,
     grad_filter: float,
+    batch_invariant: bool | None,
 ) -> tuple[Tensor, ...]:
     spec = HeadSpec.unpack(head)
     weight, bias = real_rows(weight, bias, spec)
     check_label_range(labels, labels != ignore_index, len(weight), ignore_index)
     picked = ScoredRows.of(labels, ignore_index)
     rows, acc = picked.taken, accumulate_dtype(hidden.dtype)
-    options = core_options(memory_budget, _names(outputs), precision, acc.itemsize, hidden.device, grad_filter)
+    if temperature is not None:
+        own = picked.temperatures(temperature)
+        check_temperature_range(own)
+        spec = with_temperatures(spec, own, acc)
+    given = memory_budget, _names(outputs), precision, acc.itemsize, hidden.device, grad_filter
+    options = core_options(*given, batch_invariant)
     work: Work = "forward" if unit_dhidden == NO_UNIT else "frozen"
     chosen = choose_backend(_call(hidden, weight, len(rows), work, options), backend)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -132,6 +141,7 @@ def _forward_fake(
     bias: Tensor | None,
     labels: Tensor,
     head: Tensor,
+    temperature: Tensor | None,
     ignore_index: int,
     outputs: int,
     unit_dhidden: int,
@@ -139,6 +149,7 @@ def _forward_fake(
     precision: str,
     memory_budget: int,
     grad_filter: float,
+    batch_invariant: bool | None,
 ) -> tuple[Tensor, ...]:
     acc = accumulate_dtype(hidden.dtype)
     results = []
@@ -158,6 +169,7 @@ def logps_backward(
     bias: Tensor | None,  # (V,)
     labels: Tensor,  # (P,)
     head: Tensor,
+    temperature: Tensor | None,  # (P,)
     ignore_index: int,
     k: Tensor,  # (P,), as are the next four
     sum_others: Tensor,
@@ -180,6 +192,8 @@ def logps_backward(
     picked = ScoredRows.of(labels, ignore_index)
     rows = picked.taken
     n, acc, deferred = len(rows), accumulate_dtype(hidden.dtype), needs[0] and not (needs[1] or needs[2])
+    if temperature is not None:
+        spec = with_temperatures(spec, picked.temperatures(temperature), acc)
     options = core_options(memory_budget, frozenset(), precision, acc.itemsize, hidden.device, grad_filter)
     call = _call(hidden, weight, n, "recompute", options)
     chosen = choose_backend(replace(call, train_hidden=needs[0], train_weight=needs[1]), backend)
@@ -257,7 +271,7 @@ def logps_backward(
 
 @torch.library.register_fake("logitless::logps_backward")
 def _backward_fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, head: Tensor, ignore_index: int, *rest: Any
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, head: Tensor, temperature: Any, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     needs = rest[-5]
 
@@ -277,7 +291,15 @@ def _products(weight: Tensor, labels: Tensor, head: Tensor, ignore_index: int) -
 
 @register_flop_formula(torch.ops.logitless.logps_forward, get_raw=True)
 def _forward_flops(
-    hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, head: Tensor, ignore_index: int, *rest: Any, **_: Any
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Any,
+    labels: Tensor,
+    head: Tensor,
+    temperature: Any,
+    ignore_index: int,
+    *rest: Any,
+    **_: Any,
 ) -> int:
     unit_dhidden = rest[1]
     return 2 * _products(weight, labels, head, ignore_index) * (2 if unit_dhidden else 1)
@@ -285,7 +307,15 @@ def _forward_flops(
 
 @register_flop_formula(torch.ops.logitless.logps_backward, get_raw=True)
 def _backward_flops(
-    hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, head: Tensor, ignore_index: int, *rest: Any, **_: Any
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Any,
+    labels: Tensor,
+    head: Tensor,
+    temperature: Any,
+    ignore_index: int,
+    *rest: Any,
+    **_: Any,
 ) -> int:
     grad_entropy, needs = rest[-6], rest[-5]
     if needs[0] and not (needs[1] or needs[2]) and grad_entropy is None:

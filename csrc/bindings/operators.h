@@ -96,7 +96,8 @@ inline MemoryRows memory_rows(const Tensor& tensor) {
 template <class Device>
 void tile_pass(const Tensor& source, const MaybeTensor& destination, const MaybeTensor& bias, const Tensor& labels,
                const Tensor& k, const MaybeTensor& sums, const MaybeTensor& mix, const MaybeTensor& at_target,
-               double logit_scale, double softcap, double temperature, int64_t first, int64_t outputs, int64_t rounding) {
+               const MaybeTensor& inverse_temperature, double logit_scale, double softcap, double temperature, int64_t first,
+               int64_t outputs, int64_t rounding) {
   check_rank(source, "source", 2);
   const ScalarType acc = accumulate_type(source);
   TilePass op{};
@@ -114,6 +115,7 @@ void tile_pass(const Tensor& source, const MaybeTensor& destination, const Maybe
   STD_TORCH_CHECK(!(mix.has_value() && sums.has_value()), "mix must not be given with sums");
   check_tensor(mix, "mix", source, {2, op.tokens}, acc);
   check_tensor(at_target, "at_target", source, {op.tokens}, acc);
+  check_tensor(inverse_temperature, "inverse_temperature", source, {op.tokens}, acc);
   op.source = pointer(source);
   op.source_stride = source.stride(0);
   op.source_dtype = dtype_of(source, "source");
@@ -144,6 +146,7 @@ void tile_pass(const Tensor& source, const MaybeTensor& destination, const Maybe
   op.mix = pointer(mix);
   if (mix.has_value()) op.mix_stride = mix->stride(0);
   op.at_target = pointer(at_target);
+  op.inverse_temperature = pointer(inverse_temperature);
   op.first = first;
   op.outputs = static_cast<int>(outputs);
   op.rounding = static_cast<Rounding>(rounding);

@@ -71,8 +71,8 @@ void pack_rows(const Tensor& x, const Tensor& scale, const Tensor& out) {
 
 void score_block(const Tensor& packed, const Tensor& weight, const MaybeTensor& bias, const Tensor& labels,
                  const MaybeTensor& start, const Tensor& k, const MaybeTensor& sums, const MaybeTensor& mix,
-                 const MaybeTensor& gradient, double logit_scale, double softcap, double temperature, int64_t first,
-                 int64_t outputs, int64_t rounding) {
+                 const MaybeTensor& inverse_temperature, const MaybeTensor& gradient, double logit_scale, double softcap,
+                 double temperature, int64_t first, int64_t outputs, int64_t rounding) {
   check_rank(weight, "weight", 2);
   check_even(weight, "weight");
   check_rank(labels, "labels", 1);
@@ -90,6 +90,7 @@ void score_block(const Tensor& packed, const Tensor& weight, const MaybeTensor& 
   check_tensor(k, "k", packed, {op.tokens}, ScalarType::Float);
   check_buffer(sums, "sums", packed, kNumSums * op.tokens, ScalarType::Double);
   check_buffer(mix, "mix", packed, 2 * op.tokens, ScalarType::Float);
+  check_tensor(inverse_temperature, "inverse_temperature", packed, {op.tokens}, ScalarType::Float);
   check_buffer(gradient, "gradient", packed, op.width * op.tokens, ScalarType::BFloat16);
   op.packed = pointer<uint16_t>(packed);
   op.weight = pointer(weight);
@@ -104,6 +105,7 @@ void score_block(const Tensor& packed, const Tensor& weight, const MaybeTensor& 
   op.k = mutable_pointer<float>(k);
   op.sums = mutable_pointer<double>(sums);
   op.mix = pointer<float>(mix);
+  op.inverse_temperature = pointer<float>(inverse_temperature);
   op.gradient = mutable_pointer<uint16_t>(gradient);
   op.first = first;
   op.outputs = static_cast<int>(outputs);

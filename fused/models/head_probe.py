@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from logitless.kernels.core.blocking import VOCAB_BLOCK, blocks, weight_block
 from logitless.kernels.core.checks import check_spec
 from logitless.kernels.core.head_spec import HeadSpec, measure_with
 from logitless.kernels.core.head_weight import HeadRows, JoinedRows, LoRAWeight, Weight, join
@@ -24,10 +25,6 @@ from .offload import loaded_head
 _PEAKS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 2e3, 2e4)
 #: Entries of the vocabulary that the estimates of scale and soft-cap use.
 _COLUMNS = 1 << 15
-#: Entries of the vocabulary in a product with a weight that is read by rows.
-_BLOCK = 4096
-#: Rounding of the activations in bitsandbytes' int8 product, in place of the dtype's.
-_INT8 = 2.0**-6
 #: Logits below this, the same for every row, are masked.
 _MASKED = -1e4
 #: Measured specs of the head's input, by model and by :func:`_signature`.
@@ -43,7 +40,7 @@ class _Seen:
     raw: Tensor  # (n, V) float64, rescaled hidden @ weight.T + bias
     logits: Tensor  # (n, V') float64, the model's, of the rescaled rows
     bias: bool
-    eps: float  # of the coarser dtype of raw and logits
+    eps: float  # relative rounding of raw and logits, the coarser of both
 
 
 def model_head(
@@ -148,8 +145,7 @@ def _run(model: nn.Module, lm: Any, inputs: Mapping[str, Any]) -> _Seen:
         hidden, *rest = args
         hidden = _probed_rows(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])
-        with loaded_head(lm):
-            rescaled, raw, bias, eps = _rescale(flat, *full_head_parameters(lm))
+        rescaled, raw, bias, eps = _rescale(lm, flat)
         calls.append((flat, raw, bias, eps))
         return (rescaled.view_as(hidden), *rest)
 
@@ -175,7 +171,7 @@ def _run(model: nn.Module, lm: Any, inputs: Mapping[str, Any]) -> _Seen:
     rows = [_probed_rows(states) for states in outputs]
     fitting = [states.reshape(hidden.shape) for states in rows if states.numel() == hidden.numel()]
     backbone = fitting[-1] if fitting else None  # the outermost
-    eps = max(eps, torch.finfo(logits.dtype).eps)
+    eps = max(eps, torch.finfo(raw.dtype).eps, torch.finfo(logits.dtype).eps)
     return _Seen(hidden, backbone, raw.double(), logits.to(raw.device).double(), bias, eps)
 
 
@@ -186,12 +182,12 @@ def _probed_rows(states: Tensor) -> Tensor:
     return states[:1, torch.arange(len(_PEAKS), device=states.device) % states.shape[1]]
 
 
-def _rescale(hidden: Tensor, weight: Weight, bias: Tensor | None) -> tuple[Tensor, Tensor, bool, float]:
-    """Hidden states (n, H) multiplied so that raw logits reach ``_PEAKS``.
-
-    Returns them, their raw logits (n, V), whether there is a bias, and the relative rounding error of the head.
-    """
-    raw = _raw_logits(hidden.to(weight.device), weight, bias)
+def _rescale(lm: Any, hidden: Tensor) -> tuple[Tensor, Tensor, bool, float]:
+    """Hidden states (n, H) multiplied so that raw logits reach ``_PEAKS``, these raw logits, whether there is a bias, and the
+    rounding of the input that the model's own head does."""
+    with loaded_head(lm):
+        weight, bias = full_head_parameters(lm)
+    raw = _raw_logits(hidden, weight, bias)
     largest = raw.float().abs().amax(-1)
     bound = min(1e30, torch.finfo(raw.dtype).max / 16)  # float16 overflows
     peaks = torch.tensor([min(peak, bound) for peak in _PEAKS], device=raw.device)
@@ -199,26 +195,22 @@ def _rescale(hidden: Tensor, weight: Weight, bias: Tensor | None) -> tuple[Tenso
     factors = torch.where(largest > 0, peaks / largest, 1.0).to(hidden.device)
     bounds = bound / hidden.float().abs().amax(-1).clamp(min=1e-6)
     rescaled = hidden * factors.minimum(bounds).to(hidden.dtype)[:, None]
-    raw = _raw_logits(rescaled.to(weight.device), weight, bias)
-    eps = torch.finfo(raw.dtype).eps
-    if isinstance(weight, HeadRows) or (isinstance(weight, LoRAWeight) and isinstance(weight.base, HeadRows)):
-        eps = max(eps, _INT8)
-    return rescaled, raw, bias is not None and bool(bias.any()), eps
+    base = weight.base if isinstance(weight, LoRAWeight) else weight
+    eps = base.input_rounding if isinstance(base, HeadRows) else 0.0
+    return rescaled, _raw_logits(rescaled, weight, bias), bias is not None and bool(bias.any()), eps
 
 
 def _raw_logits(hidden: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """``hidden @ weight.T + bias`` (n, V); a weight that is read by rows is multiplied a block at a time."""
-    if isinstance(weight, Tensor):
-        return nn.functional.linear(hidden, weight, bias)
+    """``hidden @ weight.T + bias``, (n, V), for any weight of a head; a quantised one is read a block at a time."""
+    hidden = hidden.to(weight.device)
     rows = join(hidden, weight, torch.ones(len(hidden), dtype=torch.bool, device=hidden.device))
-    assert isinstance(rows, HeadRows)
     if isinstance(rows, JoinedRows):
-        hidden = torch.cat((hidden, rows.inputs.to(hidden.dtype)), dim=1)
-    starts = range(0, len(rows), _BLOCK)
-    blocks = [nn.functional.linear(hidden, rows.block(v, min(v + _BLOCK, len(rows)), hidden.dtype)) for v in starts]
-    rows.release()
-    raw = torch.cat(blocks, dim=1)
-    return raw if bias is None else raw + bias
+        hidden = rows.extend(hidden, rows.inputs)
+    parts = [
+        nn.functional.linear(hidden, weight_block(rows, v0, v1, hidden.dtype)) for v0, v1 in blocks(len(rows), VOCAB_BLOCK)
+    ]
+    raw = torch.cat(parts, dim=1)
+    return raw if bias is None else raw + bias.to(raw.dtype)
 
 
 def _first_tensor(output: Any, name: str) -> Tensor | None:

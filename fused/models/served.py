@@ -10,7 +10,7 @@ from torch import nn
 
 from logitless.kernels.core.checks import check_head
 
-from .at_head import AtHead, at_head
+from .at_head import at_head
 from .attention import _evaluating, _probe_ids, attention_of
 from .causal_lm import causal_lm
 from .packing import pack
@@ -46,10 +46,6 @@ def why_not_served(model: nn.Module) -> str | None:
         except (TypeError, ValueError) as error:  # the reasons for which a model is refused
             found[state] = str(error)
     return found[state]
-
-
-def _check(at: AtHead) -> None:
-    check_head(at.hidden, at.weight, at.bias)
 
 
 def _state_of_head(lm: Any) -> tuple[Any, ...]:

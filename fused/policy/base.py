@@ -153,6 +153,7 @@ class FusedLinearPolicyLoss(nn.Module):
         sampling_logps: Tensor | None = None,  # like labels
         importance_sampling_ratio: Tensor | None = None,  # (S,), or like labels
         entropy_threshold: Tensor | float | None = None,  # 0-dim
+        temperature: Tensor | None = None,  # like labels
     ) -> PolicyOutput:
         """Compute the loss. Values at positions that are not scored are ignored.
 
@@ -178,6 +179,8 @@ class FusedLinearPolicyLoss(nn.Module):
             importance_sampling_ratio: weights of the tokens' losses, see :func:`logitless.rl.importance_sampling_ratio`.
             entropy_threshold: for GRPO's ``top_entropy_quantile``: the entropy that a token must reach, if it is known
                 already (from the entropies of a forward pass, of all processes). Default: the quantile over this call's tokens.
+            temperature: sampling temperature of each token, float32 or float64, positive: for samples of one batch that were
+                drawn at different temperatures. In place of the head's, for the reference too.
 
         Returns:
             PolicyOutput: ``loss`` and detached statistics.
@@ -185,7 +188,7 @@ class FusedLinearPolicyLoss(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument.
         """
-        call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index)
+        call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index, temperature)
         inputs = PolicyInputs.check(call, advantages, old_logps, sampling_logps, importance_sampling_ratio, entropy_threshold)
         call = call.with_reference(
             ref_logps,

@@ -34,6 +34,7 @@ class Call:
         architecture: of a GPU to plan for, which need not be present; ``None``: the device's.
         grad_filter: the size below which blocks of the gradient are left out, see ``settings``.
         by_rows: whether the weight is no plain tensor (LoRA, quantised), and is read by rows (``core/head_weight.py``).
+        batch_invariant: whether the choice of a backend must not depend on the number of tokens.
     """
 
     device: torch.device
@@ -52,6 +53,7 @@ class Call:
     architecture: str | None = None
     grad_filter: float = 0.0
     by_rows: bool = False
+    batch_invariant: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..core.blocking import INVARIANT_TOKENS
 from ..core.settings import backend_names, current_settings
 from ..cost_model.costs import Cost
 from .interface import Backend, Call, ElementWise
@@ -20,6 +21,8 @@ from .interface import Backend, Call, ElementWise
 log = logging.getLogger("logitless")
 
 _registry: dict[str, Backend] = {}
+#: What the choice for a batch-invariant call depends on.
+_SHAPE_ALONE = ("device", "dtype", "weight_dtype", "hidden_size", "vocab_size", "outputs", "architecture")
 
 
 def register_backend(backend: Backend, *, first: bool = False) -> None:
@@ -76,6 +79,18 @@ def _predicted(backend: Backend, calls: Sequence[Call]) -> Cost | None:
     return functools.reduce(operator.add, map(backend.predict, calls))
 
 
+def _rank(backend: Backend, calls: Sequence[Call], cost: Cost | None) -> float:
+    """Seconds by which backends are compared. ``cost``: of the calls.
+
+    Batch-invariant calls are compared as one call of INVARIANT_TOKENS tokens, so that the choice depends on hidden size,
+    vocabulary, dtypes, outputs and device alone.
+    """
+    if calls[0].batch_invariant:
+        known = {name: getattr(calls[0], name) for name in _SHAPE_ALONE}
+        cost = _predicted(backend, [Call(**known, num_tokens=INVARIANT_TOKENS)])
+    return math.inf if cost is None else cost.seconds
+
+
 def rank_backends(calls: Sequence[Call], name: str | None = None) -> list[tuple[Backend, Cost | None]]:
     """The backends that can serve all of the calls, best first, each with the predicted cost of the calls.
 
@@ -104,7 +119,7 @@ def rank_backends(calls: Sequence[Call], name: str | None = None) -> list[tuple[
                 break
     if not found:
         raise RuntimeError(f"no backend can serve {calls}: " + "; ".join(reasons))
-    return sorted(found, key=lambda one: math.inf if one[1] is None else one[1].seconds)
+    return sorted(found, key=lambda one: _rank(one[0], calls, one[1]))
 
 
 def choose_backend(call: Call, name: str | None = None) -> Backend:

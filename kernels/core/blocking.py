@@ -18,18 +18,34 @@ VOCAB_BLOCK = 8192
 ROW_ELEMENTS = 1 << 19
 #: float32 buffers of the element-wise pass, in elements of its cache block: the block, a second one, the soft-cap's square.
 PASS_BUFFERS = 3
+#: Tokens of a batch-invariant GEMM are a multiple of this: BLAS libraries have other kernels for a few rows, which sum in other
+#: orders. MKL on an AVX2 CPU has them for up to 7 rows (float32 and float64, H=64 to 1024, V=1000 to 8192).
+ROW_MULTIPLE = 16
+#: Tokens of a batch-invariant block on a CPU are at most this: the last block is copied to add rows of padding.
+MOST_ROWS = 512
+#: Tokens for which a batch-invariant call chooses what may depend on the shape alone (GPU backend, configuration of a kernel).
+INVARIANT_TOKENS = 4096
 _MIN_BLOCK = 256
+_ROWS = 256
 _CACHE_ELEMENTS = 1 << 20
 _WORKSPACE = 32 << 20
 
 
-def block_shape(num_tokens: int, vocab_size: int, bytes_per_element: int, workspace: int) -> tuple[int, int]:
-    """Rows and columns of a block of logits that fits ``workspace`` bytes; columns shrink before rows fall below 256."""
+def block_shape(
+    num_tokens: int, vocab_size: int, bytes_per_element: int, workspace: int, invariant: bool = False
+) -> tuple[int, int]:
+    """Rows and columns of a block of logits that fits ``workspace`` bytes; columns shrink before rows fall below 256.
+
+    ``invariant``: neither depends on the number of tokens, and rows are a multiple of ROW_MULTIPLE.
+    """
+    wanted = _ROWS if invariant else min(num_tokens, _ROWS)
     width = min(vocab_size, VOCAB_BLOCK)
     rows = max(1, workspace // (width * bytes_per_element))
-    if rows < min(num_tokens, 256):
-        width = min(width, max(_MIN_BLOCK, workspace // (min(num_tokens, 256) * bytes_per_element)))
+    if rows < wanted:
+        width = min(width, max(_MIN_BLOCK, workspace // (wanted * bytes_per_element)))
         rows = max(1, workspace // (width * bytes_per_element))
+    if invariant:
+        return max(ROW_MULTIPLE, rows // ROW_MULTIPLE * ROW_MULTIPLE), width
     return min(rows, max(1, num_tokens)), width
 
 
@@ -40,13 +56,17 @@ def core_options(
     itemsize: int,
     device: torch.device,
     grad_filter: float = 0.0,
+    batch_invariant: bool | None = None,
 ) -> CoreOptions:
     """Split the budget: at most a quarter for the cache blocks of the element-wise pass; for blocks of logits the size of an L3
-    cache on a CPU, or another quarter on a GPU, whose GEMMs need more rows."""
+    cache on a CPU, or another quarter on a GPU, whose GEMMs need more rows. ``batch_invariant=True``: both are constants."""
+    if batch_invariant:
+        return CoreOptions(outputs, precision, _WORKSPACE, _CACHE_ELEMENTS, grad_filter, True)
+    invariant = batch_invariant is None and device.type == "cpu"
     cache = min(_CACHE_ELEMENTS, max(256, memory_budget // (4 * PASS_BUFFERS * itemsize)))
     most = max(_WORKSPACE, memory_budget // 4) if device.type == "cuda" else _WORKSPACE
     workspace = min(most, max(1, memory_budget - cache * PASS_BUFFERS * itemsize))
-    return CoreOptions(outputs, precision, workspace, cache, grad_filter)
+    return CoreOptions(outputs, precision, workspace, cache, grad_filter, invariant)
 
 
 def blocks(total: int, size: int) -> Iterator[tuple[int, int]]:

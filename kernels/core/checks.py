@@ -124,6 +124,37 @@ def check_label_range(labels: Tensor, scored: Tensor, vocab_size: int, ignore_in
         )
 
 
+def check_temperature(temperature: Tensor | None, labels: Tensor, head: HeadSpec) -> None:
+    """Temperatures of tokens: float32 or float64, shaped like the labels, without gradient, in place of the head's."""
+    if temperature is None:
+        return
+    check_local("temperature", temperature)
+    check_tensor("temperature", temperature)
+    if temperature.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"temperature must be float32 or float64, got {temperature.dtype}")
+    if temperature.shape != labels.shape:
+        raise ValueError(f"temperature must have shape {tuple(labels.shape)} like labels, got {tuple(temperature.shape)}")
+    if temperature.device != labels.device:
+        raise ValueError(f"temperature is on {temperature.device} but labels is on {labels.device}: move one of them")
+    if temperature.requires_grad:
+        raise ValueError("temperature must not require a gradient, which logitless does not compute: pass temperature.detach()")
+    if head.temperature != 1.0:
+        raise ValueError(f"temperature is given beside head.temperature={head.temperature}: pass one of them")
+
+
+def check_temperature_range(temperature: Tensor) -> None:
+    """Temperatures of scored tokens are positive and finite: an error on a CPU, an asynchronous assertion on a GPU."""
+    good = (temperature > 0) & (temperature < float("inf"))
+    if temperature.is_cuda:
+        torch._assert_async(good.all(), "temperature must be finite and > 0 at every scored position")
+    elif not bool(good.all()):
+        values = temperature[~good]
+        raise ValueError(
+            f"temperature must be finite and > 0 at every scored position, got {values[0].item()} "
+            f"({values.numel()} such values)"
+        )
+
+
 def check_token_weights(token_weights: Tensor, labels: Tensor) -> None:
     """Token weights are floating point and shaped like the labels."""
     check_tensor("token_weights", token_weights)

@@ -32,8 +32,10 @@ class HeadRows(ABC):
         device: where its data is.
         trained: (V, r), its last r columns, if these may need a gradient; else ``None``.
         sources: frozen tensors that it is read from, which must not change before the backward pass.
+        input_rounding: relative rounding of the hidden states in the layer's own forward pass, which is not done here.
     """
 
+    input_rounding = 0.0
     trained: Tensor | None = None
     sources: tuple[Tensor, ...] = ()
 

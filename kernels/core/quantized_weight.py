@@ -51,6 +51,8 @@ class TorchaoRows(HeadRows):
 class Int8Rows(HeadRows):
     """``bitsandbytes.nn.Int8Params``: int8 rows and the largest magnitude of each."""
 
+    input_rounding = 1 / 127  # Linear8bitLt quantises its input too
+
     def __init__(self, data: Tensor, absmax: Tensor) -> None:
         super().__init__((data.shape[0], data.shape[1]), torch.float32, data.device)
         self.data, self.absmax = self.sources = data, absmax

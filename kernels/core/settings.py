@@ -22,6 +22,7 @@ class Settings:
     backend: str = "auto"
     precision: str = "auto"
     grad_filter: float = 0.0
+    batch_invariant: bool | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.memory_budget, bool) or not isinstance(self.memory_budget, int):
@@ -34,6 +35,8 @@ class Settings:
             raise TypeError(f"grad_filter must be a number, got {self.grad_filter!r}")
         if not 0 <= self.grad_filter < float("inf"):
             raise ValueError(f"grad_filter must be finite and >= 0, got {self.grad_filter}")
+        if self.batch_invariant is not None and not isinstance(self.batch_invariant, bool):
+            raise TypeError(f"batch_invariant must be True, False or None, got {self.batch_invariant!r}")
         if not isinstance(self.backend, str):
             raise TypeError(f"backend must be a string, got {self.backend!r}")
 
@@ -44,6 +47,7 @@ class Settings:
         backend: str | None = None,
         precision: str | None = None,
         grad_filter: float | None = None,
+        batch_invariant: bool | None = None,
     ) -> Settings:
         """The same with some fields replaced; ``None`` keeps a field."""
         return Settings(
@@ -51,6 +55,7 @@ class Settings:
             self.backend if backend is None else backend,
             self.precision if precision is None else precision,
             self.grad_filter if grad_filter is None else grad_filter,
+            self.batch_invariant if batch_invariant is None else batch_invariant,
         )
 
 
@@ -75,8 +80,9 @@ def settings(
     backend: str | None = None,
     precision: str | None = None,
     grad_filter: float | None = None,
+    batch_invariant: bool | None = None,
 ) -> Iterator[Settings]:
-    """Set the memory budget, backend, precision or filter for a block of code; arguments that are not given keep their value.
+    """Set the memory budget, backend and so on for a block of code; arguments that are not given keep their value.
 
     Holds for this thread and for the backward pass of what is computed in the block. Each thread has its own settings.
 
@@ -91,6 +97,11 @@ def settings(
             dW. The size is that of the loss's gradient before any loss scale. Entries of labels are never dropped. 0 (default):
             nothing is left out. Needs the ``triton`` backend. With a frozen head nothing is left out, since dX is made before
             the loss is known. ``skipped_share()`` returns the share that was left out.
+        batch_invariant: whether the log-probability of a token has the same bits alone, packed, permuted and in any
+            micro-batch, for the same bits of its hidden state. ``True``: backend, block sizes and GEMM shapes do not depend on
+            the number of tokens or the memory budget; blocks take up to 45 MiB whatever the budget. ``False``: they are chosen
+            for speed. Default: on CPUs as ``True``, but blocks stay within the budget, so bits may depend on a budget below
+            64 MiB; on GPUs as ``False``. Of gradients nothing is promised.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -101,7 +112,13 @@ def settings(
         67108864
     """
     before = current_settings()
-    new = before.updated(memory_budget=memory_budget, backend=backend, precision=precision, grad_filter=grad_filter)
+    new = before.updated(
+        memory_budget=memory_budget,
+        backend=backend,
+        precision=precision,
+        grad_filter=grad_filter,
+        batch_invariant=batch_invariant,
+    )
     if new.backend != "auto" and new.backend not in backend_names:
         raise ValueError(f"backend must be 'auto' or one of {sorted(backend_names)}, got {new.backend!r}")
     _current.value = new

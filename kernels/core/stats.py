@@ -47,6 +47,8 @@ class CoreOptions:
 
     #: A block of the gradient in which no entry reaches this is left out of the GEMMs of dX and dW. 0: none.
     grad_filter: float = 0.0
+    #: Whether nothing that affects the bits of log-probabilities depends on the number of tokens.
+    batch_invariant: bool = False
     #: A tile of ``score`` holds ``exp(z - k)`` without a soft-cap's slope: the gradient of the entropy is made from it.
     slopes_later: bool = False
 

@@ -9,7 +9,8 @@ All write into tensors of the caller, allocate none and never synchronise. n tok
 
 ``tile_pass``
     Element-wise over raw logits ``source`` (n, w), rows of any stride: ``r = source + bias`` (rounded by ``rounding``: 0
-    not, 1 to bfloat16, 2 to float16), ``z = T(r)`` as in HeadSpec (softcap 0: none), ``e = exp(z - k)``. ``destination``
+    not, 1 to bfloat16, 2 to float16), ``z = T(r)`` as in HeadSpec (softcap 0: none), times ``inverse_temperature`` (n,) acc
+    where each token has a temperature of its own, ``e = exp(z - k)``. ``destination``
     (n, w), which may share memory with ``source`` (a 16-bit one may start where a row of 32-bit logits starts), gets ``e *
     (1 - tanh^2)``, and ``at_target`` (n,) acc (or 0) at the label. With ``sums`` (7, n) float64 (rows: SUMS), adds this
     block to them, the label's entry left out of e, ez and ee; ``z`` has all entries, ``target`` is the label's logit,
@@ -85,7 +86,8 @@ SCHEMAS = {
     "indexed_dot": "(Tensor x, Tensor weight, Tensor? bias, Tensor labels, bool rounded, Tensor(a!) out) -> ()",
     "tile_pass": (
         "(Tensor source, Tensor(a!)? destination, Tensor? bias, Tensor labels, Tensor(b!) k, Tensor(c!)? sums, Tensor? mix, "
-        "Tensor? at_target, float logit_scale, float softcap, float temperature, int first, int outputs, int rounding) -> ()"
+        "Tensor? at_target, Tensor? inverse_temperature, float logit_scale, float softcap, float temperature, int first, "
+        "int outputs, int rounding) -> ()"
     ),
     "pair_loss": (
         "(Tensor logps, Tensor? weights, Tensor offsets, Tensor? ref_logps, int kind, bool mean, float beta, float gamma, "
@@ -98,8 +100,8 @@ SCHEMAS = {
     "pack_rows": "(Tensor x, Tensor scale, Tensor(a!) out) -> ()",
     "score_block": (
         "(Tensor packed, Tensor weight, Tensor? bias, Tensor labels, Tensor? start, Tensor(a!) k, Tensor(b!)? sums, "
-        "Tensor? mix, Tensor(c!)? gradient, float logit_scale, float softcap, float temperature, int first, int outputs, "
-        "int rounding) -> ()"
+        "Tensor? mix, Tensor? inverse_temperature, Tensor(c!)? gradient, float logit_scale, float softcap, float temperature, "
+        "int first, int outputs, int rounding) -> ()"
     ),
     "grad_hidden": "(Tensor gradient, Tensor weight, Tensor(a!) dhidden) -> ()",
     "finish_rows": "(Tensor(a!) values, Tensor scale, Tensor target, Tensor weight, Tensor labels) -> ()",
@@ -112,14 +114,14 @@ SCHEMAS = {
 #: The shapes that a tracing compiler can check: a letter for each dimension; equal letters are equal sizes.
 _SHAPES = {
     "indexed_dot": "x:nh weight:vh bias:v labels:n out:n",
-    "tile_pass": "source:nw destination:nw labels:n k:n sums:7n mix:2n at_target:n",
+    "tile_pass": "source:nw destination:nw labels:n k:n sums:7n mix:2n at_target:n inverse_temperature:n",
     "pair_loss": "logps:n weights:n ref_logps:s losses:p sequence_logps:s coefficients:n",
     "scale_scatter": "values:nh rows:n out:ph",
     "scaled_convert": "",
     "finish_tile": "tile:nv factors:bn labels:n at_target:n",
     "pack_tokens": "x:nh",
     "pack_rows": "x:nh scale:n",
-    "score_block": "weight:wh labels:n start:n k:n sums:7n mix:2n",
+    "score_block": "weight:wh labels:n start:n k:n sums:7n mix:2n inverse_temperature:n",
     "grad_hidden": "weight:wh dhidden:nh",
     "finish_rows": "values:nh scale:n target:n weight:vh labels:n",
     "grad_weight": "x:nh scale:n values:n labels:n dweight:wh dbias:w",

@@ -93,6 +93,7 @@ def calls_of(draft: Draft, request: Request) -> list[Call]:
         architecture=request.architecture,
         grad_filter=request.options.grad_filter,
         by_rows=request.quantized or request.lora_rank > 0,
+        batch_invariant=request.options.batch_invariant,
     )
     tokens: dict[Work, int] = {}
     tiles = 0

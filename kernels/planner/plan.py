@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..core.blocking import ROW_ELEMENTS, VOCAB_BLOCK
+from ..core.blocking import MOST_ROWS, PASS_BUFFERS, ROW_ELEMENTS, ROW_MULTIPLE, VOCAB_BLOCK
 from ..core.dtypes import gemm_dtype
 from ..core.stats import CoreOptions
 from ..cost_model.costs import Cost
@@ -174,6 +174,10 @@ def _extra_bytes(request: Request, served: Served) -> int:
             extra += max(0, r.acc * head_elements - r.tile_budget)
     if r.train_bias:
         extra += 3 * r.acc * r.vocab_size
+    if r.options.batch_invariant:  # a block of tokens with its padding, and blocks that the budget does not bound
+        extra += min(r.num_tokens + ROW_MULTIPLE, MOST_ROWS) * r.hidden_size * r.acc
+        extra += ROW_MULTIPLE * min(r.vocab_size, VOCAB_BLOCK) * r.acc
+        extra += max(0, r.options.workspace + r.options.cache_elements * PASS_BUFFERS * r.acc - r.budget)
     # blocks of a fixed size that no budget shrinks: rows being widened, and a GEMM's product on its way to float32
     extra += 3 * min(r.num_tokens * hidden_size, ROW_ELEMENTS) * r.acc
     extra += min(r.vocab_size, VOCAB_BLOCK) * hidden_size * r.acc

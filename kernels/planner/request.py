@@ -140,7 +140,8 @@ def checked_request(
     if sum(groups) != num_tokens or (groups and groups[-1] < 0):
         raise ValueError(f"group_sizes must be >= 0 and add up to num_tokens={num_tokens}, got a sum of {sum(groups)}")
     acc = accumulate_dtype(dtype).itemsize
-    options = core_options(current.memory_budget, wanted, current.precision, acc, device, current.grad_filter)
+    given = current.memory_budget, wanted, current.precision, acc, device, current.grad_filter
+    options = core_options(*given, current.batch_invariant)
     return Request(
         num_tokens,
         hidden_size,

@@ -40,6 +40,10 @@ class ScoredRows(NamedTuple):
         """What is given for each token. (P,) -> (N,)"""
         return values[self.taken] if self.scored is None else torch.where(self.scored, values, 0)
 
+    def temperatures(self, temperature: Tensor) -> Tensor:
+        """Temperatures of tokens, 1 for those that are not scored. (P,) -> (N,)"""
+        return temperature[self.taken] if self.scored is None else torch.where(self.scored, temperature, 1)
+
 
 def gather_rows(hidden: Tensor, rows: Tensor, in_order: bool = True) -> Tensor:
     """``hidden[rows]``; no copy when that is all of them ``in_order``. hidden (P, H), rows (N,) -> (N, H)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -49,8 +50,9 @@ def combine(
             p.e = p.e * f
 
     def total(name: str) -> Tensor | None:
+        # one after the other: the order in which torch.sum adds rows differs between columns of one tensor
         columns = [getattr(p, name) for p in parts]
-        return None if columns[0] is None else torch.stack(columns).sum(dim=0)
+        return None if columns[0] is None else functools.reduce(torch.add, columns)
 
     r = total("e")
     assert r is not None

@@ -18,8 +18,9 @@ H, V = 32, 4096
 N_SEQUENCES, TOKENS = 4, 24
 
 
-def flops(fn: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter:
+def flops(fn: Callable[[], object], batch_invariant: bool | None = False) -> int:
+    """FLOP of a call, without the padding rows of batch invariance, of which ``test_padding_rows_*`` counts the cost."""
+    with ll.settings(batch_invariant=batch_invariant), FlopCounterMode(display=False) as counter:
         fn()
     return counter.get_total_flops()
 
@@ -184,8 +185,24 @@ def test_the_operators_flop_formula_counts_the_gemms_that_run(train, entropy, mo
 
     monkeypatch.setattr(torch.ops.logitless, "logps_forward", counting(op._forward))
     monkeypatch.setattr(torch.ops.logitless, "logps_backward", counting(op._backward))
-    step()
+    with ll.settings(batch_invariant=False):  # the formulas do not count padding rows
+        step()
     assert counted == by_formula > 0
+
+
+@pytest.mark.parametrize("masked", [6, 7, 23])
+@pytest.mark.parametrize("train", ["hw", "h", ""])
+def test_padding_rows_of_batch_invariance_are_few(train, masked):
+    """Up to 15 rows of one GEMM; up to 31 where the logits are made in the gradient's tile, without memory for padding."""
+    x, w, labels = inputs(train, masked=masked)
+
+    def step() -> None:
+        out = ll.FusedLinearSimPOLoss()(x, w, labels)
+        if train:
+            out.loss.backward()
+
+    padding = flops(step, batch_invariant=None) - flops(step)
+    assert 0 <= padding <= 2 * (31 if train == "hw" else 15) * H * V
 
 
 LENGTHS = [256, 1024]

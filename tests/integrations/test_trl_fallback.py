@@ -43,17 +43,27 @@ def _restored() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def tilted(hidden: Tensor, logits: Tensor) -> Tensor:
+    """What no scale and soft-cap gives."""
+    return logits + hidden.mean(-1, keepdim=True) * torch.linspace(-1, 1, logits.shape[-1])
+
+
 class Shifted(nn.Linear):
     """A head that adds something to its logits."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return super().forward(hidden) + hidden.mean(-1, keepdim=True)
+        return tilted(hidden, super().forward(hidden))
 
 
 def of_another_class(model: nn.Module) -> nn.Module:
     head = Shifted(model.lm_head.in_features, model.lm_head.out_features, bias=False)
     head.weight = model.lm_head.weight
     model.lm_head = head
+    return model
+
+
+def with_a_hook(model: nn.Module) -> nn.Module:
+    model.lm_head.register_forward_hook(lambda head, args, logits: tilted(args[0], logits))
     return model
 
 
@@ -109,7 +119,7 @@ def assert_falls_back(trainer: Any, caplog: pytest.LogCaptureFixture, reason: st
 
 
 @pytest.mark.parametrize("kind", WHOLE_LOGITS)
-@pytest.mark.parametrize("head", ["dora", "class"])
+@pytest.mark.parametrize("head", ["dora", "class", "hook"])
 def test_trainers_of_whole_logits_fall_back(kind, head, tmp_path, caplog):
     if head == "dora":
         trainer = make_trainer(
@@ -118,7 +128,8 @@ def test_trainers_of_whole_logits_fall_back(kind, head, tmp_path, caplog):
         reason = why_not_served(trainer.model)
         assert reason is not None
     else:
-        trainer, reason = make_trainer(kind, of_another_class(make_model("untied", 0)), tmp_path), "Shifted"
+        change, reason = {"class": (of_another_class, "Shifted"), "hook": (with_a_hook, "the logits of LlamaForCausalLM")}[head]
+        trainer = make_trainer(kind, change(make_model("untied", 0)), tmp_path)
     assert_falls_back(trainer, caplog, reason)
 
 

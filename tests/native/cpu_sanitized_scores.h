@@ -113,6 +113,11 @@ inline void tile_pass(DType type, Into into, DType out, int64_t rows, int64_t wi
   const Array start = k, mix(acc, 2 * mix_stride, [&](int64_t) { return random.normal(); });
   const Array at_target(acc, rows, [&](int64_t) { return random.normal(); });
   Array destination(out, into == Into::Other ? elements : 0), sums = new_sums(sums_stride);
+  const Array inverse(acc, rows, [&](int64_t) { return 0.25 * (1 + random.below(4)); });
+  const bool tempered = seed % 4 == 1;
+  const auto head_of = [&](int64_t row) {
+    return tempered ? HeadSpec{head.logit_scale, head.softcap, head.temperature / inverse[row]} : head;
+  };
 
   TilePass p{};
   p.source_dtype = type;
@@ -127,6 +132,7 @@ inline void tile_pass(DType type, Into into, DType out, int64_t rows, int64_t wi
   p.mix = final && seed % 2 ? mix.data() : nullptr;
   p.mix_stride = mix_stride;
   p.at_target = final || seed % 2 ? at_target.data() : nullptr;
+  p.inverse_temperature = tempered ? inverse.data() : nullptr;
   p.tokens = rows;
   p.outputs = outputs;
   p.rounding = rounding;
@@ -155,8 +161,8 @@ inline void tile_pass(DType type, Into into, DType out, int64_t rows, int64_t wi
     kernels().tile_pass(p, run_threads);
     if (into == Into::Nothing) continue;
     for (int64_t row = 0; row < rows; ++row) {
-      const Row reference(raw(row, c0, c1), labels[row] - first - c0, k[row], head);
-      const Row written(raw(row, c0, c1), labels[row] - first - c0, before[row], head);
+      const Row reference(raw(row, c0, c1), labels[row] - first - c0, k[row], head_of(row));
+      const Row written(raw(row, c0, c1), labels[row] - first - c0, before[row], head_of(row));
       for (int64_t i = 0; i < c1 - c0; ++i) {
         double got;
         if (into == Into::Other) {
@@ -184,7 +190,7 @@ inline void tile_pass(DType type, Into into, DType out, int64_t rows, int64_t wi
   for (int64_t row = 0; row < rows; ++row) {
     expect(final ? k[row] == start[row] : k[row] >= start[row], "k is raised or kept");
     if (!final)
-      Row(raw(row, 0, width), labels[row] - first, k[row], head).compare_sums(sums, row, sums_stride, outputs, acc, 0);
+      Row(raw(row, 0, width), labels[row] - first, k[row], head_of(row)).compare_sums(sums, row, sums_stride, outputs, acc, 0);
   }
 }
 
@@ -235,6 +241,8 @@ inline void score_block(DType weight_type, int64_t rows, int64_t hidden, int64_t
   const Labels labels(rows, [&](int64_t t) { return t == 1 ? -100 : first - 2 + random.below(width + 4); });
   const Array start(F32, rows, [&](int64_t) { return random.normal() + (final ? 4 + 3 * peak : 0); });
   const Array mix(F32, 2 * rows, [&](int64_t) { return random.normal(); });
+  const Array inverse(F32, rows, [&](int64_t) { return 0.25 * (1 + random.below(4)); });
+  const bool tempered = seed % 3 == 1;
 
   Array packed(BF16, packed_tokens_size(rows, hidden));
   kernels().pack_tokens(
@@ -262,6 +270,7 @@ inline void score_block(DType weight_type, int64_t rows, int64_t hidden, int64_t
       p.k = out.k.floats();
       p.sums = final ? nullptr : out.sums.doubles();
       p.mix = final && seed % 2 ? mix.floats() : nullptr;
+      p.inverse_temperature = tempered ? inverse.floats() : nullptr;
       p.gradient = with_gradient ? out.gradient.bf16() : nullptr;
       p.tokens = rows;
       p.hidden = hidden;
@@ -301,7 +310,8 @@ inline void score_block(DType weight_type, int64_t rows, int64_t hidden, int64_t
       if (with_bias) dot = float(dot) + float(bias[first + v]);
       raw.push_back(rounding == Rounding::kNone ? dot : stored(dot, rounding == Rounding::kBFloat16 ? BF16 : F16));
     }
-    const Row reference(raw, labels[t] - first, got.k[t], head);
+    const HeadSpec own{head.logit_scale, head.softcap, tempered ? head.temperature / inverse[t] : head.temperature};
+    const Row reference(raw, labels[t] - first, got.k[t], own);
     const double gemm = hidden > 1024 ? 4 * unit(F32) * size * std::fabs(head.logit_scale) : 0;  // added up in several parts
     expect(final ? got.k[t] == start[t] : got.k[t] >= start[t], "k is raised or kept");
     if (!final) reference.compare_sums(got.sums, t, rows, outputs, F32, gemm);

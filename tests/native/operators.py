@@ -41,6 +41,7 @@ class Tile:
     first: int = 0
     outputs: int = 0
     rounding: int = 0
+    inverse_temperature: Tensor | None = None
 
     def run(self, ops) -> None:
         ops.tile_pass(
@@ -52,6 +53,7 @@ class Tile:
             self.sums,
             self.mix,
             self.at_target,
+            self.inverse_temperature,
             self.logit_scale,
             self.softcap,
             self.temperature,
@@ -95,6 +97,8 @@ def expected_tile(t: Tile) -> Expected:
         squared = torch.tanh(z / t.softcap).square()
         z = t.softcap * torch.tanh(z / t.softcap)
     z = z / t.temperature
+    if t.inverse_temperature is not None:
+        z = z * t.inverse_temperature.double()[:, None]
     column = torch.arange(width, device=z.device) + t.first
     at = column == t.labels[:, None]
     others = z.masked_fill(at, -math.inf)

@@ -48,6 +48,8 @@ BAD_TILES = {
     "mix must not be given with sums": {"mix": torch.zeros(2, 4)},
     "mix must have size 2": {"mix": torch.zeros(3, 4), "sums": None},
     "at_target must be float32": {"at_target": torch.zeros(4, dtype=F64)},
+    "inverse_temperature must be float32": {"inverse_temperature": torch.ones(4, dtype=F64)},
+    "inverse_temperature must have size 4": {"inverse_temperature": torch.ones(3)},
     "logit_scale must be finite": {"logit_scale": math.nan},
     "softcap must be finite and >= 0, got -1": {"softcap": -1.0},
     "temperature must be finite and > 0, got 0": {"temperature": 0.0},
@@ -163,13 +165,13 @@ def test_bad_argument_of_the_operators_of_cpus():
         ops.pack_rows(x, ones, tokens)
     numbers = (1.0, 0.0, 1.0, 0, 0, 0)
     with pytest.raises(RuntimeError, match="start must be given with sums, got None"):
-        ops.score_block(tokens, w, None, labels, None, ones, new_sums(3), None, None, *numbers)
+        ops.score_block(tokens, w, None, labels, None, ones, new_sums(3), None, None, None, *numbers)
     with pytest.raises(RuntimeError, match="packed must have 64 elements, got 256"):
-        ops.score_block(rows, w, None, labels, None, ones, None, None, gradient, *numbers)
+        ops.score_block(rows, w, None, labels, None, ones, None, None, None, gradient, *numbers)
     with pytest.raises(RuntimeError, match="bias must have an entry for each of the columns 0 to 5, got 4"):
-        ops.score_block(tokens, w, torch.zeros(4), labels, None, ones, None, None, gradient, *numbers)
+        ops.score_block(tokens, w, torch.zeros(4), labels, None, ones, None, None, None, gradient, *numbers)
     with pytest.raises(RuntimeError, match="gradient must have 15 elements, got 12"):
-        ops.score_block(tokens, w, None, labels, None, ones, None, None, gradient[:4].contiguous(), *numbers)
+        ops.score_block(tokens, w, None, labels, None, ones, None, None, None, gradient[:4].contiguous(), *numbers)
     with pytest.raises(RuntimeError, match="weight must be float32, bfloat16 or float16, got float64"):
         ops.grad_hidden(gradient, w.double(), torch.zeros(3, 4))
     with pytest.raises(RuntimeError, match="dhidden must be float32, got bfloat16"):

@@ -121,7 +121,7 @@ def test_tile_pass(dtype, head, n, w, seed, peak, bias):
         sums, raised = schemas.new_sums(n, source.device), k.clone()
         into = source.clone() if destination is not None and destination.shape == source.shape else source
         out = into if destination is not None else None  # in place
-        ops.tile_pass(into, out, b, labels, raised, sums, None, None, *numbers(head), first, 15, 0)
+        ops.tile_pass(into, out, b, labels, raised, sums, None, None, None, *numbers(head), first, 15, 0)
         assert_sums(sums, k, raised, lambda kk: Reference(raw, labels, head, kk, first), acc)
         assert (raised >= k).all()
         if out is not None:
@@ -145,7 +145,7 @@ def test_tile_pass_carries_sums_over_blocks_and_raises_k_late():
     sums, raised = schemas.new_sums(6, raw.device), k.clone()
     for first in range(0, 4000, 1300):
         part = raw[:, first : first + 1300].float()
-        ops.tile_pass(part, None, None, labels, raised, sums, None, None, 1.0, 0.0, 1.0, first, 15, 0)
+        ops.tile_pass(part, None, None, labels, raised, sums, None, None, None, 1.0, 0.0, 1.0, first, 15, 0)
     assert (raised > k).any() and (raised == k).any()
     raw = raw.float().double()
     assert_sums(sums, k, raised, lambda kk: Reference(raw, labels, HeadSpec(), kk, 0), torch.float32)
@@ -159,7 +159,7 @@ def test_tile_pass_gives_the_same_bits_whatever_else_is_asked_for(dtype, peak, w
     results = []
     for outputs, out in ((0, None), (15, None), (0, torch.empty_like(source)), (15, source)):
         sums, raised = schemas.new_sums(6, source.device), k.clone()
-        ops.tile_pass(source, out, None, labels, raised, sums, None, None, 1.0, 0.0, 1.0, 3, outputs, 0)
+        ops.tile_pass(source, out, None, labels, raised, sums, None, None, None, 1.0, 0.0, 1.0, 3, outputs, 0)
         results.append((sums[0], raised))
     for sums, raised in results[1:]:
         assert torch.equal(sums, results[0][0]) and torch.equal(raised, results[0][1])
@@ -170,7 +170,7 @@ def test_tile_pass_rounds_logits_on_request(rounding, dtype):
     source, labels, k = make(4, 300, torch.float32, 0)
     bias = torch.randn(303)
     sums, out = schemas.new_sums(4, source.device), torch.empty(4, 300)
-    ops.tile_pass(source, out, bias, labels, k, sums, None, None, 1.0, 0.0, 1.0, 3, 15, rounding)
+    ops.tile_pass(source, out, bias, labels, k, sums, None, None, None, 1.0, 0.0, 1.0, 3, 15, rounding)
     raw = (source + bias[3:]).to(dtype).double()
     assert_sums(sums, k, k, lambda kk: Reference(raw, labels, HeadSpec(), kk, 3), torch.float32)
 
@@ -181,7 +181,7 @@ def test_tile_pass_of_a_known_row_mixes_and_writes_the_target(head):
     labels[:2] = 700
     mix, at_target = torch.randn(2, 5), torch.randn(5)
     out = torch.empty(5, 1500)
-    ops.tile_pass(source, out, None, labels, k, None, mix, at_target, *numbers(head), 3, 0, 0)
+    ops.tile_pass(source, out, None, labels, k, None, mix, at_target, None, *numbers(head), 3, 0, 0)
     ref = Reference(source.double(), labels, head, k, 3)
     want = ref.e * ref.slope * (mix[0].double()[:, None] + mix[1].double()[:, None] * ref.d)
     want = torch.where(ref.inside, at_target.double()[:, None], want)
@@ -198,9 +198,11 @@ def test_tile_pass_leaves_out_the_slope_on_request(outputs, destination):
     labels[:2] = 700
     want, got = torch.empty(5, 1500), torch.empty(5, 1500, dtype=destination)
     plain = HeadSpec(softcap=HEADS[2].softcap)
-    ops.tile_pass(source, got, None, labels, k, schemas.new_sums(5, k.device), None, None, *numbers(plain), 3, outputs, 0)
+    ops.tile_pass(source, got, None, labels, k, schemas.new_sums(5, k.device), None, None, None, *numbers(plain), 3, outputs, 0)
     capped = plain.apply(source)
-    ops.tile_pass(capped, want, None, labels, k.clone(), schemas.new_sums(5, k.device), None, None, 1.0, 0.0, 1.0, 3, 0, 0)
+    ops.tile_pass(
+        capped, want, None, labels, k.clone(), schemas.new_sums(5, k.device), None, None, None, 1.0, 0.0, 1.0, 3, 0, 0
+    )
     torch.testing.assert_close(got.float(), want, rtol=1e-5 + torch.finfo(destination).eps, atol=1e-6)
 
 
@@ -209,10 +211,10 @@ def test_tile_pass_writes_16_bit_rows_where_32_bit_rows_start():
     k -= 1
     want = torch.empty(7, 2048, dtype=torch.bfloat16)
     sums = schemas.new_sums(7, source.device)
-    ops.tile_pass(source.clone(), want, None, labels, k.clone(), sums, None, None, 1.0, 0.0, 1.0, 3, 0, 0)
+    ops.tile_pass(source.clone(), want, None, labels, k.clone(), sums, None, None, None, 1.0, 0.0, 1.0, 3, 0, 0)
     source = source.contiguous()
     in_place = source.view(torch.bfloat16)[:, :2048]
-    ops.tile_pass(source, in_place, None, labels, k, sums, None, None, 1.0, 0.0, 1.0, 3, 0, 0)
+    ops.tile_pass(source, in_place, None, labels, k, sums, None, None, None, 1.0, 0.0, 1.0, 3, 0, 0)
     assert torch.equal(in_place, want)
 
 
@@ -221,7 +223,7 @@ def test_a_row_with_nan_or_infinite_logits_ends():
     source[0, 7] = torch.nan
     source[1, 4999] = torch.inf
     labels, k, sums = torch.tensor([1, 2, 3]), torch.zeros(3), schemas.new_sums(3, source.device)
-    ops.tile_pass(source, source, None, labels, k, sums, None, None, 1.0, 0.0, 1.0, 0, 15, 0)
+    ops.tile_pass(source, source, None, labels, k, sums, None, None, None, 1.0, 0.0, 1.0, 0, 15, 0)
     assert sums[0, :2].isnan().all() and sums[0, 2].isfinite()
 
 
@@ -256,10 +258,10 @@ def test_score_block(weight_dtype, n, vocab, hidden, seed, head, gap, outputs, b
     ops.pack_tokens(x, packed)
     gradient = torch.empty(vocab * n, dtype=torch.bfloat16)
     sums, raised = schemas.new_sums(n, x.device), k.clone()
-    ops.score_block(packed, w, b, labels, k, raised, sums, None, gradient, *numbers(head), 0, outputs, 0)
+    ops.score_block(packed, w, b, labels, k, raised, sums, None, None, gradient, *numbers(head), 0, outputs, 0)
     if not outputs:
         full = schemas.new_sums(n, x.device)
-        ops.score_block(packed, w, b, labels, k, k.clone(), full, None, None, *numbers(head), 0, 15, 0)
+        ops.score_block(packed, w, b, labels, k, k.clone(), full, None, None, None, *numbers(head), 0, 15, 0)
         torch.testing.assert_close(sums[0], full[0], rtol=0, atol=0) if not bool((raised != k).any()) else None
         sums[1:] = full[1:]
     # the float32 GEMM's own rounding: hidden terms of size |x| |w|
@@ -276,7 +278,7 @@ def test_score_block(weight_dtype, n, vocab, hidden, seed, head, gap, outputs, b
     again, k_again = schemas.new_sums(n, x.device), k.clone()
     for v in range(0, vocab, 2 * schemas.SPAN):
         here = w[v : v + 2 * schemas.SPAN]
-        ops.score_block(packed, here, b, labels, k, k_again, again, None, None, *numbers(head), v, outputs, 0)
+        ops.score_block(packed, here, b, labels, k, k_again, again, None, None, None, *numbers(head), v, outputs, 0)
     assert torch.equal(again[0], sums[0]) and torch.equal(k_again, raised)
 
     dhidden = torch.randn(n, hidden, generator=g)
@@ -319,7 +321,7 @@ def test_score_block_is_the_same_for_any_number_of_threads():
             torch.set_num_threads(threads)
             sums, gradient = schemas.new_sums(70, x.device), torch.empty(3000 * 70, dtype=torch.bfloat16)
             dhidden, k = torch.zeros(70, 64), torch.zeros(70)
-            ops.score_block(packed, w, None, labels, torch.zeros(70), k, sums, None, gradient, 1.0, 0.0, 1.0, 0, 15, 0)
+            ops.score_block(packed, w, None, labels, torch.zeros(70), k, sums, None, None, gradient, 1.0, 0.0, 1.0, 0, 15, 0)
             ops.grad_hidden(gradient, w, dhidden)
             results.append((sums, gradient, k))
     finally:
@@ -401,7 +403,15 @@ def test_bad_arguments_are_named():
 
     def call(**changes):
         given = {"source": x, "destination": None, "bias": None, "labels": labels, "k": k, "sums": sums, "mix": None}
-        given |= {"at_target": None, "logit_scale": 1.0, "softcap": 0.0, "temperature": 1.0, "first": 0, "outputs": 0}
+        given |= {
+            "at_target": None,
+            "inverse_temperature": None,
+            "logit_scale": 1.0,
+            "softcap": 0.0,
+            "temperature": 1.0,
+            "first": 0,
+            "outputs": 0,
+        }
         ops.tile_pass(**(given | {"rounding": 0} | changes))
 
     for name, value in {
@@ -413,6 +423,7 @@ def test_bad_arguments_are_named():
         "sums": sums.float(),
         "mix": torch.zeros(3, 2),
         "at_target": torch.zeros(1),
+        "inverse_temperature": torch.ones(3),
         "rounding": 3,
     }.items():
         with pytest.raises(RuntimeError, match=name):

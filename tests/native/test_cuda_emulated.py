@@ -74,6 +74,17 @@ def test_tile_pass_applies_the_head(ops, head, source):
         run_and_check(ops, tile)
 
 
+@pytest.mark.parametrize("head", [{}, {"logit_scale": -0.5}, {"logit_scale": 1.3, "softcap": 2.0}], ids=str)
+@pytest.mark.parametrize("source", [F32, F64])
+def test_tile_pass_at_one_temperature_per_row(ops, head, source):
+    """The last row's logits are far apart, so its offset is raised."""
+    for sums in (True, False):
+        inverse = torch.tensor([1.0, 0.3, 2.5, 40.0 if sums else 0.5], dtype=F64 if source == F64 else F32)
+        tile = make_tile(4, 777, source, F32, bias=F32, sums=sums, outputs=EVERYTHING, **head)
+        tile.inverse_temperature = inverse
+        run_and_check(ops, tile)
+
+
 @pytest.mark.parametrize("first", [0, 1001])
 @pytest.mark.parametrize("source", [F32, BF16])
 def test_tile_pass_with_the_label_anywhere(ops, first, source):

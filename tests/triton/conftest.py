@@ -27,9 +27,10 @@ def replace_in_backend(monkeypatch: pytest.MonkeyPatch, name: str, value: Any) -
     """Replaces a name in the modules of the backend, of torch's blockwise algorithm, and of the mathematics that both share."""
     from logitless.kernels.backends.torch import blockwise
     from logitless.kernels.backends.triton import products, recompute, score, tile_gradients
+    from logitless.kernels.backends.triton.tuning import lookup
     from logitless.kernels.tile import factors, targets, unit
 
-    modules = blockwise, factors, products, recompute, score, targets, tile_gradients, unit
+    modules = blockwise, factors, lookup, products, recompute, score, targets, tile_gradients, unit
     having = [module for module in modules if hasattr(module, name)]
     assert having
     for module in having:

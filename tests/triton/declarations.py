@@ -35,12 +35,14 @@ from logitless.kernels.backends.triton.targets import target_logit_and_slope
 from logitless.kernels.backends.triton.tuning.configs import table
 from logitless.kernels.core.blocking import VOCAB_BLOCK
 from logitless.kernels.core.dtypes import accumulate_dtype
+from logitless.kernels.core.row_head import RowHead
 from logitless.kernels.core.stats import OPTIONAL_OUTPUTS, CoreOptions
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 TYPES = {name: dtype for dtype, name in NAMES.items()}
 N, W, H = 64, 512, 128
 PLAIN, CAPPED = ll.HeadSpec(), ll.HeadSpec(softcap=30.0)
+TEMPERED, TEMPERED_CAPPED = (RowHead(softcap=cap, inverse_temperature=torch.ones(N)) for cap in (None, 30.0))
 EVERYTHING = frozenset(OPTIONAL_OUTPUTS)
 
 
@@ -95,6 +97,8 @@ def elementwise_launches() -> dict[str, Launch]:
         add(f"target_raw_{name}", TRITON_PASSES.target_logits, *given)
         add(f"target_plain_{name}", target_logit_and_slope, *given, PLAIN)
         add(f"target_softcap_{name}", target_logit_and_slope, *given, CAPPED)
+        if acc == torch.float32:
+            add(f"target_tempered_{name}", target_logit_and_slope, *given, TEMPERED)
         add(f"finish_rows_{name}", finish_rows, values, per_row, per_row, weight, labels, dtype)
         tile = zeros(N, 32 * VOCAB_BLOCK, dtype=dtype)
         add(f"finish_tile_{name}", TRITON_PASSES.finish_tile, tile, [per_row] * 32, labels, per_row, VOCAB_BLOCK)
@@ -110,7 +114,7 @@ def elementwise_launches() -> dict[str, Launch]:
         add(f"gae_masked_{name}", TRITON_PASSES.gae, values, values, bounds, mask, 1.0, 0.9, last, dtype)
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         k = zeros(N, dtype=accumulate_dtype(dtype))
-        for softcap, head in (("", PLAIN), ("_softcap", CAPPED)):
+        for softcap, head in (("", PLAIN), ("_softcap", CAPPED), ("_softcap_tempered", TEMPERED_CAPPED)):
             tile, mix = zeros(N, W, dtype=dtype), zeros(2, N, dtype=k.dtype)
             add(f"mix_tile{softcap}_{NAMES[dtype]}", TRITON_PASSES.mix_tile_, tile, mix, k, head, CoreOptions())
     span = labels, 0, VOCAB_BLOCK
@@ -124,7 +128,8 @@ def elementwise_launches() -> dict[str, Launch]:
         k = zeros(N, dtype=accumulate_dtype(source))
         raw, tile = zeros(N, VOCAB_BLOCK, dtype=source), zeros(N, VOCAB_BLOCK, dtype=destination)
         logits = Logits(zeros(N, H, dtype=source), zeros(VOCAB_BLOCK, H, dtype=source), None, "auto")
-        for softcap, head in (("", PLAIN), ("_softcap", CAPPED)):
+        heads = {"": PLAIN, "_softcap": CAPPED, "_tempered": TEMPERED, "_softcap_tempered": TEMPERED_CAPPED}
+        for softcap, head in heads.items():
             end = f"{NAMES[source]}_{NAMES[destination]}{softcap}"
             for name, outputs, to in (("sums", frozenset(), None), ("tile", frozenset(), tile), ("all", EVERYTHING, tile)):
                 add(f"scan_{name}_{end}", TRITON_PASSES.scan_block, logits, head, CoreOptions(outputs), raw, to, k, k, *span)
@@ -161,13 +166,18 @@ def gemm_launches(config: GemmConfig, dtype: str, unaligned: bool) -> dict[str, 
 
     score(("score_logps", "combine_only"), None, None, stats, None, PLAIN, plain)
     score(("score_tile", ""), None, None, stats, None, PLAIN, plain, gradient=tile)
+    score(("score_logps_tempered", ""), None, None, stats, None, TEMPERED, plain)
+    score(("score_tile_tempered", ""), None, None, stats, None, TEMPERED, plain, gradient=tile)
     score(("score_all", "combine_first"), bias, sums, None, None, PLAIN, everything, gradient=tile)
     score(("score_all_softcap", "combine_last"), bias, sums, stats, top1, CAPPED, everything, gradient=tile, first=64)
+    score(("score_all_softcap_tempered", ""), bias, sums, None, None, TEMPERED_CAPPED, everything, gradient=tile)
     for name, head in (
         ("recompute_plain", PLAIN),
         ("recompute_plain_softcap", CAPPED),
         ("recompute_all", PLAIN),
         ("recompute_all_softcap", CAPPED),
+        ("recompute_plain_tempered", TEMPERED),
+        ("recompute_all_softcap_tempered", TEMPERED_CAPPED),
     ):
         full = name.startswith("recompute_all")
         optional = (bias if full else None, labels, row, torch.zeros(2, N) if full else None, row if full else None, row)

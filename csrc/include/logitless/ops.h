@@ -72,7 +72,8 @@ struct TilePass {
   int64_t sums_stride;
   const void* mix;  // (2, tokens) acc of source, or null
   int64_t mix_stride;
-  const void* at_target;  // (tokens,) acc of source, or null: 0
+  const void* at_target;            // (tokens,) acc of source, or null: 0
+  const void* inverse_temperature;  // (tokens,) acc of source: what z is multiplied by; or null: 1
   HeadSpec head;
   int64_t first;
   int64_t tokens, width;

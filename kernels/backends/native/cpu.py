@@ -17,6 +17,7 @@ from ...core.blocking import blocks
 from ...core.dtypes import rounding
 from ...core.head_spec import HeadSpec
 from ...core.head_weight import HeadRows
+from ...core.row_head import head_rows, inverse_temperature
 from ...core.stats import CoreOptions, RowStats
 from ...operators.loading import has_bf16_gemm
 from ...operators.schemas import SPAN, new_sums, packed_rows_size, packed_tokens_size
@@ -108,7 +109,8 @@ def score(
     for r0, r1 in blocks(max(1, len(x)), tokens):
         r1 = min(r1, len(x))
         rows = None if dhidden is None else dhidden[r0:r1]
-        parts.append(_score(x[r0:r1], weight, bias, labels[r0:r1], head, options, tile, rows, width))
+        own = head_rows(head, slice(r0, r1))
+        parts.append(_score(x[r0:r1], weight, bias, labels[r0:r1], own, options, tile, rows, width))
     stats = RowStats.cat(parts)
     stats.unit_dhidden = dhidden
     return stats
@@ -135,7 +137,8 @@ def _score(
     for v0, v1 in blocks(vocab, vocab if dhidden is None else width):
         before = raised.clone()
         block, g = weight[v0:v1], None if gradient is None else gradient[: (v1 - v0) * n]
-        _ops.score_block(packed, block, bias, labels, k, raised, sums, None, g, *numbers, v0, *how)
+        own = inverse_temperature(head)
+        _ops.score_block(packed, block, bias, labels, k, raised, sums, None, own, g, *numbers, v0, *how)
         if dhidden is not None:
             if not torch.equal(before, raised):
                 dhidden.mul_((before - raised).exp_()[:, None])
@@ -253,6 +256,7 @@ def recompute_gradients(
                 stats.k[rows],
                 None,
                 None if mix is None else mix[:, rows].contiguous(),
+                inverse_temperature(head_rows(head, rows)),
                 gradient,
                 *head_numbers(head),
                 v0,

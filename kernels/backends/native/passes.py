@@ -10,6 +10,7 @@ from torch import Tensor
 from ...core.dtypes import accumulate_dtype, rounding
 from ...core.head_spec import HeadSpec
 from ...core.head_weight import HeadRows
+from ...core.row_head import inverse_temperature
 from ...core.stats import CoreOptions
 from ...operators.schemas import MARGIN_FUNCTIONS, new_sums
 from ...tile.sums import BlockSums
@@ -78,6 +79,7 @@ def scan_block(
         sums,
         None,
         None,
+        inverse_temperature(head),
         *head_numbers(head),
         v0,
         output_bits(options),
@@ -113,6 +115,7 @@ def gradient_block(
         None,
         None if mix is None else mix.contiguous(),
         at_target,
+        inverse_temperature(head),
         *head_numbers(head),
         v0,
         0,

@@ -13,10 +13,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...core.blocking import VOCAB_BLOCK, block_shape, blocks, weight_block
+from ...core.blocking import MOST_ROWS, ROW_MULTIPLE, VOCAB_BLOCK, block_shape, blocks, weight_block
 from ...core.dtypes import accumulate_dtype, gemm_dtype, logits_gemm_dtype
 from ...core.head_spec import HeadSpec
 from ...core.head_weight import HeadRows
+from ...core.row_head import head_rows
 from ...core.stats import CoreOptions, RowStats
 from ...tile.factors import FP16_SCALE, add_bias_gradient, block_dtype, for_gemm, gradient_factors, rounding_of, scale_rows
 from ...tile.head_gradient import HeadGradient
@@ -44,7 +45,10 @@ def score(
     # One partition for all modes: a GEMM's rounding may depend on its shape, and a token's logps must not depend on whether
     # its gradient is wanted (identical policy and reference give exactly ln 2).
     size = 4 if x.is_cuda else logits_gemm_dtype(x.dtype, x.device, options.precision).itemsize
-    rows, width = block_shape(len(x), len(weight), 2 * size, options.workspace)
+    rows, width = block_shape(len(x), len(weight), 2 * size, options.workspace, options.batch_invariant)
+    multiple = 1
+    if options.batch_invariant:  # how a GPU's library computes may depend on any number of rows
+        rows, multiple = (rows, rows) if x.is_cuda else (min(rows, MOST_ROWS), ROW_MULTIPLE)
     dhidden = None
     if unit_dhidden:
         dhidden = torch.zeros(x.shape, dtype=accumulate_dtype(x.dtype), device=x.device)
@@ -52,7 +56,8 @@ def score(
     for r0, r1 in blocks(max(1, len(x)), rows):
         rows_of_tile = None if tile is None else tile[r0:r1]
         rows_of_dhidden = None if dhidden is None else dhidden[r0:r1]
-        here = x[r0:r1], weight, bias, labels[r0:r1], head, options, width, rows_of_tile, rows_of_dhidden
+        tempered = head_rows(head, slice(r0, r1))
+        here = x[r0:r1], weight, bias, labels[r0:r1], tempered, options, width, multiple, rows_of_tile, rows_of_dhidden
         chunks.append(_score_rows(*here, passes))
     stats = RowStats.cat(chunks)
     stats.unit_dhidden = dhidden
@@ -67,16 +72,17 @@ def _score_rows(
     head: HeadSpec,
     options: CoreOptions,
     width: int,
+    multiple: int,  # of how many rows every GEMM is
     tile: Tensor | None,  # (N, V), written
     dhidden: Tensor | None,  # (N, H) zeros, gets d logps / d hidden
     passes: ElementWise,
 ) -> RowStats:
     n, vocab = len(x), len(weight)
-    logits = Logits(x, weight, bias, options.precision)
+    logits = Logits(x, weight, bias, options.precision, multiple)
     zy, k, ty = target_logit_and_slope(passes.target_logits(x, weight, bias, labels, options.precision), head)
     grad_dtype = gemm_dtype(x.dtype, x.device)
     in_tile = tile is not None and tile.dtype == logits.dtype
-    scratch = None if in_tile else torch.empty((n, width), dtype=logits.dtype, device=x.device)
+    scratch = None if in_tile else torch.empty((logits.rows, width), dtype=logits.dtype, device=x.device)
     g_block = None
     if dhidden is not None and (logits.dtype != grad_dtype or grad_dtype == torch.float16):
         g_block = torch.empty((n, width), dtype=block_dtype(grad_dtype), device=x.device)
@@ -87,12 +93,12 @@ def _score_rows(
         destination: Tensor | None
         if tile is not None:
             destination = tile[:, v0:v1]
-            source = destination if scratch is None else scratch[:, :w]
+            source = destination if scratch is None else scratch[:n, :w]
         else:
             assert scratch is not None
-            source = scratch[:, :w]
+            source = scratch[:n, :w]
             destination = None if dhidden is None else source if g_block is None else g_block[:, :w]
-        logits.block(v0, v1, source)
+        logits.block(v0, v1, source if scratch is None else scratch[:, :w])
         part = passes.scan_block(logits, head, options, source, destination, zy, k, labels, v0, v1)
         parts.append(part)
         if dhidden is not None:
@@ -219,7 +225,7 @@ def recompute_gradients(
             here = slice(r0, r1)
             passes.gradient_block(
                 logits,
-                head,
+                head_rows(head, here),
                 options,
                 source,
                 g,

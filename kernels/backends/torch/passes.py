@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -11,6 +12,7 @@ from ...core.blocking import ROW_ELEMENTS, blocks, weight_block
 from ...core.dtypes import accumulate_dtype, logits_gemm_dtype
 from ...core.head_spec import HeadSpec
 from ...core.head_weight import HeadRows
+from ...core.row_head import head_rows
 from ...core.stats import CoreOptions
 from ...tile.sums import FLOOR, RAISE_ABOVE, BlockSums
 from ..interface import ElementWise
@@ -23,9 +25,13 @@ from .segments import segment_sum
 class Logits:
     """Makes blocks of raw logits for some tokens, in float32 where the hardware makes that cheap."""
 
-    def __init__(self, x: Tensor, weight: Tensor | HeadRows, bias: Tensor | None, precision: str) -> None:
+    def __init__(self, x: Tensor, weight: Tensor | HeadRows, bias: Tensor | None, precision: str, multiple: int = 1) -> None:
+        """``multiple``: of how many rows every GEMM is; the last ones may be padding, or be computed twice."""
         self.operand = logits_gemm_dtype(x.dtype, x.device, precision)
         self.x, self.weight, self.bias = x.to(self.operand), weight, bias
+        self.multiple = multiple
+        if multiple > 1:
+            self.x = self.x.contiguous()  # a BLAS reads transposed operands by other kernels
         self.acc = accumulate_dtype(x.dtype)
         self.model_dtype = x.dtype
         self.match = precision == "match" and x.dtype.itemsize == 2
@@ -33,13 +39,41 @@ class Logits:
         self.wide = x.is_cuda and self.operand.itemsize == 2 and not self.match
         self.dtype = self.acc if self.wide else self.operand
 
+    @property
+    def rows(self) -> int:
+        """N, rounded up to the multiple."""
+        return -(-len(self.x) // self.multiple) * self.multiple
+
+    @functools.cached_property
+    def _padded(self) -> Tensor:
+        """x with rows of 0 up to the multiple, (rows, H)."""
+        return torch.nn.functional.pad(self.x, (0, 0, 0, self.rows - len(self.x)))
+
     def block(self, v0: int, v1: int, out: Tensor) -> None:
-        """Write ``x @ weight[v0:v1].T`` (N, v1 - v0), in ``self.dtype`` and without bias, to ``out``."""
+        """Write ``x @ weight[v0:v1].T`` (N, v1 - v0), in ``self.dtype`` and without bias, to ``out``.
+
+        ``out`` has N rows, or ``rows``: those beyond N get anything.
+        """
         w = weight_block(self.weight, v0, v1, self.operand).t()
-        if self.wide:
-            torch.mm(self.x, w, out_dtype=self.acc, out=out)
+        n = len(self.x)
+        if n % self.multiple == 0:
+            self._multiply(self.x, w, out)
+        elif len(out) == self.rows:
+            self._multiply(self._padded, w, out)
+        elif n > self.multiple:  # two GEMMs that have rows in common: no memory for padding
+            half = -(-n // (2 * self.multiple)) * self.multiple
+            self._multiply(self.x[:half], w, out[:half])
+            self._multiply(self.x[n - half :], w, out[n - half :])
         else:
-            torch.mm(self.x, w, out=out)
+            product = torch.empty((self.rows, v1 - v0), dtype=out.dtype, device=out.device)
+            self._multiply(self._padded, w, product)
+            out.copy_(product[:n])
+
+    def _multiply(self, x: Tensor, w: Tensor, out: Tensor) -> None:
+        if self.wide:
+            torch.mm(x, w, out_dtype=self.acc, out=out)
+        else:
+            torch.mm(x, w, out=out)
 
     def wide_bias(self) -> Tensor | None:
         """The bias (V,) in the dtype of the sums, contiguous."""
@@ -103,7 +137,7 @@ def scan_block(
         overflowed = inside  # of the first attempt
         for attempt in range(2):
             logits.load(source[r0:r1], z, v0, v1)
-            squared = head.transform_(z)
+            squared = head_rows(head, slice(r0, r1)).transform_(z)
             if attempt == 0 and sums.z is not None:
                 torch.sum(z, dim=1, out=sums.z[r0:r1])
             target = z.gather(1, column)
@@ -182,7 +216,7 @@ def gradient_block(
     for r0, r1 in blocks(n, step):
         z = buffer[: r1 - r0]
         logits.load(source[r0:r1], z, v0, v1)
-        squared = head.transform_(z)
+        squared = head_rows(head, slice(r0, r1)).transform_(z)
         z.sub_(k[r0:r1, None])
         if mix is None:
             z.exp_()

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.head_spec import HeadSpec
+from ...core.row_head import inverse_temperature
 from ...core.stats import CoreOptions
 from .launch import Launch
 from .math import FLOOR, converted, exact
@@ -16,11 +17,12 @@ from .math import FLOOR, converted, exact
 BLOCK = 2048
 
 
-@triton.jit(do_not_specialize=["mix", "k", "mix_stride"])
+@triton.jit(do_not_specialize=["mix", "k", "inverse", "mix_stride"])
 def mix_tile_kernel(
     tile,  # (N, V), updated
     mix,  # (2, N)
     k,  # (N,)
+    inverse,  # (N,) inverse temperatures of the rows, or None
     inverse_cap: tl.float64,
     tile_stride,
     mix_stride,
@@ -38,7 +40,10 @@ def mix_tile_kernel(
     constant = tl.load(mix + row)
     linear = tl.load(mix + row + mix_stride)
     if SOFTCAP:
-        t = (d + tl.load(k + row)) * exact(inverse_cap, ACC)
+        to_tanh = exact(inverse_cap, ACC)
+        if inverse is not None:
+            to_tanh /= tl.load(inverse + row)
+        t = (d + tl.load(k + row)) * to_tanh
         e -= e * tl.minimum(t * t, 1.0)
     g = tl.where(e == 0, 0.0, e * (constant + linear * d))
     tl.store(at, converted(g, tile.dtype.element_ty), mask=column < columns)
@@ -58,6 +63,7 @@ def mix_tile_launch(
             "tile": tile,
             "mix": mix,
             "k": k.contiguous(),
+            "inverse": inverse_temperature(head),
             "inverse_cap": 0.0 if head.softcap is None else head.temperature / head.softcap,
             "tile_stride": tile.stride(0),
             "mix_stride": mix.stride(0),

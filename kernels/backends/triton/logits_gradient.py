@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.head_spec import HeadSpec
+from ...core.row_head import inverse_temperature
 from ...core.stats import CoreOptions
 from ..torch.passes import Logits
 from .launch import Launch
@@ -20,7 +21,7 @@ PIECE, PIECE_ELEMENTS = 2048, 16
 SUM_ROWS, SUM_COLUMNS = 32, 64
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["inverse", "first"])
 def logits_gradient_kernel(
     source,  # (N, W)
     destination,  # (N, W)
@@ -29,6 +30,7 @@ def logits_gradient_kernel(
     k,  # (N,)
     mix,  # (2, N) or None
     at_target,  # (N,) or None
+    inverse,  # (N,) inverse temperatures of the rows, or None
     source_stride,
     destination_stride,
     bias_stride,
@@ -45,6 +47,9 @@ def logits_gradient_kernel(
     ACC: tl.constexpr = k.dtype.element_ty
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     scale, cap = exact(scale, ACC), exact(cap, ACC)
+    if inverse is not None:
+        own = tl.load(inverse + row)
+        scale, cap = (scale, cap * own) if SOFTCAP else (scale * own, cap)
     z, slope = load_logits(source + row * source_stride, bias, bias_stride, column, width, scale, cap, ACC, SOFTCAP, MATCH)
     distance = z - tl.load(k + row)
     g = tl.exp(distance)
@@ -111,6 +116,7 @@ def logits_gradient_launch(
             "k": k.contiguous(),
             "mix": mix,
             "at_target": None if at_target is None else at_target.contiguous(),
+            "inverse": inverse_temperature(head),
             "source_stride": source.stride(0),
             "destination_stride": destination.stride(0),
             "bias_stride": 1 if bias is None else bias.stride(0),

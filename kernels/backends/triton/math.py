@@ -20,9 +20,12 @@ TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: 
 
 
 def scale_and_cap(head: HeadSpec) -> tuple[float, float]:
-    """The numbers ``scale`` and ``cap`` that :func:`transform` takes for a head; ``cap`` is unused without a soft-cap."""
+    """The numbers ``scale`` and ``cap`` that :func:`transform` takes for a head; ``cap`` is unused without a soft-cap.
+
+    A row with a temperature of its own multiplies ``cap``, or ``scale`` without a soft-cap, by its inverse temperature.
+    """
     if head.softcap is None:
-        return head.slope, 1.0
+        return head.logit_scale / head.temperature, 1.0
     return head.logit_scale / head.softcap, head.softcap / head.temperature
 
 

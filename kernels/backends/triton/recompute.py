@@ -10,6 +10,7 @@ from torch import Tensor
 from ...core.blocking import blocks
 from ...core.dtypes import gemm_dtype
 from ...core.head_spec import HeadSpec
+from ...core.row_head import head_rows
 from ...core.stats import CoreOptions, RowStats
 from ...tile.factors import add_bias_gradient, for_gemm, gradient_factors, scale_rows
 from ...tile.grad_filter import count_blocks
@@ -20,7 +21,7 @@ from .elementwise import TRITON_PASSES
 from .gemm.launch import recompute_block
 from .launch import unit_columns
 from .products import add_products, gradient_shape, is_wide, weight_rows
-from .tuning.lookup import gemm_config
+from .tuning.lookup import config_of
 
 
 def recompute_gradients(
@@ -46,7 +47,7 @@ def recompute_gradients(
     n, vocab = len(x), len(weight)
     if dhidden is not None:
         dhidden.zero_()
-    config = gemm_config(x.device, x.dtype, n, x.shape[1], vocab, head.softcap is not None)
+    config = config_of(x, vocab, head, options)
     grad_dtype = gemm_dtype(x.dtype, x.device)
     factors = gradient_factors(stats, coefficients, entropy_coefficients, head)
     scale, at_target, mix = for_gemm(*factors, stats, grad_dtype)
@@ -72,7 +73,7 @@ def recompute_gradients(
                 at_target[here] if targets_in_tile(x.device) else None,
                 scale[here],
                 g,
-                head,
+                head_rows(head, here),
                 options,
                 config,
                 first=v0,

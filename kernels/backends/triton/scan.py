@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.head_spec import HeadSpec
+from ...core.row_head import inverse_temperature
 from ...core.stats import CoreOptions
 from ...tile.sums import RAISE_ABOVE, BlockSums
 from ..torch.passes import Logits
@@ -24,7 +25,7 @@ from .logits import label_column, load_logits, matched, warps
 from .math import FLOOR, converted, exact, scale_and_cap
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["inverse", "first"])
 def scan_kernel(
     source,  # (N, W)
     destination,  # (N, W) or None
@@ -39,6 +40,7 @@ def scan_kernel(
     target,
     before,
     after,
+    inverse,  # (N,) inverse temperatures of the rows, or None
     source_stride,
     destination_stride,
     bias_stride,
@@ -61,6 +63,9 @@ def scan_kernel(
         destination += row * destination_stride
     at = label_column(labels, row, first, width)
     scale, cap = exact(scale, ACC), exact(cap, ACC)
+    if inverse is not None:
+        own = tl.load(inverse + row)
+        scale, cap = (scale, cap * own) if SOFTCAP else (scale * own, cap)
     offset = tl.load(k + row)
     zero = tl.full((), 0.0, ACC)
     lowest = tl.full((), float("-inf"), ACC)
@@ -162,6 +167,7 @@ def scan_launch(
             "target": sums.target,
             "before": sums.before,
             "after": sums.after,
+            "inverse": inverse_temperature(head),
             "source_stride": source.stride(0),
             "destination_stride": 0 if destination is None else destination.stride(0),
             "bias_stride": 1 if bias is None else bias.stride(0),

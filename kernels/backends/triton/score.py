@@ -13,6 +13,7 @@ from torch import Tensor
 from ...core.blocking import VOCAB_BLOCK, blocks
 from ...core.dtypes import gemm_dtype
 from ...core.head_spec import HeadSpec
+from ...core.row_head import head_rows
 from ...core.stats import CoreOptions, RowStats
 from ...operators.schemas import new_sums
 from ...tile.factors import block_dtype
@@ -27,7 +28,7 @@ from .gemm.launch import score_block
 from .launch import unit_columns
 from .products import gradient_shape, is_wide, weight_rows
 from .targets import target_logit_and_slope
-from .tuning.lookup import gemm_config
+from .tuning.lookup import config_of
 
 
 def score(
@@ -47,7 +48,7 @@ def score(
         return torch_backend.score(*given, tile=tile, unit_dhidden=unit_dhidden, passes=TRITON_PASSES)
     x, bias, labels = unit_columns(x), None if bias is None else bias.contiguous(), labels.contiguous()
     n, vocab = len(x), len(weight)
-    config = gemm_config(x.device, x.dtype, n, x.shape[1], vocab, head.softcap is not None)
+    config = config_of(x, vocab, head, options)
     if unit_dhidden:
         dhidden = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         g_dtype = block_dtype(gemm_dtype(x.dtype, x.device))
@@ -60,7 +61,7 @@ def score(
     chunks = []
     for r0, r1 in blocks(max(1, n), rows):
         r1 = min(r1, n)
-        here = x[r0:r1], weight, bias, labels[r0:r1], head, options, config, width
+        here = x[r0:r1], weight, bias, labels[r0:r1], head_rows(head, slice(r0, r1)), options, config, width
         if dhidden is not None:
             assert g_dtype is not None
             chunks.append(_score_unit(*here, dhidden[r0:r1], g_dtype))

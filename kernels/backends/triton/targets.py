@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...core.dtypes import accumulate_dtype, rounding
 from ...core.head_spec import HeadSpec
+from ...core.row_head import inverse_temperature
 from .launch import Launch
 from .math import converted, exact, rounded, scale_and_cap, transformed
 
@@ -23,7 +24,7 @@ TOKENS = 4
 BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["labels", "zy", "k", "slope", "n", "vocab"])
+@triton.jit(do_not_specialize=["labels", "zy", "k", "slope", "inverse", "n", "vocab"])
 def target_kernel(
     x,  # (N, H)
     weight,  # (V, H)
@@ -32,6 +33,7 @@ def target_kernel(
     zy,  # (N,) the label's logits; raw ones where k is None
     k,  # (N,) or None
     slope,  # (N,), with a soft-cap
+    inverse,  # (N,) inverse temperatures of the rows, or None
     x_stride,
     x_step,  # between columns
     weight_stride,
@@ -70,6 +72,8 @@ def target_kernel(
         tl.store(zy + row, raw, mask=there)
     else:
         z, flatness = transformed(raw, exact(scale, ACC), exact(cap, ACC), SOFTCAP)
+        if inverse is not None:
+            z *= tl.load(inverse + row, mask=there, other=1.0)
         tl.store(zy + row, z, mask=there)
         tl.store(k + row, tl.where(z < -1e30, -1e30, z), mask=there)  # NaN stays
         if slope is not None:
@@ -99,6 +103,7 @@ def target_launch(
             "zy": zy,
             "k": k,
             "slope": slope,
+            "inverse": inverse_temperature(head),
             "x_stride": x.stride(0),
             "x_step": x.stride(1),
             "weight_stride": weight.stride(0),

@@ -21,7 +21,7 @@ from .elementwise import TRITON_PASSES
 from .gemm.config import GemmConfig
 from .launch import unit_columns
 from .products import add_products
-from .tuning.lookup import gemm_config
+from .tuning.lookup import config_of
 
 
 def tile_gradients(
@@ -46,7 +46,7 @@ def tile_gradients(
         return
     x = unit_columns(x)
     n, vocab = tile.shape
-    config = gemm_config(x.device, x.dtype, n, x.shape[1], vocab, head.softcap is not None)
+    config = config_of(x, vocab, head, options)
     grad_dtype = gemm_dtype(x.dtype, x.device)
     factors = gradient_factors(stats, coefficients, entropy_coefficients, head)
     target_values = factors[0] * factors[1]

@@ -19,6 +19,9 @@ struct Head {
         outer(Real(spec.softcap > 0 ? spec.softcap / spec.temperature : 1)),
         capped(spec.softcap > 0) {}
 
+  // Of a token with a temperature of its own.
+  Head(const HeadSpec& spec, Real inverse_temperature) : Head(spec) { (capped ? outer : inner) *= inverse_temperature; }
+
   // slope: 1 - tanh^2, left alone without a soft-cap
   LOGITLESS_INLINE Vec<Real> operator()(Vec<Real> r, Vec<Real>& slope) const {
     if (!capped) return r * inner;

@@ -43,7 +43,8 @@ struct ScoreBlock {
   float* k;               // (tokens,) the k of sums and gradient; raised where a logit is far above it, unless sums is null
   double* sums;           // (kNumSums, tokens) or null
   const float* mix;       // (2, tokens) or null
-  uint16_t* gradient;     // (width, tokens) bfloat16, or null
+  const float* inverse_temperature;  // (tokens,) what z is multiplied by; or null: 1
+  uint16_t* gradient;                // (width, tokens) bfloat16, or null
   HeadSpec head;
   int64_t first;
   int64_t tokens, hidden, width;

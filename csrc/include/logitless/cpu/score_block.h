@@ -76,11 +76,13 @@ class Scorer {
         kept_(p.outputs ? kNumSums : 1),
         k_(padded_),
         labels_(padded_),
+        factors_(p.inverse_temperature ? padded_ : 0),
         sums_(p.sums ? spans_ * kept_ * padded_ : 0),
         raises_(spans_) {
     for (int64_t t = 0; t < padded_; ++t) {
       // exponentials of padding tokens are 0
       k_[t] = t >= p.tokens ? 1e30f : p.sums ? p.start[t] : p.k[t];
+      if (p.inverse_temperature) factors_[t] = t < p.tokens ? p.inverse_temperature[t] : 1;
       labels_[t] = t < p.tokens && p.labels[t] >= p.first && p.labels[t] < p.first + p.width ? int32_t(p.labels[t] - p.first)
                    : t < p.tokens && p.labels[t] < p.first                                   ? -1
                                                                                              : int32_t(p.width);
@@ -210,13 +212,25 @@ class Scorer {
     return found;
   }
 
+  // The head's two factors for a vector of tokens: before a soft-cap's tanh, and after it. See Head.
+  struct Factors {
+    Vec<float> inner, outer;
+  };
+
+  LOGITLESS_INLINE Factors factors(const Unit& u) {
+    Factors f{splat(head_.inner), splat(head_.outer)};
+    if (p_.inverse_temperature) (head_.capped ? f.outer : f.inner) *= load_bits<Vec<float>>(factors_.data() + u.token);
+    return f;
+  }
+
   // The logits of row i of the unit, and their slopes.
   template <bool General>
-  LOGITLESS_INLINE Vec<float> logits(const Unit& u, int64_t i, Vec<float>& slope) const {
+  LOGITLESS_INLINE Vec<float> logits(const Unit& u, int64_t i, const Factors& f, Vec<float>& slope) const {
     Vec<float> r = load_bits<Vec<float>>(u.c + i * u.stride);
-    if (!General) return r * head_.inner;
+    if (!General) return r * f.inner;
     if (p_.bias) r += p_.bias[u.row + i];
-    return head_(rounded(r, p_.rounding), slope);
+    r = rounded(r, p_.rounding);
+    return head_.capped ? tanh<float>(r * f.inner, slope) * f.outer : r * f.inner;
   }
 
   LOGITLESS_INLINE void store(const Unit& u, int64_t i, Vec<float> g) const {
@@ -237,10 +251,11 @@ class Scorer {
   template <bool General, bool HasLabel>
   LOGITLESS_INLINE bool scan(const Unit& u, Int<float> labels, const float* ks, bool certain) {
     const Vec<float> k = load_bits<Vec<float>>(ks + u.token), lowest = splat(-__builtin_inff());
+    const Factors f = factors(u);
     Vec<float> e_sum{}, ez_sum{}, ee_sum{}, z_sum{}, target = lowest, before = lowest, after = lowest;
     for (int64_t i = 0; i < u.height; ++i) {
       Vec<float> slope{};
-      Vec<float> z = logits<General>(u, i, slope);
+      Vec<float> z = logits<General>(u, i, f, slope);
       if (General && (p_.outputs & kWantZ)) z_sum += z;
       if (General && (p_.outputs & kWantTop)) {
         target = labels == int32_t(i) ? z : target;
@@ -273,10 +288,11 @@ class Scorer {
   // Raises k to the unit's maximum for tokens whose sum exceeds kRaiseSum, and rescales the span's sums to it.
   void raise(const Unit& u, Int<float> labels, float* ks) {
     const Vec<float> lowest = splat(-__builtin_inff()), k = load_bits<Vec<float>>(ks + u.token);
+    const Factors f = factors(u);
     Vec<float> top = lowest, sum{};
     for (int64_t i = 0; i < u.height; ++i) {
       Vec<float> slope{};
-      Vec<float> z = logits<true>(u, i, slope);
+      Vec<float> z = logits<true>(u, i, f, slope);
       z = labels == int32_t(i) ? lowest : z;
       top = larger<float>(z, top);
       sum += exp<float>(z - k);
@@ -300,8 +316,9 @@ class Scorer {
     }
   }
 
-  void gradient_only(const Unit& u, Int<float> labels, const float* ks) const {
+  void gradient_only(const Unit& u, Int<float> labels, const float* ks) {
     const Vec<float> k = load_bits<Vec<float>>(ks + u.token), lowest = splat(-__builtin_inff());
+    const Factors f = factors(u);
     Vec<float> mix[2] = {splat(1.0f), Vec<float>{}};
     if (p_.mix) {
       const int count = int(least(p_.tokens - u.token, kLanes));
@@ -309,7 +326,7 @@ class Scorer {
     }
     for (int64_t i = 0; i < u.height; ++i) {
       Vec<float> slope{};
-      Vec<float> z = logits<true>(u, i, slope);
+      Vec<float> z = logits<true>(u, i, f, slope);
       z = labels == int32_t(i) ? lowest : z;
       const Vec<float> d = z - k;
       Vec<float> g = exp<float>(d);
@@ -338,7 +355,8 @@ class Scorer {
   const int64_t padded_, spans_, kept_;
   Buffer<float> k_;
   Buffer<int32_t> labels_;
-  Buffer<float> sums_;  // (spans, kept, padded)
+  Buffer<float> factors_;  // inverse temperatures, padded
+  Buffer<float> sums_;     // (spans, kept, padded)
   Buffer<RaiseList> raises_;
 };
 

@@ -22,7 +22,7 @@ class TileRow {
  public:
   TileRow(const TilePass& p, int64_t row)
       : p_(p),
-        head_(p.head),
+        head_(p.head, p.inverse_temperature ? static_cast<const Real*>(p.inverse_temperature)[row] : Real(1)),
         plain_(!head_.capped && head_.inner == 1 && !p.bias && p.rounding == Rounding::kNone && !p.outputs && p.sums),
         row_(row) {
     k_ = static_cast<const Real*>(p.k)[row];

@@ -63,11 +63,27 @@ __device__ inline int label_column(int64_t label, int64_t first, int64_t width) 
   return column < 0 ? -1 : column >= width ? INT32_MAX : static_cast<int>(column);
 }
 
+// The row's inverse temperature, where rows have their own. Read again wherever it is used, through volatile: kept in a
+// register, it would cost one (of 72 or 80) in calls without temperatures too.
+template <typename Acc>
+__device__ inline Acc inverse_temperature(const TilePass& op, int64_t row) {
+  return static_cast<const volatile Acc*>(op.inverse_temperature)[row];
+}
+
+// Logits at the head's temperature to those at the row's.
+template <typename Acc, int N>
+__device__ inline void temper(const TilePass& op, int64_t row, Acc (&z)[N]) {
+  if (op.inverse_temperature == nullptr) return;
+  const Acc own = inverse_temperature<Acc>(op, row);
+#pragma unroll
+  for (int i = 0; i < N; ++i) z[i] = rounded_product(z[i], own);
+}
+
 // z of one column.
 template <typename Source>
-__device__ inline Accumulate<Source> logit(const TilePass& op, const Head<Accumulate<Source>>& head, const Source* row,
-                                           int column) {
-  Accumulate<Source> z[1] = {widen(row[column])};
+__device__ inline Accumulate<Source> logit(const TilePass& op, const Head<Accumulate<Source>>& head, const Source* source,
+                                           int64_t row, int column) {
+  Accumulate<Source> z[1] = {widen(source[column])};
   if (op.bias != nullptr) {
     with_type(op.bias_dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
@@ -75,6 +91,7 @@ __device__ inline Accumulate<Source> logit(const TilePass& op, const Head<Accumu
     });
   }
   head.transform(z);
+  temper(op, row, z);
   return z[0];
 }
 
@@ -95,13 +112,14 @@ struct RowSums {
 
 // The offset for the rest of a row, from the current chunk on. top: this thread's largest logit of the chunk.
 template <typename Source>
-__device__ inline Accumulate<Source> raised_offset(const TilePass& op, const Head<Accumulate<Source>>& head, const Source* row,
+__device__ inline Accumulate<Source> raised_offset(const TilePass& op, const Head<Accumulate<Source>>& head,
+                                                   const Source* source, int64_t row,
                                                    int next,  // first column after the chunk
                                                    int at, Accumulate<Source> top, double* shared) {
   const int width = static_cast<int>(op.width);
 #pragma unroll 1
   for (int column = next + static_cast<int>(threadIdx.x); column < width; column += static_cast<int>(blockDim.x)) {
-    if (column != at) top = larger(top, logit(op, head, row, column));
+    if (column != at) top = larger(top, logit(op, head, source, row, column));
   }
   return block_max(top, shared);
 }
@@ -189,6 +207,7 @@ __global__ void __launch_bounds__(kMaxTileThreads, sizeof(Source) == 8 ? 2 : 3)
           for (int i = 0; i < L::kVector; ++i) z[u][i] += bias[i];
         }
         head.transform(z[u]);
+        temper(op, row, z[u]);
         if constexpr (kSumming) {
           const bool has_label = static_cast<unsigned>(at - column) < static_cast<unsigned>(L::kVector);
           if (has_label || column + L::kVector > width) {  // the label's vector, and the last one
@@ -229,7 +248,7 @@ __global__ void __launch_bounds__(kMaxTileThreads, sizeof(Source) == 8 ? 2 : 3)
       if (kSumming && !raised) {
         // Also the barrier that an overlapping destination needs: all threads have read the chunk.
         if (__syncthreads_or(top - k > limit)) {
-          const Acc new_k = raised_offset(op, head, source, start + step * L::kVectors, at, top, shared);
+          const Acc new_k = raised_offset(op, head, source, row, start + step * L::kVectors, at, top, shared);
           const Acc shift = k - new_k;
           sums.rescale(shift);
           if (destination != nullptr) rescale_prefix(op, destination, start, at, exponential(shift));
@@ -263,8 +282,14 @@ __global__ void __launch_bounds__(kMaxTileThreads, sizeof(Source) == 8 ? 2 : 3)
         }
         if (destination != nullptr && column < width) {
           if (head.capped && !(kExtra == Extra::kStatistics && (op.outputs & kWithoutSlope))) {
+            if (op.inverse_temperature == nullptr) {
 #pragma unroll
-            for (int i = 0; i < L::kVector; ++i) g[i] *= head.slope(z[u][i]);
+              for (int i = 0; i < L::kVector; ++i) g[i] *= head.slope(z[u][i]);
+            } else {
+              const Acc own = inverse_temperature<Acc>(op, row);
+#pragma unroll
+              for (int i = 0; i < L::kVector; ++i) g[i] *= head.slope(z[u][i] / own);
+            }
           }
           if (static_cast<unsigned>(at - column) < static_cast<unsigned>(L::kVector)) {
             const Acc entry = op.at_target != nullptr ? static_cast<const Acc*>(op.at_target)[row] : Acc{0};

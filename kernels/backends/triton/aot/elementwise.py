@@ -13,6 +13,7 @@ from torch import Tensor
 from ....core.blocking import VOCAB_BLOCK
 from ....core.dtypes import accumulate_dtype
 from ....core.head_spec import HeadSpec
+from ....core.row_head import RowHead
 from ....core.stats import OPTIONAL_OUTPUTS, CoreOptions
 from ...torch.passes import Logits
 from ..entropy import mix_tile_launch
@@ -34,6 +35,16 @@ PLAIN, CAPPED = HeadSpec(), HeadSpec(softcap=30.0)
 
 def meta(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+#: Heads whose tokens have temperatures of their own.
+TEMPERED = RowHead(inverse_temperature=meta(N, dtype=torch.float32))
+TEMPERED_CAPPED = RowHead(softcap=30.0, inverse_temperature=meta(N, dtype=torch.float32))
+
+
+def kind_of(head: HeadSpec) -> str:
+    """Part of a specialisation's name."""
+    return "_softcap" * (head.softcap is not None) + "_tempered" * isinstance(head, RowHead)
 
 
 def compilations() -> list[Compilation]:
@@ -61,6 +72,9 @@ def _of_rows(dtype: torch.dtype) -> Iterator[Compilation]:
     ):
         launch = target_launch(x, weight, None, labels, "auto", head, per_row, k, slope)
         yield compilation(f"target_{kind}_{name}", launch, dtype)
+    if dtype == torch.bfloat16:
+        launch = target_launch(x, weight, None, labels, "auto", TEMPERED, per_row, per_row, None)
+        yield compilation(f"target_tempered_{name}", launch, dtype)
     values = meta(N, H, dtype=acc)
     launch = finish_rows_launch(values, per_row, per_row, weight, labels, dtype)
     yield compilation(f"finish_rows_{name}", launch, dtype)
@@ -88,8 +102,9 @@ def _of_logits() -> Iterator[Compilation]:
         k = meta(N, dtype=accumulate_dtype(source_dtype))
         source, tile = (meta(N, VOCAB_BLOCK, dtype=dtype) for dtype in (source_dtype, tile_dtype))
         logits = Logits(meta(N, H, dtype=source_dtype), meta(V, H, dtype=source_dtype), None, "auto")
-        for head in (PLAIN, CAPPED):
-            suffix = f"{NAMES[source_dtype]}_{NAMES[tile_dtype]}" + "_softcap" * (head is CAPPED)
+        tempered = (TEMPERED, TEMPERED_CAPPED) if tile_dtype != source_dtype == torch.float32 else ()
+        for head in (PLAIN, CAPPED, *tempered):
+            suffix = f"{NAMES[source_dtype]}_{NAMES[tile_dtype]}{kind_of(head)}"
             for kind, outputs, destination in (
                 ("sums", frozenset[str](), None),
                 ("tile", frozenset[str](), tile),
@@ -111,9 +126,9 @@ def _of_entropies() -> Iterator[Compilation]:
     """A bf16 tile, a float32 one (of fp16 and float32 operands), and float64, each with a soft-cap and without."""
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         acc = accumulate_dtype(dtype)
-        for head in (PLAIN, CAPPED):
+        for head in (PLAIN, CAPPED, *((TEMPERED_CAPPED,) if dtype == torch.bfloat16 else ())):
             launch = mix_tile_launch(meta(N, V, dtype=dtype), meta(2, N, dtype=acc), meta(N, dtype=acc), head)
-            yield compilation(f"mix_tile{'_softcap' * (head is CAPPED)}_{NAMES[dtype]}", launch, dtype)
+            yield compilation(f"mix_tile{kind_of(head)}_{NAMES[dtype]}", launch, dtype)
 
 
 def _of_advantages() -> Iterator[Compilation]:

@@ -19,7 +19,7 @@ from ..gemm.launch import recompute_launch, score_launch
 from ..launch import Launch
 from ..tuning.configs import table
 from .compilation import NAMES, Compilation, compilation, gemm_compilation
-from .elementwise import CAPPED, PLAIN, H, N, meta
+from .elementwise import CAPPED, PLAIN, TEMPERED, TEMPERED_CAPPED, H, N, kind_of, meta
 
 #: The architectures whose configurations must not spill.
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
@@ -54,7 +54,7 @@ def _gemm(config: GemmConfig, wide: bool, architecture: int) -> Iterator[Compila
 
     An aligned operand comes by descriptor where the configuration has them, and otherwise as a pointer known to be aligned. An
     unaligned operand comes as a pointer without hints, in smaller blocks; these variants leave out the soft-cap, whose
-    epilogue alone takes a minute to compile.
+    epilogue alone takes a minute to compile. Temperatures of tokens come with bfloat16; with all outputs, a soft-cap too.
     """
     variants = ("score_logps", "score_tile", "score_all", "recompute_plain", "recompute_all")
     for dtype in (torch.float32,) if wide else (torch.bfloat16, torch.float16):
@@ -65,6 +65,9 @@ def _gemm(config: GemmConfig, wide: bool, architecture: int) -> Iterator[Compila
                 yield _one_gemm(variant, config, dtype, head, architecture, aligned=True)
                 if dtype != torch.float16 and variant != "score_tile" and head is PLAIN:
                     yield _one_gemm(variant, config, dtype, head, architecture, aligned=False)
+            if dtype == torch.bfloat16:
+                head = TEMPERED_CAPPED if variant.endswith("_all") else TEMPERED
+                yield _one_gemm(variant, config, dtype, head, architecture, aligned=True)
 
 
 def _one_gemm(
@@ -74,7 +77,7 @@ def _one_gemm(
     launch_of = _score if variant.startswith("score_") else _recompute
     launch = launch_of(variant, x, weight, config, head)
     sizes = "x".join(str(launch.constants[name]) for name in ("BLOCK_N", "BLOCK_V", "BLOCK_H"))
-    name = f"{variant}{'_softcap' * (head is CAPPED)}_{NAMES[dtype]}_{sizes}{'' if aligned else UNALIGNED}"
+    name = f"{variant}{kind_of(head)}_{NAMES[dtype]}_{sizes}{'' if aligned else UNALIGNED}"
     return gemm_compilation(name, launch, dtype, architecture, config)
 
 

@@ -80,9 +80,31 @@ def place(block, n_blocks, v_blocks, GROUP: tl.constexpr):
     return first + within % size, within // size
 
 
+@triton.jit
+def tempered(
+    r,  # (ROWS, COLUMNS) raw logits
+    inverse,  # (N,) or None
+    row,  # (ROWS,)
+    is_row,
+    scale,
+    cap,
+    SOFTCAP: tl.constexpr,
+):
+    """``u = r * scale`` and ``cap`` of each row, (ROWS,) and (ROWS, 1): one of the two times the row's inverse temperature."""
+    if inverse is None:
+        return r * scale, cap, cap
+    else:
+        own = tl.load(inverse + row, mask=is_row, other=1.0)
+        if SOFTCAP:
+            own *= cap
+            return r * scale, own, own[:, None]
+        else:
+            return r * (own * scale)[:, None], cap, cap
+
+
 # Arguments that depend on the number of tokens, even only by their address, are not specialised, so that no batch needs a new
 # compilation.
-@triton.jit(do_not_specialize=["labels", "k", "partial", "num_tokens", "num_entries", "first", "scale", "cap"])
+@triton.jit(do_not_specialize=["labels", "k", "inverse", "partial", "num_tokens", "num_entries", "first", "scale", "cap"])
 def score_kernel(
     x,  # (N, H)
     w,  # (W, H): vocabulary entries first..first+W
@@ -91,6 +113,7 @@ def score_kernel(
     bias,  # (W,) or None
     labels,  # (N,) int64
     k,  # (N,) float32 offsets of ordinary rows
+    inverse,  # (N,) float32 inverse temperatures of the rows, or None
     partial,  # (rows, v_blocks, N) float32, written: row 0 has sums of e, row 1 the block's offset, others as numbered below
     gradient,  # (N, W) or None, gets e * (1 - tanh^2 or, without SLOPE, 1), 0 at the label
     gradient_stride,
@@ -138,26 +161,27 @@ def score_kernel(
         offset = tl.load(k + r, mask=is_row, other=0.0)
         to = partial + v_block.to(tl.int64) * num_tokens + r
         biases = None if bias is None else bias + entry
-        u = add_bias(acc, biases, num_entries - entry, MATCH, PART) * scale
+        u = add_bias(acc, biases, num_entries - entry, MATCH, PART)
+        u, row_cap, block_cap = tempered(u, inverse, r, is_row, scale, cap, SOFTCAP)
         zero = tl.zeros((BLOCK_N,), dtype=tl.float32)
         none = tl.full((BLOCK_N,), -float("inf"), dtype=tl.float32)
         if ROW_TARGET:
             target, before = label_and_before(u, none, label, PART)
             tl.store(to + ROW_TARGET * plane, target, mask=is_row)
         if ROW_Z:  # entries beyond the vocabulary are 0
-            tl.store(to + ROW_Z * plane, sum_logits(u, num_entries - entry, cap, SOFTCAP, PART, APART), mask=is_row)
+            tl.store(to + ROW_Z * plane, sum_logits(u, num_entries - entry, block_cap, SOFTCAP, PART, APART), mask=is_row)
         u, top = mask_label(u, none, label, num_entries - entry, SOFTCAP, PART)
         if ROW_TARGET:
             tl.store(to + (ROW_TARGET + 1) * plane, tl.where(label >= BLOCK_V, top, before), mask=is_row)
             tl.store(to + (ROW_TARGET + 2) * plane, top, mask=is_row)
         # The transform is monotonic, so the largest logit is that of the largest u. Ordinary rows keep their offset. A row
         # whose sum could overflow takes its largest logit as the offset of this block alone.
-        top, _ = logits_of(top, cap, SOFTCAP)
+        top, _ = logits_of(top, row_cap, SOFTCAP)
         offset = tl.where(top - offset > RAISE_ABOVE, top, offset)
         sum_e = tl.zeros((BLOCK_N,), dtype=tl.float32)
         rows_of_gradient = None if gradient is None else gradient + (r.to(tl.int64) * gradient_stride + entry)[:, None]
         sum_e, sum_ez, sum_ee = add_exponentials(
-            u, offset, sum_e, zero, zero, rows_of_gradient, is_row, num_entries - entry, cap, SOFTCAP, SLOPE,
+            u, offset, sum_e, zero, zero, rows_of_gradient, is_row, num_entries - entry, block_cap, SOFTCAP, SLOPE,
             ROW_EZ > 0, ROW_EE > 0, PART, APART,
         )  # fmt: skip
         tl.store(to, sum_e, mask=is_row)
@@ -172,7 +196,7 @@ def score_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "labels", "k", "mix", "at_target", "row_scale", "active",
+        "labels", "k", "inverse", "mix", "at_target", "row_scale", "active",
         "num_tokens", "num_entries", "first", "scale", "cap", "threshold",
     ],
 )  # fmt: skip
@@ -184,6 +208,7 @@ def recompute_kernel(
     bias,  # (W,) or None
     labels,  # (N,) int64
     k,  # (N,) float32, final
+    inverse,  # (N,) float32 inverse temperatures of the rows, or None
     mix,  # (2, N) float32 or None, for 1 and 0
     at_target,  # (N,) float32, or None for 0
     row_scale,  # (N,) float32, what a row of the gradient is multiplied by later; None without active
@@ -231,11 +256,12 @@ def recompute_kernel(
         if at_target is not None:
             at_label = tl.load(at_target + r, mask=is_row, other=0.0)
         biases = None if bias is None else bias + entry
-        u = add_bias(acc, biases, num_entries - entry, MATCH, PART) * scale
+        u = add_bias(acc, biases, num_entries - entry, MATCH, PART)
+        u, _, block_cap = tempered(u, inverse, r, is_row, scale, cap, SOFTCAP)
         largest = tl.zeros((BLOCK_N,), dtype=tl.float32)
         rows_of_gradient = gradient + (r.to(tl.int64) * gradient_stride + entry)[:, None]
         largest = write_gradient(
-            u, largest, offset, constant, linear, at_label, rows_of_gradient, is_row, label, num_entries - entry, cap,
+            u, largest, offset, constant, linear, at_label, rows_of_gradient, is_row, label, num_entries - entry, block_cap,
             SOFTCAP, PART, APART,
         )  # fmt: skip
         if active is not None:

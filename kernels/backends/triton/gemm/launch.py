@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ....core.dtypes import rounding
 from ....core.head_spec import HeadSpec
+from ....core.row_head import inverse_temperature
 from ....core.stats import CoreOptions
 from ..compat import descriptor_step, gemm_warps, multiprocessors
 from ..launch import Launch
@@ -49,10 +50,13 @@ def _operands(x: Tensor, weight: Tensor, config: GemmConfig) -> tuple[Any, Any, 
     )
 
 
-def epilogue(kernel: Any, config: GemmConfig, *, softcap: bool, known: bool, filtered: bool) -> dict[str, Any]:
+def epilogue(
+    kernel: Any, config: GemmConfig, *, softcap: bool, known: bool, filtered: bool, tempered: bool = False
+) -> dict[str, Any]:
     """How the epilogue goes through a block.
 
-    PART: columns that it handles at a time. A gradient, which is not summed, takes fewer where registers are short.
+    PART: columns that it handles at a time. A gradient, which is not summed, takes fewer where registers are short; so do rows
+    that are ``tempered`` one by one, with a soft-cap.
 
     APART: from how many columns on it handles halves strictly one after the other; BLOCK_V: never. Registers are short with the
     soft-cap's tanh beside 128 of the block's elements in each thread, with operands that are not ``known`` to be aligned, and
@@ -63,6 +67,7 @@ def epilogue(kernel: Any, config: GemmConfig, *, softcap: bool, known: bool, fil
     """
     elements = config.BLOCK_N * config.BLOCK_V // (32 * config.num_warps)
     part = config.SOFTCAP_PART if softcap else config.PART
+    part = min(part, 8) if tempered and softcap and elements >= 64 else part
     columns = 32 if not known or (softcap and elements >= 128) else config.BLOCK_V
     if kernel is not recompute_kernel:
         return {"PART": part, "APART": columns, "FLATTEN": config.flatten}
@@ -91,6 +96,8 @@ def _gemm_launch(
     if not known:
         config = config.for_unaligned()
     scale, cap = scale_and_cap(head)
+    inverse = inverse_temperature(head)
+    assert inverse is None or len(inverse) == n
     softcap = head.softcap is not None
     return Launch(
         kernel,
@@ -100,6 +107,7 @@ def _gemm_launch(
             "x_stride": x.stride(0),
             "w_stride": weight.stride(0),
             **arguments,
+            "inverse": inverse,
             "num_tokens": n,
             "num_entries": len(weight),
             "hidden_size": hidden,
@@ -115,7 +123,7 @@ def _gemm_launch(
             "BLOCK_V": config.BLOCK_V,
             "BLOCK_H": config.BLOCK_H,
             "GROUP": config.GROUP,
-            **epilogue(kernel, config, softcap=softcap, known=known, filtered=filtered),
+            **epilogue(kernel, config, softcap=softcap, known=known, filtered=filtered, tempered=inverse is not None),
             "TMA": tma,
             "EVEN": hidden % config.BLOCK_H == 0,
             "PRECISION": input_precision(x.dtype, x.device),

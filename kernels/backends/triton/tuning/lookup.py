@@ -11,7 +11,7 @@ share it (other machines) may choose differently, and the last bits of log-proba
 
 The key does not contain what is computed (a gradient or none, which statistics), so a policy and its reference get the same
 configuration for the same number of tokens. Another number, rounded up to a power of 2, may get another one: if a policy's
-tile holds fewer tokens than the reference's batch, their last bits may differ.
+tile holds fewer tokens than the reference's batch, their last bits may differ, unless ``settings(batch_invariant=True)``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ import threading
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from ....core.blocking import INVARIANT_TOKENS
+from ....core.head_spec import HeadSpec
+from ....core.stats import CoreOptions
 from ..gemm.config import GemmConfig
 from .cache import read, store
 from .configs import architecture_of, autotuning, operand_bits, pick, table
@@ -39,6 +43,17 @@ def gemm_config(
     if autotuning():
         return tuned_config(device, dtype, num_tokens, hidden_size, vocab_size, softcap)
     return pick(table()[architecture_of(device)][operand_bits(dtype)], num_tokens)
+
+
+def config_of(
+    x: Tensor,  # (N, H)
+    vocab: int,
+    head: HeadSpec,
+    options: CoreOptions,
+) -> GemmConfig:
+    """:func:`gemm_config` for a call; with ``batch_invariant`` that of one number of tokens, whatever N."""
+    tokens = INVARIANT_TOKENS if options.batch_invariant else len(x)
+    return gemm_config(x.device, x.dtype, tokens, x.shape[1], vocab, head.softcap is not None)
 
 
 _lock = threading.Lock()
