@@ -61,9 +61,10 @@ class Logits:
         elif len(out) == self.rows:
             self._multiply(self._padded, w, out)
         elif n > self.multiple:  # two GEMMs that have rows in common: no memory for padding
-            half = -(-n // (2 * self.multiple)) * self.multiple
-            self._multiply(self.x[:half], w, out[:half])
-            self._multiply(self.x[n - half :], w, out[n - half :])
+            last = max(1, n // (2 * self.multiple)) * self.multiple
+            first = self.rows - last
+            self._multiply(self.x[:first], w, out[:first])
+            self._multiply(self.x[n - last :], w, out[n - last :])
         else:
             product = torch.empty((self.rows, v1 - v0), dtype=out.dtype, device=out.device)
             self._multiply(self._padded, w, product)

@@ -83,7 +83,7 @@ def place(block, n_blocks, v_blocks, GROUP: tl.constexpr):
 @triton.jit
 def tempered(
     r,  # (ROWS, COLUMNS) raw logits
-    inverse,  # (N,) or None
+    inverse,  # (N,)
     row,  # (ROWS,)
     is_row,
     scale,
@@ -91,15 +91,12 @@ def tempered(
     SOFTCAP: tl.constexpr,
 ):
     """``u = r * scale`` and ``cap`` of each row, (ROWS,) and (ROWS, 1): one of the two times the row's inverse temperature."""
-    if inverse is None:
-        return r * scale, cap, cap
+    own = tl.load(inverse + row, mask=is_row, other=1.0)
+    if SOFTCAP:
+        own *= cap
+        return r * scale, own, own[:, None]
     else:
-        own = tl.load(inverse + row, mask=is_row, other=1.0)
-        if SOFTCAP:
-            own *= cap
-            return r * scale, own, own[:, None]
-        else:
-            return r * (own * scale)[:, None], cap, cap
+        return r * (own * scale)[:, None], cap, cap
 
 
 # Arguments that depend on the number of tokens, even only by their address, are not specialised, so that no batch needs a new
@@ -113,7 +110,6 @@ def score_kernel(
     bias,  # (W,) or None
     labels,  # (N,) int64
     k,  # (N,) float32 offsets of ordinary rows
-    inverse,  # (N,) float32 inverse temperatures of the rows, or None
     partial,  # (rows, v_blocks, N) float32, written: row 0 has sums of e, row 1 the block's offset, others as numbered below
     gradient,  # (N, W) or None, gets e * (1 - tanh^2 or, without SLOPE, 1), 0 at the label
     gradient_stride,
@@ -123,6 +119,7 @@ def score_kernel(
     first,
     scale,
     cap,
+    inverse,  # (N,) float32 inverse temperatures of the rows, or None
     SOFTCAP: tl.constexpr,
     SLOPE: tl.constexpr,
     MATCH: tl.constexpr,
@@ -162,7 +159,11 @@ def score_kernel(
         to = partial + v_block.to(tl.int64) * num_tokens + r
         biases = None if bias is None else bias + entry
         u = add_bias(acc, biases, num_entries - entry, MATCH, PART)
-        u, row_cap, block_cap = tempered(u, inverse, r, is_row, scale, cap, SOFTCAP)
+        if inverse is None:
+            u *= scale
+            row_cap, block_cap = cap, cap
+        else:
+            u, row_cap, block_cap = tempered(u, inverse, r, is_row, scale, cap, SOFTCAP)
         zero = tl.zeros((BLOCK_N,), dtype=tl.float32)
         none = tl.full((BLOCK_N,), -float("inf"), dtype=tl.float32)
         if ROW_TARGET:
@@ -257,7 +258,11 @@ def recompute_kernel(
             at_label = tl.load(at_target + r, mask=is_row, other=0.0)
         biases = None if bias is None else bias + entry
         u = add_bias(acc, biases, num_entries - entry, MATCH, PART)
-        u, _, block_cap = tempered(u, inverse, r, is_row, scale, cap, SOFTCAP)
+        if inverse is None:
+            u *= scale
+            block_cap = cap
+        else:
+            u, _, block_cap = tempered(u, inverse, r, is_row, scale, cap, SOFTCAP)
         largest = tl.zeros((BLOCK_N,), dtype=tl.float32)
         rows_of_gradient = gradient + (r.to(tl.int64) * gradient_stride + entry)[:, None]
         largest = write_gradient(
