@@ -20,9 +20,10 @@ from logitless.kernels.core.blocking import real_rows
 from logitless.kernels.core.checks import check_temperature_range, compute_dtype
 from logitless.kernels.core.dtypes import accumulate_dtype, tile_dtype
 from logitless.kernels.core.head_spec import HeadSpec
-from logitless.kernels.core.head_weight import HeadRows, JoinedRows, join, trained_part
+from logitless.kernels.core.head_weight import LoRAWeight, Weight
 from logitless.kernels.core.row_head import head_rows, with_temperatures
 from logitless.kernels.core.stats import RowStats
+from logitless.kernels.core.weight_rows import HeadRows, JoinedRows, trained_part
 from logitless.kernels.planner.plan import Plan, plan
 from logitless.kernels.planner.steps import DEFERRED_SCALE, FORWARD_ONLY, GRADIENT_IN_FORWARD, RECOMPUTE, Step
 from logitless.kernels.tile.head_gradient import HeadGradient
@@ -42,8 +43,7 @@ def run(job: Job[Report]) -> tuple[Tensor, Report]:
     hidden = call.hidden.to(compute_dtype(call.hidden)).reshape(-1, call.hidden.shape[-1])
     with torch.no_grad():
         tokens = job.scored_tokens()
-        scored = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device).index_fill_(0, tokens.rows, True)
-    weight = join(hidden, call.weight, scored)
+    weight = _joined(hidden, call.weight, tokens.rows)
     trained, inputs = trained_part(weight), weight.inputs if isinstance(weight, JoinedRows) else None
     grads = torch.is_grad_enabled()
     needs = tuple(
@@ -70,7 +70,7 @@ def run(job: Job[Report]) -> tuple[Tensor, Report]:
             quantized=isinstance(call.weight, HeadRows) or isinstance(getattr(call.weight, "base", None), HeadRows),
         )
         the_plan = replace(the_plan, extra_bytes=the_plan.extra_bytes + _padding_bytes(call, trained, the_plan, needs))
-        work = _Work(job, tokens, the_plan, hidden, weight, needs, scored)
+        work = _Work(job, tokens, the_plan, hidden, weight, needs)
         schedules = work.schedules()
         for step in the_plan.steps:
             schedules[step.schedule](step)
@@ -78,6 +78,14 @@ def run(job: Job[Report]) -> tuple[Tensor, Report]:
         report = work.evaluation.report(the_plan, work.stats, work.acc)
     loss: Tensor = _FinishedGradients.apply(hidden, inputs, trained, call.bias, work)
     return loss, report
+
+
+def _joined(hidden: Tensor, weight: Weight, rows: Tensor) -> Tensor | HeadRows:
+    """The weight as backends take it; adapters read the given rows (N,) of the hidden states (P, H) alone."""
+    if not isinstance(weight, LoRAWeight):
+        return weight
+    scored = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
+    return weight.join(hidden, scored.index_fill_(0, rows, True))
 
 
 def _padding_bytes(call: LossCall, trained: Tensor | None, the_plan: Plan, needs: tuple[bool, ...]) -> int:
@@ -106,12 +114,11 @@ class _Work:
         hidden: Tensor,  # (P, H)
         weight: Tensor | HeadRows,  # (V, H) or (V, H + r), with its padding rows
         needs: tuple[bool, ...],  # whether hidden (or an adapter's inputs), weight and bias need a gradient
-        scored: Tensor,  # (P,) bool
     ) -> None:
         self.job, self.call, self.tokens, self.needs = job, job.call, tokens, needs
         self.hidden, self.head = hidden, job.call.head
         self.whole_weight, ref = weight, job.call.reference.states
-        self.ref_weight = None if ref is None else join(ref.hidden, ref.weight, scored)
+        self.ref_weight = None if ref is None else _joined(ref.hidden, ref.weight, tokens.rows)
         self.weight, self.bias = real_rows(weight, job.call.bias, self.head)
         if job.call.temperature is not None:
             temperature = job.call.temperature.reshape(-1)[tokens.rows]

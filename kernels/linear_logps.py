@@ -20,9 +20,10 @@ from .core.checks import (
     compute_dtype,
 )
 from .core.head_spec import HeadSpec
-from .core.head_weight import HeadRows, JoinedRows, Weight, join, read_weight, trained_part
+from .core.head_weight import LoRAWeight, Weight, read_weight
 from .core.settings import current_settings
 from .core.stats import OPTIONAL_OUTPUTS, TokenStats
+from .core.weight_rows import HeadRows, JoinedRows, trained_part
 from .logps_operators import ALL_ROWS, NO_UNIT, SCORED_ROWS, logps_backward, logps_forward, output_bits
 
 
@@ -182,7 +183,9 @@ def token_stats(
     current = current_settings()
     grad, flat_labels = torch.is_grad_enabled(), labels.reshape(-1).long()
     x = hidden.reshape(-1, hidden.shape[-1])
-    read = join(x, read_weight("weight", weight), flat_labels != ignore_index)
+    read = read_weight("weight", weight)
+    if isinstance(read, LoRAWeight):
+        read = read.join(x, flat_labels != ignore_index)
     rows, trained = read if isinstance(read, HeadRows) else None, trained_part(read)
     inputs = read.inputs if isinstance(read, JoinedRows) else None
     trains_hidden = hidden.requires_grad or (inputs is not None and inputs.requires_grad)

@@ -16,9 +16,9 @@ from .core.blocking import core_options, real_rows
 from .core.checks import check_label_range, check_temperature_range
 from .core.dtypes import accumulate_dtype
 from .core.head_spec import HeadSpec
-from .core.head_weight import HeadRows, JoinedRows
 from .core.row_head import with_temperatures
 from .core.stats import OPTIONAL_OUTPUTS, CoreOptions, RowStats
+from .core.weight_rows import HeadRows, JoinedRows
 from .tile.head_gradient import HeadGradient
 from .tile.rows import ScoredRows
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from logitless.kernels.core.blocking import VOCAB_BLOCK, blocks, weight_block
 from logitless.kernels.core.checks import check_spec
 from logitless.kernels.core.head_spec import HeadSpec, measure_with
-from logitless.kernels.core.head_weight import HeadRows, JoinedRows, LoRAWeight, Weight, join
+from logitless.kernels.core.head_weight import LoRAWeight, Weight
+from logitless.kernels.core.weight_rows import HeadRows, JoinedRows
 
 from .attention import _evaluating, _probe_ids
 from .causal_lm import causal_lm, full_head_parameters
@@ -203,7 +204,11 @@ def _rescale(lm: Any, hidden: Tensor) -> tuple[Tensor, Tensor, bool, float]:
 def _raw_logits(hidden: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """``hidden @ weight.T + bias``, (n, V), for any weight of a head; a quantised one is read a block at a time."""
     hidden = hidden.to(weight.device)
-    rows = join(hidden, weight, torch.ones(len(hidden), dtype=torch.bool, device=hidden.device))
+    rows: Tensor | HeadRows
+    if isinstance(weight, LoRAWeight):
+        rows = weight.join(hidden, torch.ones(len(hidden), dtype=torch.bool, device=hidden.device))
+    else:
+        rows = weight
     if isinstance(rows, JoinedRows):
         hidden = rows.extend(hidden, rows.inputs)
     parts = [

@@ -33,7 +33,7 @@ class Call:
         workspace: bytes for blocks of logits.
         architecture: of a GPU to plan for, which need not be present; ``None``: the device's.
         grad_filter: the size below which blocks of the gradient are left out, see ``settings``.
-        by_rows: whether the weight is no plain tensor (LoRA, quantised), and is read by rows (``core/head_weight.py``).
+        by_rows: whether the weight is no plain tensor (LoRA, quantised), and is read by rows (``core/weight_rows.py``).
         batch_invariant: whether the choice of a backend must not depend on the number of tokens.
     """
 

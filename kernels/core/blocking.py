@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .head_spec import HeadSpec
-from .head_weight import HeadRows
 from .stats import CoreOptions
+from .weight_rows import HeadRows
 
 #: Vocabulary entries per block of logits: a block of 768 tokens fits a 32 MiB L3, and the GEMM runs at full speed.
 VOCAB_BLOCK = 8192

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .head_spec import HeadSpec
-from .head_weight import HeadRows, LoRAWeight, Weight
+from .head_weight import LoRAWeight, Weight
 from .stats import OUTPUTS
+from .weight_rows import HeadRows
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

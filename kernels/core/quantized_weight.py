@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .head_weight import HeadRows
+from .weight_rows import HeadRows
 
 _READ = (
     "accepted are torchao's weight-only Int8Tensor and Float8Tensor and bitsandbytes' Params4bit and Int8Params; of any other "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.head_weight import HeadRows, trained_part
+from ..core.weight_rows import HeadRows, trained_part
 from .gemm import mm_accumulate
 
 _ELEMENTS = 1 << 19  # of [tokens, hidden] that are widened at a time

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..core.blocking import ROW_ELEMENTS, blocks, weight_block
-from ..core.head_weight import HeadRows, JoinedRows
+from ..core.weight_rows import HeadRows, JoinedRows
 from .gemm import mm_accumulate
 
 

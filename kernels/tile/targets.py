@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..core.blocking import ROW_ELEMENTS, blocks
 from ..core.head_spec import HeadSpec
-from ..core.head_weight import HeadRows, JoinedRows
 from ..core.stats import RowStats
+from ..core.weight_rows import HeadRows, JoinedRows
 from .head_gradient import HeadGradient
 
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..core.blocking import ROW_ELEMENTS, blocks
 from ..core.head_spec import HeadSpec
-from ..core.head_weight import HeadRows
 from ..core.stats import RowStats
+from ..core.weight_rows import HeadRows
 from .factors import FP16_SCALE
 from .gemm import mm_accumulate
 from .targets import target_entry

@@ -91,14 +91,16 @@ def test_every_loss_module(name, rows):
     compare(value, wanted, [case.hidden, *pair], 1e-10)
 
 
-def test_a_reference_with_an_adapter():
+@pytest.mark.parametrize("head", HEADS, ids=["plain", "softcap", "padded"])
+def test_a_reference_with_an_adapter(head):
     case, pair, other = make_case(), adapter(101, 16), adapter(101, 16, seed=9)
+    case.labels[case.labels >= 90] = 7
     loss, x = ll.FusedLinearDPOLoss(), case.hidden.detach()
-    ref = {"ref_hidden": x, "ref_weight": lora(case, other)}
+    ref = {"ref_hidden": x, "ref_weight": lora(case, other), "head": head}
     out = loss(case.hidden, lora(case, pair), case.labels, **ref)
-    wanted = loss(case.hidden, lora(case, pair), case.labels, ref_hidden=x, ref_weight=merged(case, other).float())
+    wanted = loss(case.hidden, lora(case, pair), case.labels, **{**ref, "ref_weight": merged(case, other).float()})
     torch.testing.assert_close(out.ref_logps, wanted.ref_logps)
-    same = loss(x, lora(case, pair), case.labels, ref_hidden=x, ref_weight=lora(case, pair)).loss
+    same = loss(x, lora(case, pair), case.labels, head=head, ref_hidden=x, ref_weight=lora(case, pair)).loss
     assert same.item() == pytest.approx(0.6931471805599453, abs=1e-7)
     out.loss.backward()
     assert all(t.grad is None for t in other)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import logitless as ll
 from logitless.kernels.core.blocking import VOCAB_BLOCK
-from logitless.kernels.core.head_weight import _ELEMENTS, read_weight
+from logitless.kernels.core.head_weight import read_weight
 from logitless.kernels.core.stats import OUTPUTS
+from logitless.kernels.core.weight_rows import _ELEMENTS
 
 from ..helpers import make_case
 from .test_cost import flops, peak_bytes

@@ -16,9 +16,9 @@ from torch import Tensor
 from ...core.blocking import blocks
 from ...core.dtypes import rounding
 from ...core.head_spec import HeadSpec
-from ...core.head_weight import HeadRows
 from ...core.row_head import head_rows, inverse_temperature
 from ...core.stats import CoreOptions, RowStats
+from ...core.weight_rows import HeadRows
 from ...operators.loading import has_bf16_gemm
 from ...operators.schemas import SPAN, new_sums, packed_rows_size, packed_tokens_size
 from ...tile.factors import gradient_factors

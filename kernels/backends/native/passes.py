@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ...core.dtypes import accumulate_dtype, rounding
 from ...core.head_spec import HeadSpec
-from ...core.head_weight import HeadRows
 from ...core.row_head import inverse_temperature
 from ...core.stats import CoreOptions
+from ...core.weight_rows import HeadRows
 from ...operators.schemas import MARGIN_FUNCTIONS, new_sums
 from ...tile.sums import BlockSums
 from ..torch.passes import TORCH_PASSES, Logits

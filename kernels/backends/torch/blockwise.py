@@ -16,9 +16,9 @@ from torch import Tensor
 from ...core.blocking import MOST_ROWS, ROW_MULTIPLE, VOCAB_BLOCK, block_shape, blocks, weight_block
 from ...core.dtypes import accumulate_dtype, gemm_dtype, logits_gemm_dtype
 from ...core.head_spec import HeadSpec
-from ...core.head_weight import HeadRows
 from ...core.row_head import head_rows
 from ...core.stats import CoreOptions, RowStats
+from ...core.weight_rows import HeadRows
 from ...tile.factors import FP16_SCALE, add_bias_gradient, block_dtype, for_gemm, gradient_factors, rounding_of, scale_rows
 from ...tile.head_gradient import HeadGradient
 from ...tile.hidden_gradient import add_hidden

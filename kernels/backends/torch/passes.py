@@ -11,9 +11,9 @@ from torch import Tensor
 from ...core.blocking import ROW_ELEMENTS, blocks, weight_block
 from ...core.dtypes import accumulate_dtype, logits_gemm_dtype
 from ...core.head_spec import HeadSpec
-from ...core.head_weight import HeadRows
 from ...core.row_head import head_rows
 from ...core.stats import CoreOptions
+from ...core.weight_rows import HeadRows
 from ...tile.sums import FLOOR, RAISE_ABOVE, BlockSums
 from ..interface import ElementWise
 from .entropy import mix_tile_
