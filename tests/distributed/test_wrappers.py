@@ -1,0 +1,217 @@
+"""Gradients under DistributedDataParallel, FSDP1 and FSDP2 are those of one process, whatever each rank's batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import logitless as ll
+
+from ..models.tiny import make_ids, make_model
+from .ranks import run_ranks
+
+pytest.importorskip("transformers")
+WORLD = 2
+#: Sequences of each rank, by micro-batch. The first of rank 0 costs less as a padded batch, the first of rank 1 as one row.
+LENGTHS = {0: ([9, 9, 9, 9], [3, 11, 1, 5]), 1: ([25, 1, 1, 2], [6, 6, 6, 6])}
+TOLERANCE = 1e-6
+
+
+def loss_of(model: Any, ids: list[Tensor]) -> Tensor:
+    packed = ll.pack(ids, prompt_lengths=[0] * len(ids))
+    advantages = torch.linspace(-1.0, 1.0, len(ids))
+    return ll.model_loss(model, ll.FusedLinearGRPOLoss(loss_type="grpo"), packed, advantages=advantages).loss
+
+
+def logps_of(model: Any, ids: list[Tensor]) -> Tensor:
+    stats = ll.model_logps(model, ids, outputs=("logps", "entropy"))
+    return (stats.logps * torch.linspace(0.5, 1.5, len(stats.logps))).sum() / 10
+
+
+def nothing_scored(model: Any, ids: list[Tensor]) -> Tensor:
+    """As :func:`logps_of`, on rank 0 without a scored token."""
+    prompts = [len(i) if torch.distributed.get_rank() == 0 else 0 for i in ids]
+    return ll.model_logps(model, ids, prompt_lengths=prompts).logps.sum() / 10
+
+
+def at_head_of(model: Any, ids: list[Tensor]) -> Tensor:
+    """A result that is a dictionary with a dataclass and a tuple in it."""
+
+    def fn(at: ll.models.AtHead) -> Any:
+        stats = ll.linear_logps(at.hidden, at.weight, at.labels, at.bias, at.head)
+        return {"stats": stats, "more": (at.hidden.square().mean(), "text", [1])}
+
+    result = ll.at_head(model, ll.pack(ids), fn)
+    return result["stats"].logps.sum() / 10 + result["more"][0]
+
+
+def base_model(kind: str = "llama", lora: bool = False, checkpointing: bool = False) -> Any:
+    model = make_model(kind, "sdpa")
+    if lora:
+        import peft
+
+        torch.manual_seed(1)
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if lora:
+            model.enable_input_require_grads()
+    return model.train()
+
+
+def ids_of(rank: int, step: int) -> list[Tensor]:
+    return make_ids(LENGTHS[rank][step], seed=10 * rank + step)
+
+
+def gradients_of(model: Any) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+def expected(model: Any, call: Callable[[Any, list[Tensor]], Tensor], steps: int) -> dict[str, Tensor]:
+    """The average of both ranks' gradients, each by this process alone and added up over ``steps``."""
+    rank = torch.distributed.get_rank()
+    model.zero_grad()
+    for step in range(steps):
+        call(model, ids_of(rank, step)).backward()
+    total = {
+        name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad
+    }
+    for gradient in total.values():
+        torch.distributed.all_reduce(gradient)
+        gradient /= WORLD
+    return total
+
+
+def check(found: dict[str, Tensor], wanted: dict[str, Tensor], what: str) -> None:
+    largest = max(float(g.norm()) for g in wanted.values())
+    assert found.keys() == wanted.keys(), (what, found.keys() ^ wanted.keys())
+    for name, gradient in wanted.items():
+        error = float((found[name] - gradient).norm())
+        assert error <= TOLERANCE * max(float(gradient.norm()), largest * 1e-3), (what, name, error, float(gradient.norm()))
+
+
+def ddp_case(call: Any, options: dict[str, Any], model_options: dict[str, Any], accumulate: bool = False) -> None:
+    plain = base_model(**model_options)
+    wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(plain), **options)
+    what = f"DDP {options} {model_options} {call.__name__} accumulate={accumulate}"
+    steps = 2 if accumulate else 1
+    wanted = expected(plain, call, steps)
+    for _ in range(2):  # static_graph takes another way from the second step on
+        wrapped.zero_grad()
+        if accumulate:
+            with wrapped.no_sync():
+                call(wrapped, ids_of(torch.distributed.get_rank(), 0)).backward()
+        call(wrapped, ids_of(torch.distributed.get_rank(), steps - 1)).backward()
+        check(gradients_of(wrapped.module), wanted, what)
+
+
+def ddp(rank: int) -> None:
+    for call in (loss_of, logps_of, nothing_scored, at_head_of):
+        for options in ({}, {"static_graph": True}, {"find_unused_parameters": True}):
+            ddp_case(call, options, {})
+    ddp_case(loss_of, {}, {}, accumulate=True)
+    ddp_case(logps_of, {"static_graph": True}, {"lora": True, "checkpointing": True})
+    ddp_case(loss_of, {"find_unused_parameters": True}, {"kind": "qwen2"})
+
+
+def layouts_of_fsdp2() -> dict[str, Callable[[Any, Any], None]]:
+    """How to shard: the whole model (``outer``, perhaps PEFT's) and its causal language model."""
+    from torch.distributed.fsdp import fully_shard
+
+    def layers(lm: Any, **options: Any) -> None:
+        for layer in lm.model.layers:
+            fully_shard(layer, **options)
+
+    def root(outer: Any, lm: Any) -> None:
+        layers(lm)
+        fully_shard(outer)
+
+    def resharded(outer: Any, lm: Any) -> None:
+        layers(lm, reshard_after_forward=True)
+        fully_shard(outer, reshard_after_forward=True)
+
+    def norm_and_head(outer: Any, lm: Any) -> None:
+        layers(lm)
+        fully_shard([lm.model.norm, lm.lm_head], reshard_after_forward=True)
+        fully_shard(outer, reshard_after_forward=True)
+
+    def head_alone(outer: Any, lm: Any) -> None:
+        layers(lm)
+        fully_shard(lm.lm_head)
+        fully_shard(outer)
+
+    def kept(outer: Any, lm: Any) -> None:
+        layers(lm, reshard_after_forward=False)
+        fully_shard(outer, reshard_after_forward=False)
+
+    return {fn.__name__: fn for fn in (root, resharded, norm_and_head, head_alone, kept)}
+
+
+def fsdp2_case(layout: str, call: Any, model_options: dict[str, Any], accumulate: bool = False) -> None:
+    plain = base_model(**model_options)
+    sharded = copy.deepcopy(plain)
+    what = f"FSDP2 {layout} {model_options} {call.__name__} accumulate={accumulate}"
+    layouts_of_fsdp2()[layout](sharded, sharded.get_base_model() if model_options.get("lora") else sharded)
+    steps = 2 if accumulate else 1
+    wanted = expected(plain, call, steps)
+    for _ in range(2):
+        sharded.zero_grad()
+        for step in range(steps):
+            call(sharded, ids_of(torch.distributed.get_rank(), step)).backward()
+        check({name: g.full_tensor() for name, g in gradients_of(sharded).items()}, wanted, what)
+
+
+def fsdp2(rank: int) -> None:
+    for layout in layouts_of_fsdp2():
+        for call in (loss_of, logps_of):
+            fsdp2_case(layout, call, {}, accumulate=call is logps_of)
+        fsdp2_case(layout, logps_of, {"lora": True, "checkpointing": True})
+    fsdp2_case("resharded", at_head_of, {})
+    fsdp2_case("resharded", nothing_scored, {})
+    for layout in ("root", "resharded"):  # tied weights cannot be in two groups
+        fsdp2_case(layout, logps_of, {"kind": "qwen2"})
+
+
+def fsdp1_case(strategy: Any, call: Any, model_options: dict[str, Any], orig: bool, wrap_head: bool = False) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+    from torch.distributed.fsdp.wrap import CustomPolicy
+
+    plain = base_model(**model_options)
+    inside = copy.deepcopy(plain)
+    lm = inside.get_base_model() if model_options.get("lora") else inside
+    layer = type(lm.model.layers[0])
+    policy = CustomPolicy(lambda module: isinstance(module, layer) or (wrap_head and module is lm.lm_head))
+    sharded = FSDP(
+        inside, sharding_strategy=strategy, use_orig_params=orig, auto_wrap_policy=policy, device_id=torch.device("cpu")
+    )
+    what = f"FSDP1 {strategy} {model_options} {call.__name__} orig={orig} wrap_head={wrap_head}"
+    wanted = expected(plain, call, 1)
+    for _ in range(2):
+        sharded.zero_grad()
+        call(sharded, ids_of(torch.distributed.get_rank(), 0)).backward()
+        with FSDP.summon_full_params(sharded, with_grads=orig):
+            if orig:
+                clean = {n.replace("_fsdp_wrapped_module.", ""): g for n, g in gradients_of(sharded).items()}
+                check(clean, wanted, what)
+
+
+def fsdp1(rank: int) -> None:
+    from torch.distributed.fsdp import ShardingStrategy
+
+    for strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP, ShardingStrategy.NO_SHARD):
+        for call in (loss_of, logps_of):
+            fsdp1_case(strategy, call, {}, orig=True)
+    fsdp1_case(ShardingStrategy.FULL_SHARD, logps_of, {"lora": True, "checkpointing": True}, orig=True)
+    fsdp1_case(ShardingStrategy.FULL_SHARD, logps_of, {"kind": "qwen2"}, orig=True)
+    fsdp1_case(ShardingStrategy.FULL_SHARD, logps_of, {}, orig=True, wrap_head=True)
+    fsdp1_case(ShardingStrategy.FULL_SHARD, loss_of, {}, orig=False)
+
+
+@pytest.mark.parametrize("cases", [ddp, fsdp2, fsdp1], ids=lambda fn: fn.__name__)
+def test_gradients_are_those_of_one_process(cases):
+    run_ranks(WORLD, cases, timeout=100)
