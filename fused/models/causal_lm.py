@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from logitless.kernels.core.head_weight import Weight
+from logitless.kernels.core.sharded import inside_forward
 
 from .carrier import carry, ride, tensors_with_gradient
 from .head_layer import head_of
-from .wrappers import several_ranks, without_wrappers
+from .wrappers import check_gathered, check_wrapper, several_ranks, without_wrappers
 
 
 def causal_lm(model: nn.Module) -> Any:
@@ -42,6 +43,7 @@ def causal_lm(model: nn.Module) -> Any:
                 "model is compiled together with its head, which cannot be left out then: compile the decoder alone, as in "
                 "model.model.compile()"
             )
+    check_wrapper(model, lm)
     check_head_layer(lm)
     return lm
 
@@ -120,12 +122,17 @@ def run_model(model: nn.Module, lm: Any, inputs: dict[str, Any], score: Callable
         if not args:
             raise ValueError(f"model must pass its head the hidden states as its first argument, but {name} passes keywords")
         hidden, *rest = args
+        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+            check_gathered("weight", weight)
         scoring = True
         try:
-            results.append(score(hidden))
+            with inside_forward():
+                results.append(score(hidden))
         finally:
             scoring = False
         leaves[:] = tensors_with_gradient(results[-1])
+        if any(leaf is parameter for leaf in leaves for parameter in module.parameters()):
+            raise ValueError("fn must not return the head's weight or bias, which a wrapper may release: compute with it in fn")
         return (hidden[..., :0, :], *rest)
 
     def after(module: nn.Module, args: Any, output: Any) -> Tensor | None:

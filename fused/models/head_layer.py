@@ -124,6 +124,10 @@ def _parameter(name: str, layer: nn.Module, gather: bool) -> Tensor:
     parameter: Tensor = getattr(layer, name)
     if not gather:
         return parameter
-    check_gathered(name, layer, parameter)
-    full_tensor = getattr(parameter, "full_tensor", None)
-    return parameter if full_tensor is None else full_tensor()
+    check_gathered(name, parameter)
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
+    from torch.distributed.tensor import Replicate
+
+    # Ranks of a tensor-parallel mesh have the same tokens, so the same gradient.
+    return parameter.full_tensor(grad_placements=[Replicate()] * parameter.device_mesh.ndim)

@@ -47,7 +47,22 @@ def several_ranks() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
-def check_gathered(name: str, layer: nn.Module, parameter: Tensor) -> None:
+def check_wrapper(model: nn.Module, lm: Any) -> None:
+    """Raise a ValueError for the inside of a ``FullyShardedDataParallel`` model, whose parameters are flat shards."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    embedding = lm.get_input_embeddings()
+    weight = getattr(embedding, "weight", None)
+    if fsdp is None or not isinstance(weight, Tensor) or weight.dim() != 1 or hasattr(weight, "ds_id"):
+        return
+    wrappers = (part for part in model.modules() if isinstance(part, fsdp.FullyShardedDataParallel))
+    if not any(layer is embedding for wrapper in wrappers for layer in wrapper.modules()):
+        raise ValueError(
+            f"model has flat shards for parameters, such as the input embedding's of shape {tuple(weight.shape)}: pass the "
+            "wrapped model (FullyShardedDataParallel), not its .module"
+        )
+
+
+def check_gathered(name: str, parameter: Tensor) -> None:
     """Raise a ValueError where a parameter of the head is still a shard when the head runs."""
     if parameter.numel() == 0 or (name == "weight" and parameter.dim() != 2):
         raise ValueError(

@@ -212,6 +212,60 @@ def fsdp1(rank: int) -> None:
     fsdp1_case(ShardingStrategy.FULL_SHARD, loss_of, {}, orig=False)
 
 
-@pytest.mark.parametrize("cases", [ddp, fsdp2, fsdp1], ids=lambda fn: fn.__name__)
-def test_gradients_are_those_of_one_process(cases):
+def by_hand(rank: int) -> None:
+    """A head's weight gathered by the caller: averaged over ranks, or an error."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Partial
+
+    torch.manual_seed(0)
+    layer, labels = nn.Linear(4, 7, bias=False), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    hidden = torch.randn(2, 3, 4) + rank
+
+    def loss(weight: Tensor) -> Tensor:
+        return ll.FusedLinearSimPOLoss()(hidden, weight, labels).loss + ll.linear_logps(hidden, weight, labels).logps.sum()
+
+    whole = layer.weight.detach().clone().requires_grad_()
+    loss(whole).backward()
+    torch.distributed.all_reduce(whole.grad)
+    fully_shard(layer)
+    loss(layer.weight.full_tensor(grad_placements=[Partial("avg")])).backward()
+    torch.testing.assert_close(layer.weight.grad.full_tensor(), whole.grad / WORLD, rtol=1e-6, atol=1e-6)
+    for weight in (layer.weight.full_tensor(), layer.weight.full_tensor().double().float()):
+        with pytest.raises(TypeError, match=r"weight comes from DTensor.full_tensor\(\) without grad_placements.*2 ranks"):
+            loss(weight)
+    with torch.no_grad():
+        loss(layer.weight.full_tensor())
+    with pytest.raises(TypeError, match=r"^weight is a DTensor.*model_loss"):
+        loss(layer.weight)
+
+
+def refused(rank: int) -> None:
+    """What cannot be served is an error that names what to change."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    ids = ids_of(rank, 0)
+
+    class Opaque:
+        def __init__(self, value: Tensor) -> None:
+            self.value = value
+
+    wrapped = nn.parallel.DistributedDataParallel(base_model())
+    with pytest.raises(TypeError, match=r"fn returned a Opaque whose value needs a gradient.*return tensors, dataclasses"):
+        ll.at_head(wrapped, ll.pack(ids), lambda at: [Opaque(at.hidden)])
+    model = base_model(lora=True)
+    fully_shard(model.get_base_model().lm_head.base_layer)
+    fully_shard(model)
+    with pytest.raises(ValueError, match=r"head has the layer base_layer, .*fully_shard on the whole head"):
+        logps_of(model, ids)
+    flat = FullyShardedDataParallel(base_model(), use_orig_params=True, device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match="pass the wrapped model"):
+        logps_of(flat.module, ids)
+    sharded = base_model()
+    fully_shard(sharded, reshard_after_forward=True)
+    with pytest.raises(ValueError, match="fn must not return the head's weight"):
+        ll.at_head(sharded, ll.pack(ids), lambda at: (at.hidden, at.weight))
+
+
+@pytest.mark.parametrize("cases", [ddp, fsdp2, fsdp1, by_hand, refused], ids=lambda fn: fn.__name__)
+def test_gradients_are_those_of_one_process_or_there_is_an_error(cases):
     run_ranks(WORLD, cases, timeout=100)
