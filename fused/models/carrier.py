@@ -58,7 +58,12 @@ def tensors_with_gradient(result: Any) -> list[Tensor]:
         TypeError: where the process is one of several ranks and another object has such tensors.
     """
     found: list[Tensor] = []
-    _walk(result, lambda tensor: found.append(tensor) or tensor, several_ranks())
+
+    def put(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    _walk(result, put, several_ranks())
     return found
 
 

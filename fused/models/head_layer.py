@@ -127,7 +127,8 @@ def _parameter(name: str, layer: nn.Module, gather: bool) -> Tensor:
     check_gathered(name, parameter)
     if not hasattr(parameter, "full_tensor"):
         return parameter
-    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor import DTensor, Replicate
 
+    assert isinstance(parameter, DTensor)
     # Ranks of a tensor-parallel mesh have the same tokens, so the same gradient.
     return parameter.full_tensor(grad_placements=[Replicate()] * parameter.device_mesh.ndim)

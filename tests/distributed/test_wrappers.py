@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import logitless as ll
 
+from ..models.test_router_losses import make_model as make_mixture
 from ..models.tiny import make_ids, make_model
 from .ranks import run_ranks
 
@@ -51,8 +52,15 @@ def at_head_of(model: Any, ids: list[Tensor]) -> Tensor:
     return result["stats"].logps.sum() / 10 + result["more"][0]
 
 
+def routed(model: Any, ids: list[Tensor]) -> Tensor:
+    """A loss with the auxiliary loss of the routers in it, which is a field of the model's output."""
+    advantages = torch.linspace(-1.0, 1.0, len(ids))
+    packed = ll.pack(ids, prompt_lengths=[0] * len(ids))
+    return ll.model_loss(model, ll.FusedLinearGRPOLoss(), packed, advantages=advantages, aux_loss_coef=0.3).loss
+
+
 def base_model(kind: str = "llama", lora: bool = False, checkpointing: bool = False) -> Any:
-    model = make_model(kind, "sdpa")
+    model = make_mixture(kind) if kind == "mixtral" else make_model(kind, "sdpa")
     if lora:
         import peft
 
@@ -118,6 +126,7 @@ def ddp(rank: int) -> None:
     ddp_case(loss_of, {}, {}, accumulate=True)
     ddp_case(logps_of, {"static_graph": True}, {"lora": True, "checkpointing": True})
     ddp_case(loss_of, {"find_unused_parameters": True}, {"kind": "qwen2"})
+    ddp_case(routed, {"static_graph": True}, {"kind": "mixtral"})
 
 
 def layouts_of_fsdp2() -> dict[str, Callable[[Any, Any], None]]:
@@ -173,6 +182,7 @@ def fsdp2(rank: int) -> None:
             fsdp2_case(layout, call, {}, accumulate=call is logps_of)
         fsdp2_case(layout, logps_of, {"lora": True, "checkpointing": True})
     fsdp2_case("resharded", at_head_of, {})
+    fsdp2_case("resharded", routed, {"kind": "mixtral"})
     fsdp2_case("resharded", nothing_scored, {})
     for layout in ("root", "resharded"):  # tied weights cannot be in two groups
         fsdp2_case(layout, logps_of, {"kind": "qwen2"})
