@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from logitless.kernels.core.blocking import real_rows
@@ -96,6 +97,7 @@ class LossCall:
         ignore_index: the label of positions that are not scored.
         reference: see :meth:`with_reference`.
         temperature: of each token, like ``labels``, in place of the head's; ``None``: the head's.
+        sequence_group: the ranks that share every sequence; ``None``: this rank has whole sequences.
     """
 
     hidden: Tensor
@@ -108,6 +110,7 @@ class LossCall:
     ignore_index: int
     reference: Reference = Reference()
     temperature: Tensor | None = None
+    sequence_group: dist.ProcessGroup | None = None
 
     @classmethod
     def check(
