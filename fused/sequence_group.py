@@ -6,6 +6,7 @@ tokens of a rank are one group of the plan, hence one step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,6 +85,10 @@ class WholeSequences:
         sizes = torch.tensor(tokens.sequence_sizes, dtype=dtype, device=tokens.device)
         _, offsets = tokens.sequences_of(0, len(tokens.groups))
         return cls(group, sum_over_ranks(sizes, group), offsets)
+
+    def segment_sum(self, add: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        """A backend's ``segment_sum``, whose result is added over the ranks."""
+        return lambda values, offsets: self.sums(add(values, offsets))
 
     def sums(self, values: Tensor) -> Tensor:
         """``values``, a part of a sum on each rank, added; without a gradient."""

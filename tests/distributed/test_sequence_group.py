@@ -1,0 +1,318 @@
+"""Sequences that several ranks share: losses, gradients and metrics are those of one process, in float64 to 1e-12."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import logitless as ll
+
+from ..helpers import relative_error
+from ..losses.test_micro_batches import POLICY, PREFERENCE, Batch, H, T, V, make
+from ..losses.variants import VARIANTS
+from .ranks import run_ranks
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
+
+DPO, GRPO, PPO = ll.FusedLinearDPOLoss, ll.FusedLinearGRPOLoss, ll.FusedLinearPPOLoss
+#: Scored tokens of each sequence; one has none, and some are on one rank alone.
+LENGTHS = (5, 0, 3, 6, 1, 4, 2, 6)
+#: Ranks keep float64 tiles of this many bytes: 6 tokens of all.
+SMALL = 6 * V * 8
+
+
+def own_batch(pairs: ll.Pairs) -> Tensor:
+    return -torch.log_softmax(0.1 * (pairs.chosen_logps - pairs.rejected_logps), 0)
+
+
+LOSSES: dict[str, Any] = {
+    **{name: loss for name, loss in PREFERENCE.items() if name != "reference free"},
+    **{name: VARIANTS[name].module for name in ("aot", "aot_unpaired", "wpo sft", "wpo hinge", "js exo")},
+    "ld metrics": DPO(ld_alpha=0.4, metrics=True),
+    "own batch": ll.FusedLinearPreferenceLoss(own_batch, group="batch"),
+    **{name: loss for name, loss in POLICY.items() if name not in ("dr_grpo 0.0", "luspo 0.0")},
+    "gspo": GRPO("grpo", importance_sampling_level="sequence", metrics=True),
+    "gspo kl": GRPO("grpo", importance_sampling_level="sequence", beta=0.1),
+    "gspo sapo": GRPO("sapo", importance_sampling_level="sequence"),
+    "masked sequences": GRPO("grpo", importance_sampling_mode="sequence_mask", importance_sampling_clip_max=8.0),
+    "vespo truncated": GRPO("vespo", importance_sampling_mode="sequence_truncate"),
+    "truncated tokens": PPO(importance_sampling_mode="token_truncate", aggregation="sequence-mean"),
+}
+#: Losses whose reference is scored in the same tiles.
+WITH_STATES = ("sigmoid", "ld 0.4", "wpo", "mix", "kto weighted", "ipo module", "gspo kl")
+#: Losses with ranks that score nothing, or have no position at all.
+WITH_EMPTY_RANKS = (*WITH_STATES, "ld metrics", "orpo metrics", "kto metrics", "cpo", "aot", "simpo", "gspo", "gspo dapo")
+WITH_EMPTY_RANKS += ("masked sequences", "vespo", "off policy", "grpo 0.1", "ppo token-mean", "own of sequences")
+
+
+def batch_of(name: str) -> Batch:
+    """Inputs of a loss on whole sequences."""
+    batch = make(LOSSES[name], lengths=LENGTHS)
+    batch.labels[3, 2] = -100  # a token in the middle that is not scored
+    g = torch.Generator().manual_seed(5)
+    loss = LOSSES[name]
+    if isinstance(loss, ll.FusedLinearPolicyLoss):
+        if loss.importance_sampling_mode is not None:
+            batch.per_sequence["sampling_logps"] = batch.per_sequence["old_logps"] + 0.3 * _normal(g, len(LENGTHS), T)
+        if loss.loss.needs_reference:
+            batch.per_sequence["ref_logps"] = _normal(g, len(LENGTHS), T) - 3
+    if "nll_labels" in batch.per_sequence:
+        batch.per_sequence["nll_labels"][3, 2] = 4
+    return batch
+
+
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def with_states(batch: Batch) -> None:
+    """The reference's hidden states and head in place of its log-probabilities."""
+    batch.per_sequence.pop("ref_logps", None)
+    g = torch.Generator().manual_seed(7)
+    batch.per_sequence["ref_hidden"] = _normal(g, len(LENGTHS), T, 3)
+    batch.others["ref_weight"] = _normal(g, V, 3)
+
+
+def positions(layout: str, ranks: int) -> list[list[int]]:
+    """The positions of each rank. ``first``: rank 0 has only positions that are not scored, and the last rank may have none."""
+    if layout == "first":
+        borders = [0, 0, *[4] * (ranks - 2), T]
+        return [list(range(a, b)) for a, b in zip(borders, borders[1:], strict=False)]
+    return positions_of(layout, ranks, T)
+
+
+def positions_of(layout: str, ranks: int, length: int) -> list[list[int]]:
+    borders = [length * j // (2 * ranks) for j in range(2 * ranks + 1)]
+    parts = [list(range(a, b)) for a, b in zip(borders, borders[1:], strict=False)]
+    if layout == "contiguous":
+        return [parts[2 * r] + parts[2 * r + 1] for r in range(ranks)]
+    return [parts[r] + parts[2 * ranks - 1 - r] for r in range(ranks)]
+
+
+def part_of(batch: Batch, here: list[int], name: str, packed: bool) -> tuple[list[Tensor], dict[str, Any]]:
+    """The leaves and the other arguments of a rank with some of the positions."""
+    hidden = batch.hidden[:, here].detach()
+    given = {n: v[:, here] if v.shape[1:2] == (T,) else v for n, v in batch.per_sequence.items()} | batch.others
+    given["labels"] = batch.labels[:, here]
+    if getattr(LOSSES[name], "ld_alpha", None) is not None:
+        given["position_ids"] = torch.tensor(here, dtype=torch.long).expand(len(hidden), -1)
+    if packed:
+        hidden = hidden.reshape(-1, H)
+        given = {n: v.flatten(0, 1) if isinstance(v, Tensor) and v.shape[1:2] == (len(here),) else v for n, v in given.items()}
+        given["cu_seqlens"] = torch.arange(len(LENGTHS) + 1) * len(here)
+    leaves = [hidden.requires_grad_(), *(t.detach().requires_grad_() for t in (batch.weight, batch.bias))]
+    return leaves, given
+
+
+@contextmanager
+def collectives(seen: list[tuple[str, int]]) -> Iterator[None]:
+    """Name and bytes of each collective on this rank."""
+    before = dist.all_reduce, dist.all_gather
+
+    def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(("all_reduce", tensor.numel() * tensor.itemsize))
+        return before[0](tensor, *args, **kwargs)
+
+    def all_gather(tensors: list[Tensor], tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(("all_gather", tensor.numel() * tensor.itemsize))
+        return before[1](tensors, tensor, *args, **kwargs)
+
+    dist.all_reduce, dist.all_gather = all_reduce, all_gather
+    try:
+        yield
+    finally:
+        dist.all_reduce, dist.all_gather = before
+
+
+def result(out: Any, leaves: list[Tensor]) -> dict[str, Any]:
+    """Everything that is compared."""
+    gradients = torch.autograd.grad(out.loss, leaves)
+    found = {"loss": out.loss.detach(), "gradients": list(gradients), "metrics": out.metrics, "logps": out.logps}
+    found["schedules"] = [step.schedule for step in out.plan.steps]
+    for name in ("chosen_logps", "rejected_logps", "chosen_rewards", "rejected_rewards", "rewards", "ref_logps", "entropies"):
+        if getattr(out, name, None) is not None:
+            found[name] = getattr(out, name)
+    return found
+
+
+def cases(ranks: int) -> Iterator[tuple[str, str, str, bool]]:
+    """Names of a case: the loss, the layout, where the reference comes from, and whether sequences are packed."""
+    for name in LOSSES:
+        yield name, "zigzag", "given", True
+        if ranks == 2 or name in WITH_EMPTY_RANKS:
+            yield name, "contiguous", "given", False
+    for name in WITH_EMPTY_RANKS:
+        yield name, "first", "given", False
+    for name in WITH_STATES:
+        yield name, "zigzag", "states", False
+
+
+def on_each_rank(rank: int, ranks: int) -> dict[Any, Any]:
+    return losses_on_a_rank(rank, ranks) | {"flops": flops_on_a_rank(rank, ranks), "shift": shift_on_a_rank(rank, ranks)}
+
+
+def losses_on_a_rank(rank: int, ranks: int) -> dict[Any, Any]:
+    found = {}
+    for case in cases(ranks):
+        name, layout, reference, packed = case
+        batch = batch_of(name)
+        if reference == "states":
+            with_states(batch)
+        leaves, given = part_of(batch, positions(layout, ranks)[rank], name, packed)
+        seen: list[tuple[str, int]] = []
+        budget = SMALL if layout == "zigzag" and rank == 1 else 1 << 30  # ranks need not agree on a schedule
+        with ll.settings(memory_budget=budget), collectives(seen):
+            out = LOSSES[name](leaves[0], leaves[1], bias=leaves[2], sequence_group=dist.group.WORLD, **given)
+        found[case] = result(out, leaves) | {"collectives": seen}
+    return found
+
+
+@functools.cache
+def ranks_of(ranks: int) -> list[dict[Any, Any]]:
+    return run_ranks(ranks, on_each_rank, ranks)
+
+
+@functools.cache
+def one_process(name: str, reference: str) -> dict[str, Any]:
+    batch = batch_of(name)
+    if reference == "states":
+        with_states(batch)
+    return result(batch.run(LOSSES[name], list(range(len(LENGTHS)))), batch.leaves)
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool((a.double() - b.double()).abs().max() <= 1e-12 * max(1.0, b.double().abs().max().item()))
+
+
+every_number_of_ranks = pytest.mark.parametrize("ranks", [2, 3])
+
+
+@pytest.mark.parametrize(("ranks", "case"), [(ranks, case) for ranks in (2, 3) for case in cases(ranks)], ids=str)
+def test_losses_gradients_and_metrics_are_those_of_one_process(ranks, case):
+    name, layout, reference, _ = case
+    whole, parts = one_process(name, reference), [found[case] for found in ranks_of(ranks)]
+    assert close(sum(part["loss"] for part in parts), whole["loss"])
+    if isinstance(LOSSES[name], ll.FusedLinearPreferenceLoss):
+        assert all(torch.equal(part["loss"], parts[0]["loss"]) for part in parts)
+    dhidden = torch.zeros_like(whole["gradients"][0])
+    for here, part in zip(positions(layout, ranks), parts, strict=True):
+        dhidden[:, here] = part["gradients"][0].view(len(LENGTHS), len(here), H)
+    assert relative_error(dhidden, whole["gradients"][0]) <= 1e-12
+    for i in (1, 2):
+        assert relative_error(sum(part["gradients"][i] for part in parts), whole["gradients"][i]) <= 1e-12
+    per_token = isinstance(LOSSES[name], ll.FusedLinearPolicyLoss)
+    for part, here in zip(parts, positions(layout, ranks), strict=True):
+        assert part["metrics"].keys() == whole["metrics"].keys()
+        assert all(close(part["metrics"][key], value) for key, value in whole["metrics"].items())
+        for key in whole.keys() - {"loss", "gradients", "metrics", "schedules"}:
+            value = whole[key][:, here] if per_token else whole[key]
+            assert not value.numel() or close(part[key].view(value.shape), value), key
+    one_step = not per_token or LOSSES[name].loss.group == "sequence"
+    alone = "recompute" if one_step else "gradient_in_forward"
+    if layout == "zigzag" and ranks == 2:  # more tokens than a tile of rank 1 holds
+        assert [set(part["schedules"]) for part in parts] == [{"gradient_in_forward"}, {alone}]
+
+
+@every_number_of_ranks
+def test_every_rank_runs_the_same_collectives_and_one_before_the_loss(ranks):
+    row = 8 * len(LENGTHS)
+    for case in cases(ranks):
+        parts, loss = [found[case]["collectives"] for found in ranks_of(ranks)], LOSSES[case[0]]
+        assert all(part == parts[0] for part in parts)
+        seen = [size for _, size in parts[0]]
+        if isinstance(loss, ll.FusedLinearPolicyLoss):
+            assert seen[0] == row  # the numbers of scored tokens
+            if case[0] == "gspo":
+                assert seen[1:3] == [row, row]  # log-ratios before the loss, their gradient after it
+                assert seen[3:] == [8 * 7, 2 * row]  # metrics: means over tokens, shares of sequences
+            continue
+        if getattr(loss, "ld_alpha", None) is not None:  # the order of the tokens, before any is scored
+            assert [kind for kind, _ in parts[0][:2]] == ["all_reduce", "all_gather"] and seen[0] == 8
+            seen = seen[2:]
+        rows = 2 + 2 * loss.loss.uses_nll + loss.loss.uses_confidence + (case[2] == "states")
+        assert seen == [rows * row, *([2 * 4 * 8] if loss.metrics else [])], case
+
+
+def flops_on_a_rank(rank: int, ranks: int) -> dict[tuple[str, str], float]:
+    """FLOP / (N H V) of a trained head: in one tile, and in more tokens than a tile holds."""
+    found = {}
+    for name in ("sigmoid", "sigmoid_norm", "kto weighted", "gspo"):
+        for budget, size in (("one tile", 1 << 30), ("small", SMALL)):
+            leaves, given = part_of(batch_of(name), positions("contiguous", ranks)[rank], name, False)
+            with ll.settings(memory_budget=size, batch_invariant=False), FlopCounterMode(display=False) as counter:
+                out = LOSSES[name](leaves[0], leaves[1], bias=leaves[2], sequence_group=dist.group.WORLD, **given)
+                out.loss.backward()
+            scored = int((given["labels"] != -100).sum())
+            found[name, budget] = counter.get_total_flops() / (scored * H * V)
+    return found
+
+
+@every_number_of_ranks
+def test_six_passes_where_the_rows_of_a_rank_fit_one_tile_else_eight(ranks):
+    for rank, found in enumerate(ranks_of(ranks)):
+        for (_, budget), passes in found["flops"].items():
+            if budget == "one tile" or rank == 0:  # the others may have too few rows to fill a tile
+                assert passes == pytest.approx(6 if budget == "one tile" else 8, abs=0.02)
+
+
+def shift_on_a_rank(rank: int, ranks: int) -> dict[str, tuple[Tensor, Tensor]]:
+    hidden, labels = whole_row(ranks)
+    found = {}
+    for layout in ("contiguous", "zigzag"):
+        here = positions_of(layout, ranks, labels.shape[1])[rank]
+        found[layout] = ll.shift(hidden[:, here], labels[:, here].to(torch.int32), dist.group.WORLD, layout, ignore_index=-7)
+    return found
+
+
+def whole_row(ranks: int) -> tuple[Tensor, Tensor]:
+    length = 6 * ranks
+    return torch.arange(2.0 * length).view(2, length, 1), torch.arange(2 * length).view(2, length)
+
+
+@every_number_of_ranks
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_labels_are_shifted_over_the_borders_of_ranks(layout, ranks):
+    hidden, labels = whole_row(ranks)
+    wanted = torch.cat((labels[:, 1:], torch.full((2, 1), -7)), 1).to(torch.int32)
+    for here, found in zip(positions_of(layout, ranks, labels.shape[1]), ranks_of(ranks), strict=True):
+        assert torch.equal(found["shift"][layout][0], hidden[:, here])
+        assert torch.equal(found["shift"][layout][1], wanted[:, here])
+
+
+#: Losses of two data-parallel groups of two ranks each.
+COUNTED = ("sigmoid", "orpo", "kto weighted", "sft alone", "grpo 0.1", "gspo dapo", "ppo fixed-length", "ppo token-mean")
+
+
+def counted_on_a_rank(rank: int) -> dict[str, Any]:
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    group, pairs = groups[rank // 2], [[0], [1, 2, 3]][rank // 2]
+    rows = [*pairs, *(len(LENGTHS) // 2 + pair for pair in pairs)]
+    found = {}
+    for name in COUNTED:
+        batch, loss = batch_of(name), LOSSES[name]
+        leaves, given = part_of(batch, positions("contiguous", 2)[rank % 2], name, False)
+        mine = {n: v[rows] if isinstance(v, Tensor) and v.dim() and len(v) == len(LENGTHS) else v for n, v in given.items()}
+        items = loss.count_items(mine["labels"], nll_labels=mine.get("nll_labels"), sequence_group=group)
+        dist.all_reduce(items)
+        out = loss(leaves[0][rows], leaves[1], bias=leaves[2], sequence_group=group, num_items_in_batch=items.unbind(), **mine)
+        found[name] = result(out, leaves[1:]) | {"items": items}
+    return found
+
+
+def test_counts_of_data_and_sequence_ranks_add_up_to_one_batch():
+    ranks = run_ranks(4, counted_on_a_rank)
+    for name in COUNTED:
+        batch, parts = batch_of(name), [found[name] for found in ranks]
+        assert torch.equal(parts[0]["items"], batch.count(LOSSES[name], list(range(len(LENGTHS)))))
+        whole = one_process(name, "given")
+        assert close(sum(part["loss"] for part in parts), whole["loss"])
+        for i in (0, 1):
+            assert relative_error(sum(part["gradients"][i] for part in parts), whole["gradients"][i + 1]) <= 1e-12
