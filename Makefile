@@ -15,7 +15,7 @@ STAMP := build/.ready-$(NAME)
 BENCH_STAMP := build/.ready-bench-$(NAME)
 NEEDED := $(if $(filter bench,$(MAKECMDGOALS)),$(if $(wildcard $(STAMP)),$(STAMP),$(BENCH_STAMP)),$(STAMP))
 
-.PHONY: bench test test-blas test-gpu sanitize-gpu bench-gpu bench-gpu-losses bench-gpu-policy bench-gpu-train \
+.PHONY: bench test test-models test-blas test-gpu sanitize-gpu bench-gpu bench-gpu-losses bench-gpu-policy bench-gpu-train \
 	bench-gpu-grid bench-gpu-limits bench-gpu-curves tune-gpu lint types format setup ext clean
 
 setup: $(STAMP)
@@ -38,6 +38,11 @@ bench: ext
 # The tensors are small: a process for each core is faster than threads.
 test: ext
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
+
+# Every causal, image-text and multimodal class of transformers at tiny size, in one process: about 2 minutes. `make test` runs
+# one class of each kind.
+test-models: $(NEEDED)
+	LOGITLESS_EVERY_CLASS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 0 tests/models/test_every_class.py
 
 # The tests of Triton's interpreter with the matrix products of other CPUs. BLAS_CORES="Haswell SkylakeX" names some.
 BLAS_CORES ?= Haswell

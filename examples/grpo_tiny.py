@@ -101,9 +101,7 @@ def train(
                 old = ll.model_logps(model, packed).logps
                 ref = ll.model_logps(reference, packed).logps
             batches.append((packed, {"advantages": advantages[part], "old_logps": old, "ref_logps": ref}))
-        # counted over all micro-batches: tokens for losses that average over tokens, sequences for the others
-        items = sum(int(p.mask.sum()) for p, _ in batches)
-        items = items if loss.aggregation == "token-mean" else len(sequences)
+        items = sum(loss.count_items(packed.labels, packed.cu_seqlens) for packed, _ in batches)
         for _ in range(epochs):
             for packed, inputs in batches:
                 out = ll.model_loss(model, loss, packed, num_items_in_batch=items, **inputs)

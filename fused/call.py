@@ -19,8 +19,44 @@ from logitless.kernels.core.checks import (
     compute_dtype,
 )
 from logitless.kernels.core.head_spec import HeadSpec
+from logitless.kernels.core.head_weight import Weight, read_weight
 
 from .checks import check_data, check_per_sequence, check_per_token
+
+
+def check_layout(
+    labels: Tensor,  # (S, T), or packed (P,)
+    cu_seqlens: Tensor | None,  # (S + 1,)
+) -> tuple[list[int] | None, int]:
+    """Where packed sequences start and end, ``None`` for padded ones, and the number of sequences."""
+    if cu_seqlens is not None:
+        if labels.dim() != 1:
+            raise ValueError(f"labels must have shape [N] with cu_seqlens, got {tuple(labels.shape)}")
+        bounds = check_cu_seqlens(cu_seqlens, len(labels), labels.device)
+        return bounds, len(bounds) - 1
+    if labels.dim() != 2:
+        raise ValueError(f"labels must have shape [S, T], or [N] with cu_seqlens, got {tuple(labels.shape)} and no cu_seqlens")
+    return None, len(labels)
+
+
+def check_counted_labels(
+    labels: Tensor,  # (S, T), or packed (P,)
+    cu_seqlens: Tensor | None,  # (S + 1,)
+    nll_labels: Tensor | None,  # like labels
+    *,
+    uses_nll: bool,
+) -> tuple[list[int] | None, int]:
+    """Check the arguments of ``count_items``; returns what :func:`check_layout` does."""
+    named = {"labels": labels, "cu_seqlens": cu_seqlens, "nll_labels": nll_labels}
+    for name, value in named.items():
+        check_data(name, value)
+    check_tensor("labels", labels)
+    check_labels(labels, labels[..., None])
+    if nll_labels is not None:
+        if not uses_nll:
+            raise ValueError("nll_labels is given, but this loss has no NLL term")
+        check_labels(nll_labels, labels[..., None], "nll_labels")
+    return check_layout(labels, cu_seqlens)
 
 
 @dataclass(frozen=True)
@@ -28,7 +64,7 @@ class ReferenceStates:
     """Hidden states and head of the reference model. Detached."""
 
     hidden: Tensor  # (P, H'), P positions in the order of the policy's
-    weight: Tensor  # (V, H')
+    weight: Weight  # (V, H')
     bias: Tensor | None  # (V,)
 
 
@@ -63,7 +99,7 @@ class LossCall:
     """
 
     hidden: Tensor
-    weight: Tensor
+    weight: Weight
     labels: Tensor
     bias: Tensor | None
     head: HeadSpec
@@ -77,7 +113,7 @@ class LossCall:
     def check(
         cls,
         hidden: Tensor,  # (S, T, H), or packed (P, H)
-        weight: Tensor,  # (V, H)
+        weight: Weight,  # (V, H)
         labels: Tensor,  # (S, T), or packed (P,)
         bias: Tensor | None,  # (V,)
         head: HeadSpec | None,
@@ -91,27 +127,19 @@ class LossCall:
         for name, value in named.items():
             check_data(name, value)
         head = check_spec(head)
+        weight = read_weight("weight", weight)
         check_head(hidden, weight, bias)
         check_entries(head, weight)
         check_labels(labels, hidden)
         check_temperature(temperature, labels, head)
-        bounds = None
-        if cu_seqlens is not None:
-            if labels.dim() != 1:
-                raise ValueError(f"labels must have shape [N] with cu_seqlens, got {tuple(labels.shape)}")
-            bounds = check_cu_seqlens(cu_seqlens, len(labels), labels.device)
-        elif labels.dim() != 2:
-            raise ValueError(
-                f"labels must have shape [S, T], or [N] with cu_seqlens, got {tuple(labels.shape)} and no cu_seqlens"
-            )
-        count = len(labels) if bounds is None else len(bounds) - 1
+        bounds, count = check_layout(labels, cu_seqlens)
         return cls(hidden, weight, labels, bias, head, bounds, count, ignore_index, temperature=temperature)
 
     def with_reference(
         self,
         ref_logps: Tensor | None,  # (S,), or like labels with per_token
         ref_hidden: Tensor | None,  # like hidden, up to its last dimension
-        ref_weight: Tensor | None,  # (V, H')
+        ref_weight: Weight | None,  # (V, H')
         ref_bias: Tensor | None,  # (V,)
         *,
         uses: bool,
@@ -143,7 +171,7 @@ class LossCall:
             logps = check_per_sequence("ref_logps", ref_logps, self.num_sequences, self.hidden.device)
         return replace(self, reference=Reference(logps))
 
-    def _reference_states(self, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> ReferenceStates | None:
+    def _reference_states(self, hidden: Tensor | None, weight: Weight | None, bias: Tensor | None) -> ReferenceStates | None:
         """Hidden states shaped like the policy's up to the hidden size, and a head of as many rows."""
         if hidden is None or weight is None:
             named = {"ref_hidden": hidden, "ref_weight": weight, "ref_bias": bias}
@@ -154,6 +182,7 @@ class LossCall:
         mine = self.hidden
         if hidden.device != mine.device:
             raise ValueError(f"ref_hidden is on {hidden.device} but hidden is on {mine.device}: move one of them")
+        weight = read_weight("ref_weight", weight)
         check_head(hidden, weight, bias, prefix="ref_")
         if hidden.shape[:-1] != mine.shape[:-1]:
             raise ValueError(f"ref_hidden must have shape {(*mine.shape[:-1], 'H')} like hidden, got {tuple(hidden.shape)}")

@@ -6,7 +6,6 @@ small tensors), and turns the finished gradient tile into ``dX`` and ``dW``. The
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -21,8 +20,10 @@ from logitless.kernels.core.blocking import real_rows
 from logitless.kernels.core.checks import check_temperature_range, compute_dtype
 from logitless.kernels.core.dtypes import accumulate_dtype, tile_dtype
 from logitless.kernels.core.head_spec import HeadSpec
+from logitless.kernels.core.head_weight import LoRAWeight, Weight
 from logitless.kernels.core.row_head import head_rows, with_temperatures
 from logitless.kernels.core.stats import RowStats
+from logitless.kernels.core.weight_rows import HeadRows, JoinedRows, trained_part
 from logitless.kernels.planner.plan import Plan, plan
 from logitless.kernels.planner.steps import DEFERRED_SCALE, FORWARD_ONLY, GRADIENT_IN_FORWARD, RECOMPUTE, Step
 from logitless.kernels.tile.head_gradient import HeadGradient
@@ -40,17 +41,23 @@ def run(job: Job[Report]) -> tuple[Tensor, Report]:
     """
     call = job.call
     hidden = call.hidden.to(compute_dtype(call.hidden)).reshape(-1, call.hidden.shape[-1])
-    grads = torch.is_grad_enabled()
-    needs = tuple(grads and t is not None and t.requires_grad for t in (hidden, call.weight, call.bias))
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with torch.no_grad():
         tokens = job.scored_tokens()
+    weight = _joined(hidden, call.weight, tokens.rows)
+    trained, inputs = trained_part(weight), weight.inputs if isinstance(weight, JoinedRows) else None
+    grads = torch.is_grad_enabled()
+    needs = tuple(
+        grads and any(t is not None and t.requires_grad for t in tensors)
+        for tensors in ((hidden, inputs), (trained,), (call.bias,))
+    )
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         the_plan = plan(
             num_tokens=len(tokens),
-            hidden_size=hidden.shape[1],
+            hidden_size=call.weight.shape[1],
             vocab_size=call.vocab_size,
             group_sizes=None if job.token_groups else tokens.group_sizes,
             dtype=hidden.dtype,
-            weight_dtype=call.weight.dtype,
+            weight_dtype=weight.dtype if trained is None else trained.dtype,
             train_hidden=needs[0],
             train_weight=needs[1],
             train_bias=needs[2],
@@ -59,36 +66,41 @@ def run(job: Job[Report]) -> tuple[Tensor, Report]:
             outputs=job.outputs | job.loss_outputs | {"logps"},
             token_groups=job.token_groups,
             entropy_gradient=job.entropy_gradient and any(needs),
+            lora_rank=weight.shape[1] - call.weight.shape[1],
+            quantized=isinstance(call.weight, HeadRows) or isinstance(getattr(call.weight, "base", None), HeadRows),
         )
-        the_plan = replace(the_plan, extra_bytes=the_plan.extra_bytes + _padding_bytes(call, the_plan, needs))
-        work = _Work(job, tokens, the_plan, hidden, needs)
+        the_plan = replace(the_plan, extra_bytes=the_plan.extra_bytes + _padding_bytes(call, trained, the_plan, needs))
+        work = _Work(job, tokens, the_plan, hidden, weight, needs)
         schedules = work.schedules()
         for step in the_plan.steps:
             schedules[step.schedule](step)
             work.fresh = False
         report = work.evaluation.report(the_plan, work.stats, work.acc)
-    loss: Tensor = _FinishedGradients.apply(hidden, call.weight, call.bias, work)
+    loss: Tensor = _FinishedGradients.apply(hidden, inputs, trained, call.bias, work)
     return loss, report
 
 
-def _padding_bytes(call: LossCall, the_plan: Plan, needs: tuple[bool, ...]) -> int:
+def _joined(hidden: Tensor, weight: Weight, rows: Tensor) -> Tensor | HeadRows:
+    """The weight as backends take it; adapters read the given rows (N,) of the hidden states (P, H) alone."""
+    if not isinstance(weight, LoRAWeight):
+        return weight
+    scored = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
+    return weight.join(hidden, scored.index_fill_(0, rows, True))
+
+
+def _padding_bytes(call: LossCall, trained: Tensor | None, the_plan: Plan, needs: tuple[bool, ...]) -> int:
     """Bytes of the gradient's rows beyond ``HeadSpec.vocab_size``, which the plan does not have."""
-    rows, acc = len(call.weight) - call.vocab_size, accumulate_dtype(call.weight.dtype).itemsize
-    row_bytes = call.weight.shape[1] * (call.weight.dtype.itemsize + acc * the_plan.accumulate) if needs[1] else 0
+    rows, acc, row_bytes = len(call.weight) - call.vocab_size, accumulate_dtype(call.weight.dtype).itemsize, 0
+    if needs[1] and trained is not None:
+        row_bytes = trained.shape[1] * (trained.dtype.itemsize + acc * the_plan.accumulate)
     return rows * (row_bytes + (3 * acc if needs[2] else 0))
-
-
-@functools.cache
-def eagerly(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.compiler.disable``, at the first call: as a decorator it would add a second to every import of the package."""
-    return torch.compiler.disable(fn)
 
 
 class _Work:
     """The state of a call while its plan is carried out: one method per schedule, which adds a step to the loss and gradients.
 
     Attributes:
-        dhidden: (N, H) gradient of the scored tokens' hidden states.
+        dhidden: (N, H) gradient of the scored tokens' hidden states; with an adapter (N, H + r), of its inputs too.
         head_gradient: of weight and bias.
         fresh: whether ``head_gradient`` holds nothing yet.
         stats: the job's ``outputs``, (N,) each.
@@ -100,11 +112,14 @@ class _Work:
         tokens: ScoredTokens,
         the_plan: Plan,
         hidden: Tensor,  # (P, H)
-        needs: tuple[bool, ...],  # whether hidden, weight and bias need a gradient
+        weight: Tensor | HeadRows,  # (V, H) or (V, H + r), with its padding rows
+        needs: tuple[bool, ...],  # whether hidden (or an adapter's inputs), weight and bias need a gradient
     ) -> None:
         self.job, self.call, self.tokens, self.needs = job, job.call, tokens, needs
         self.hidden, self.head = hidden, job.call.head
-        self.weight, self.bias = real_rows(job.call.weight, job.call.bias, self.head)
+        self.whole_weight, ref = weight, job.call.reference.states
+        self.ref_weight = None if ref is None else _joined(ref.hidden, ref.weight, tokens.rows)
+        self.weight, self.bias = real_rows(weight, job.call.bias, self.head)
         if job.call.temperature is not None:
             temperature = job.call.temperature.reshape(-1)[tokens.rows]
             check_temperature_range(temperature)
@@ -119,7 +134,7 @@ class _Work:
         self.dhidden: Tensor | None = None
         deferred = any(step.schedule == DEFERRED_SCALE for step in the_plan.steps)
         if needs[0] and not (deferred and self.head_gradient is None):  # otherwise scoring makes it
-            self.dhidden = torch.empty((len(tokens), hidden.shape[1]), dtype=self.acc, device=hidden.device)
+            self.dhidden = torch.empty((len(tokens), weight.shape[1]), dtype=self.acc, device=hidden.device)
         self.stats = {
             name: torch.empty(len(tokens), dtype=torch.bool if name == "is_top1" else self.acc, device=hidden.device)
             for name in job.outputs
@@ -136,7 +151,7 @@ class _Work:
 
     def _new_head_gradient(self) -> HeadGradient:
         return HeadGradient(
-            self.call.weight,
+            self.whole_weight,
             self.call.bias,
             need_weight=self.needs[1],
             need_bias=self.needs[2],
@@ -146,7 +161,14 @@ class _Work:
 
     def _inputs(self, start: int, stop: int) -> tuple[Tensor, Tensor, HeadSpec]:
         """Hidden states (n, H), labels (n,) and the transforms of some tokens."""
-        x = gather_rows(self.hidden, self.tokens.rows[start:stop], in_order=False)
+        rows = self.tokens.rows[start:stop]
+        x = gather_rows(self.hidden, rows, in_order=False)
+        if isinstance(self.weight, JoinedRows):
+            inputs = gather_rows(self.weight.inputs, rows, in_order=False)
+            x = self.weight.extend(x, inputs)
+            for gradient in (self.head_gradient, self.second):
+                if gradient is not None:
+                    gradient.adapter_inputs = inputs
         return x, self.tokens.labels[start:stop], head_rows(self.head, slice(start, stop))
 
     def _keep(self, start: int, stop: int, stats: RowStats) -> None:
@@ -158,10 +180,13 @@ class _Work:
         ref = self.call.reference.states
         if ref is None:
             return None
-        x = gather_rows(ref.hidden, self.tokens.rows[start:stop], in_order=False)
+        rows = self.tokens.rows[start:stop]
+        x = gather_rows(ref.hidden, rows, in_order=False)
+        if isinstance(self.ref_weight, JoinedRows):
+            x = self.ref_weight.extend(x, gather_rows(self.ref_weight.inputs, rows, in_order=False))
         labels, options = self.tokens.labels[start:stop], self.options.without_outputs()
         head = head_rows(self.head, slice(start, stop))
-        return self.backend.score(x, ref.weight, ref.bias, labels, head, options).logps
+        return self.backend.score(x, self.ref_weight, ref.bias, labels, head, options).logps
 
     def _dhidden(self, start: int, stop: int) -> Tensor | None:
         return None if self.dhidden is None else self.dhidden[start:stop]
@@ -305,10 +330,17 @@ class _FinishedGradients(torch.autograd.Function):
     """Hands the finished gradients, scaled by the upstream one, to autograd."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        inputs: Tensor | None,  # of an adapter
+        weight: Tensor | None,
+        bias: Tensor | None,
+        work: _Work,
+    ) -> Tensor:
         ctx.needs, ctx.distinct = work.needs, work.tokens.nll is None
-        ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
-        ctx.head_dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        ctx.likes = [(t.shape, t.dtype) for t in (hidden, inputs) if t is not None]
+        ctx.head_dtypes = (None if weight is None else weight.dtype, None if bias is None else bias.dtype)
         ctx.elementwise = work.backend.elementwise
         head = work.head_gradient
         ctx.save_for_backward(
@@ -325,9 +357,13 @@ class _FinishedGradients(torch.autograd.Function):
         dhidden, rows, dweight, dbias = ctx.saved_tensors
         # Without retain_graph the saved gradients are freed after this, so scaling them in place saves a copy of dW.
         keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
-        dh = dw = db = None
-        if ctx.needs[0]:
-            dh = ctx.elementwise.scatter_rows(ctx.shape, ctx.dtype, rows, dhidden, factor=grad, distinct=ctx.distinct)
+        dw = db = None
+        dinputs: list[Tensor | None] = [None, None]
+        for i, (shape, dtype) in enumerate(ctx.likes):
+            if ctx.needs_input_grad[i]:  # columns of the hidden states, then of the adapter's inputs
+                part = dhidden if len(ctx.likes) == 1 else dhidden.split([s[1] for s, _ in ctx.likes], dim=1)[i]
+                put = ctx.elementwise.scatter_rows
+                dinputs[i] = put(shape, dtype, rows, part, factor=grad, distinct=ctx.distinct)
         if ctx.needs[1]:
             if dweight.dtype == ctx.head_dtypes[0] and not grad.is_cuda and float(grad) == 1.0:
                 dw = dweight.clone() if keep_graph else dweight
@@ -335,4 +371,4 @@ class _FinishedGradients(torch.autograd.Function):
                 dw = ctx.elementwise.scaled_to_dtype(dweight, grad, ctx.head_dtypes[0], in_place=not keep_graph)
         if ctx.needs[2]:
             db = (dbias * grad).to(ctx.head_dtypes[1])
-        return dh, dw, db, None
+        return *dinputs, dw, db, None

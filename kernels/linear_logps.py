@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .core.autograd import once_differentiable
+from .core.autograd import eagerly, once_differentiable
 from .core.checks import (
     check_entries,
     check_head,
@@ -20,9 +20,11 @@ from .core.checks import (
     compute_dtype,
 )
 from .core.head_spec import HeadSpec
+from .core.head_weight import LoRAWeight, Weight, read_weight
 from .core.settings import current_settings
 from .core.stats import OPTIONAL_OUTPUTS, TokenStats
-from .logps_operators import ALL_ROWS, NO_UNIT, SCORED_ROWS, output_bits
+from .core.weight_rows import HeadRows, JoinedRows, trained_part
+from .logps_operators import ALL_ROWS, NO_UNIT, SCORED_ROWS, logps_backward, logps_forward, output_bits
 
 
 class _Options(NamedTuple):
@@ -45,18 +47,26 @@ class LinearLogps(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,  # whose gradient is made: the weight, or the trained part of ``rows``
         bias: Tensor | None,
         labels: Tensor,
         head: Tensor,
         temperature: Tensor | None,
         options: _Options,
+        rows: HeadRows | None = None,
+        inputs: Tensor | None = None,  # of an adapter: those of ``rows``
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        results = torch.ops.logitless.logps_forward(hidden, weight, bias, labels, head, temperature, *options)
+        if rows is None:
+            results = torch.ops.logitless.logps_forward(hidden, weight, bias, labels, head, temperature, *options)
+        else:  # operators take tensors alone
+            results = logps_forward(hidden, rows, bias, labels, head, temperature, *options)
+            rows.release()
+        ctx.rows = rows
         logps, entropy, mean_logits, is_top1, log_sum_sq_probs, *saved, unit = results
         ctx.options = options
-        ctx.save_for_backward(hidden, weight, bias, labels, head, temperature, *saved, entropy, unit)
+        sources = () if rows is None else rows.sources
+        ctx.save_for_backward(hidden, weight, bias, labels, head, temperature, *saved, entropy, unit, *sources)
         ctx.mark_non_differentiable(mean_logits, is_top1, log_sum_sq_probs)
         return logps, entropy, mean_logits, is_top1, log_sum_sq_probs
 
@@ -64,15 +74,20 @@ class LinearLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_logps is None and grad_entropy is None:
-            return (None,) * 7
+            return (None,) * 9
+        options, rows = ctx.options, ctx.rows
         hidden, weight, bias, labels, head, temperature, *saved = ctx.saved_tensors
-        options = ctx.options
+        if rows is not None:
+            saved = saved[: len(saved) - len(rows.sources)]
         needs = list(ctx.needs_input_grad[:3])
+        needs_inputs = ctx.needs_input_grad[8]
+        needs[0] |= needs_inputs
         # without an entropy output its gradient cannot exist; a stray empty tensor's is dropped
         grad_entropy = grad_entropy if options.outputs & 1 else None
-        dh, dw, db = torch.ops.logitless.logps_backward(
+        run: Any = torch.ops.logitless.logps_backward if rows is None else logps_backward
+        dh, dw, db = run(
             hidden,
-            weight,
+            weight if rows is None else rows,
             bias,
             labels,
             head,
@@ -87,12 +102,20 @@ class LinearLogps(torch.autograd.Function):
             options.memory_budget,
             options.grad_filter,
         )
-        return dh if needs[0] else None, dw if needs[1] else None, db if needs[2] else None, None, None, None, None
+        du = None
+        if rows is not None:
+            rows.release()
+            if isinstance(rows, JoinedRows) and needs[0]:
+                size = hidden.shape[1]
+                du = dh[:, size:].to(rows.inputs.dtype) if needs_inputs else None
+                dh = dh[:, :size].to(hidden.dtype)
+        dh = dh if ctx.needs_input_grad[0] else None
+        return dh, dw if needs[1] else None, db if needs[2] else None, None, None, None, None, None, du
 
 
 def linear_logps(
     hidden: Tensor,  # (..., H)
-    weight: Tensor,  # (V, H)
+    weight: Weight,  # (V, H)
     labels: Tensor,  # (...)
     bias: Tensor | None = None,  # (V,)
     head: HeadSpec | None = None,
@@ -108,7 +131,9 @@ def linear_logps(
 
     Args:
         hidden: hidden states, float64, float32, bfloat16 or float16.
-        weight: the head's weight, of the same dtype unless autocast is on.
+        weight: the head's weight, of the same dtype unless autocast is on. Also a :class:`logitless.LoRAWeight`, or a frozen
+            quantised weight of torchao (``Int8Tensor``, ``Float8Tensor``) or bitsandbytes (``Params4bit``, ``Int8Params``),
+            which is dequantised one block of the vocabulary at a time. Such weights run outside of compiled graphs.
         labels: int32 or int64, already shifted (:func:`logitless.shift`).
         bias: the head's bias.
         head: logit scale, soft-cap, temperature and number of entries; default none of them.
@@ -130,7 +155,7 @@ def linear_logps(
         >>> linear_logps(x, w, torch.randint(100, (2, 5))).logps.shape
         torch.Size([2, 5])
     """
-    head, wanted = check_spec(head), check_outputs(outputs)
+    head, wanted, weight = check_spec(head), check_outputs(outputs), read_weight("weight", weight)
     check_head(hidden, weight, bias)
     check_entries(head, weight)
     check_labels(labels, hidden)
@@ -142,7 +167,7 @@ def linear_logps(
 
 def token_stats(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Weight,
     labels: Tensor,
     bias: Tensor | None,
     head: HeadSpec,
@@ -156,11 +181,18 @@ def token_stats(
     An adapter may pass a subclass of :class:`LinearLogps` as ``function``, to do something around its backward pass.
     """
     current = current_settings()
-    grad = torch.is_grad_enabled()
-    frozen_head = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    grad, flat_labels = torch.is_grad_enabled(), labels.reshape(-1).long()
+    x = hidden.reshape(-1, hidden.shape[-1])
+    read = read_weight("weight", weight)
+    if isinstance(read, LoRAWeight):
+        read = read.join(x, flat_labels != ignore_index)
+    rows, trained = read if isinstance(read, HeadRows) else None, trained_part(read)
+    inputs = read.inputs if isinstance(read, JoinedRows) else None
+    trains_hidden = hidden.requires_grad or (inputs is not None and inputs.requires_grad)
+    frozen_head = not read.requires_grad and (bias is None or not bias.requires_grad)
     unit = NO_UNIT
-    if grad and hidden.requires_grad and frozen_head:
-        unit = ALL_ROWS if torch.compiler.is_compiling() else SCORED_ROWS
+    if grad and trains_hidden and frozen_head:
+        unit = ALL_ROWS if torch.compiler.is_compiling() and rows is None else SCORED_ROWS
     options = _Options(
         ignore_index=ignore_index,
         outputs=output_bits(outputs),
@@ -171,14 +203,17 @@ def token_stats(
         grad_filter=current.grad_filter,
         batch_invariant=current.batch_invariant,
     )
-    flat = (function or LinearLogps).apply(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
+    apply = (function or LinearLogps).apply
+    flat = (apply if rows is None else eagerly(apply))(
+        x,
+        trained,
         bias,
-        labels.reshape(-1).long(),
+        flat_labels,
         head.pack(),
         None if temperature is None else temperature.reshape(-1),
         options,
+        rows,
+        inputs,
     )
     values = {
         name: value.view(labels.shape)

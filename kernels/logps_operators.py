@@ -18,6 +18,7 @@ from .core.dtypes import accumulate_dtype
 from .core.head_spec import HeadSpec
 from .core.row_head import with_temperatures
 from .core.stats import OPTIONAL_OUTPUTS, CoreOptions, RowStats
+from .core.weight_rows import HeadRows, JoinedRows
 from .tile.head_gradient import HeadGradient
 from .tile.rows import ScoredRows
 
@@ -52,27 +53,34 @@ def _names(bits: int) -> frozenset[str]:
     return frozenset(name for i, name in enumerate(OPTIONAL_OUTPUTS) if bits >> i & 1)
 
 
-def _call(hidden: Tensor, weight: Tensor, num_tokens: int, work: Work, options: CoreOptions) -> Call:
+def _call(hidden: Tensor, weight: Tensor | HeadRows, num_tokens: int, work: Work, options: CoreOptions) -> Call:
     """What a backend is asked for. hidden (P, H), weight (V, H)."""
     return Call(
         hidden.device,
         hidden.dtype,
         weight.dtype,
         num_tokens=num_tokens,
-        hidden_size=hidden.shape[1],
+        hidden_size=weight.shape[1],
         vocab_size=len(weight),
         outputs=options.outputs,
         work=work,
         workspace=options.workspace,
         grad_filter=options.grad_filter,
+        by_rows=isinstance(weight, HeadRows),
         batch_invariant=options.batch_invariant,
     )
 
 
+def _inputs(picked: ScoredRows, hidden: Tensor, weight: Tensor | HeadRows) -> Tensor:
+    """What the weight is multiplied by, (N, K): hidden states, with an adapter ``[h, u]``."""
+    x = picked.hidden(hidden)
+    return weight.extend(x, picked.hidden(weight.inputs)) if isinstance(weight, JoinedRows) else x
+
+
 @torch.library.impl(_library, "logps_forward", "CompositeExplicitAutograd")
-def _forward(
+def logps_forward(
     hidden: Tensor,  # (P, H)
-    weight: Tensor,  # (V, H)
+    weight: Tensor | HeadRows,  # (V, H); the operator's is a tensor
     bias: Tensor | None,  # (V,)
     labels: Tensor,  # (P,) int64
     head: Tensor,  # HeadSpec.pack()
@@ -101,7 +109,7 @@ def _forward(
     chosen = choose_backend(_call(hidden, weight, len(rows), work, options), backend)
     with torch.autocast(hidden.device.type, enabled=False):
         stats: RowStats = chosen.score(
-            picked.hidden(hidden),
+            _inputs(picked, hidden, weight),
             weight,
             bias,
             picked.labels(labels, bias),
@@ -120,7 +128,7 @@ def _forward(
         results.append(full if value is None else full.index_copy_(0, rows, value))
     unit = stats.unit_dhidden
     if unit is None:
-        unit = torch.empty((0, hidden.shape[1]), dtype=acc, device=hidden.device)
+        unit = torch.empty((0, weight.shape[1]), dtype=acc, device=hidden.device)
     elif unit_dhidden == ALL_ROWS:
         unit = chosen.elementwise.scatter_rows(hidden.shape, acc, rows, unit)
     return *results, unit
@@ -155,9 +163,9 @@ def _forward_fake(
 
 
 @torch.library.impl(_library, "logps_backward", "CompositeExplicitAutograd")
-def _backward(
+def logps_backward(
     hidden: Tensor,  # (P, H)
-    weight: Tensor,  # (V, H)
+    weight: Tensor | HeadRows,  # (V, H)
     bias: Tensor | None,  # (V,)
     labels: Tensor,  # (P,)
     head: Tensor,
@@ -199,7 +207,7 @@ def _backward(
         recomputed = not deferred or g is not None
         dhidden = None
         if needs[0] and recomputed:
-            dhidden = torch.empty((n, hidden.shape[1]), dtype=acc, device=hidden.device)
+            dhidden = torch.empty((n, weight.shape[1]), dtype=acc, device=hidden.device)
         head_gradient = None
         if needs[1] or needs[2]:
             # every block of dW is written once here, and the upstream gradient is in it: no float32 buffer is needed
@@ -211,6 +219,8 @@ def _backward(
                 accumulate=False,
                 entries=spec.vocab_size,
             )
+            if isinstance(whole_weight, JoinedRows):
+                head_gradient.adapter_inputs = picked.hidden(whole_weight.inputs)
         if recomputed:
             stats = RowStats(
                 logps=empty(),
@@ -222,7 +232,7 @@ def _backward(
                 entropy=entropy[rows] if g is not None else None,
             )
             chosen.recompute_gradients(
-                picked.hidden(hidden),
+                _inputs(picked, hidden, weight),
                 weight,
                 bias,
                 picked.labels(labels, bias),
@@ -235,6 +245,9 @@ def _backward(
                 head_gradient=head_gradient,
             )
         dh, dw, db = empty(), empty(), empty()
+        # with an adapter the gradient of [h, u] is returned, not rounded: u may be wider than h
+        shape = len(hidden), weight.shape[1]
+        dtype = acc if isinstance(weight, JoinedRows) else hidden.dtype
         if needs[0]:
             if deferred:
                 if picked.scored is not None and len(unit) != n:
@@ -243,10 +256,10 @@ def _backward(
                     )
                 factor = torch.zeros_like(sum_others[rows]) if c is None else c
                 unit = unit if len(unit) == n else unit[rows]
-                dh = chosen.elementwise.scatter_rows(hidden.shape, hidden.dtype, rows, unit, factor, dhidden)
+                dh = chosen.elementwise.scatter_rows(shape, dtype, rows, unit, factor, dhidden)
             else:
                 assert dhidden is not None
-                dh = chosen.elementwise.scatter_rows(hidden.shape, hidden.dtype, rows, dhidden)
+                dh = chosen.elementwise.scatter_rows(shape, dtype, rows, dhidden)
         if head_gradient is not None:
             if head_gradient.whole_weight is not None:
                 dw = head_gradient.whole_weight

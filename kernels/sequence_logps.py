@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .core.checks import check_tensor, check_token_weights, checked_offsets
 from .core.head_spec import HeadSpec
+from .core.head_weight import Weight
 from .core.settings import current_settings
 from .linear_logps import linear_logps
 from .tile import segments
@@ -39,7 +40,7 @@ def shift(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def sequence_logps(
     hidden: Tensor,  # (S, T, H), or packed (N, H) with cu_seqlens
-    weight: Tensor,  # (V, H)
+    weight: Weight,  # (V, H)
     labels: Tensor,  # (S, T), or packed (N,)
     bias: Tensor | None = None,
     head: HeadSpec | None = None,

@@ -23,6 +23,7 @@ from logitless.fused.rl.reward_model import BradleyTerryLoss
 from logitless.fused.rl.values import value_loss
 from logitless.kernels.backends.registry import available_backends, register_backend
 from logitless.kernels.core.head_spec import HeadSpec
+from logitless.kernels.core.head_weight import LoRAWeight
 from logitless.kernels.core.settings import settings
 from logitless.kernels.core.stats import TokenStats
 from logitless.kernels.linear_logps import linear_logps
@@ -49,6 +50,7 @@ __all__ = [
     "FusedLinearPreferenceLoss",
     "FusedLinearSimPOLoss",
     "HeadSpec",
+    "LoRAWeight",
     "Objective",
     "PackedSequences",
     "Pairs",

@@ -64,7 +64,7 @@ class Workbench:
         # With a learning rate of 0 the optimizer's step takes its time and leaves the weights as they are.
         self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.0, fused=fused)
         self.scaler = torch.amp.GradScaler(device.type, enabled=case.autocast_dtype == torch.float16)
-        self.head, self.module = ll.HeadSpec.from_config(self.base.config), self.method.module()
+        self.head, self.module = ll.HeadSpec.from_model(self.model, at="backbone"), self.method.module()
         self.vocab: int = self.base.config.vocab_size
         #: Whether logitless's arms run sequences in one row (the arm sets it), and the attention for that.
         self.in_one_row = False

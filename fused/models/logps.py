@@ -13,7 +13,8 @@ from logitless.kernels.core.head_spec import HeadSpec
 from logitless.kernels.core.stats import TokenStats
 from logitless.kernels.linear_logps import linear_logps
 
-from .packing import Layout, PackedSequences, TokenSequences, lay_out, make_pack
+from .layout import Layout, TokenSequences, lay_out
+from .packing import PackedSequences, make_pack
 from .runner import HeadCall, Placed, RunOptions, place, place_packed, run_packed
 
 
@@ -47,26 +48,38 @@ def model_logps(
     and convolutional layers, and models that do not pass position ids to their mask (Bloom, OPT, GPT-OSS and AFMoE in
     transformers 5.23). Each model is therefore checked and probed once, with 16 tokens, before it runs this way
     (:func:`logitless.models.why_not_padding_free`). A model that fails runs on a right-padded batch, which is probed once as
-    well. ``"dynamic"`` and ``"longrope"`` position scaling depend on the longest sequence of a batch; in one row they apply to
-    all of its sequences. With ``sdpa`` and ``eager`` attention, the mask of one row of N tokens has N * N entries; unless
-    asked for, these run padding-free only where that costs less than padding.
+    well. Whatever the layout, the model is probed once for causality. ``"dynamic"`` and ``"longrope"`` position scaling depend
+    on the longest sequence of a batch; in one row they apply to all of its sequences. With ``sdpa`` and ``eager`` attention,
+    the mask of one row of N tokens has N * N entries; unless asked for, these run padding-free only where that costs less
+    than padding.
+
+    **Images, and other arguments.** Values per token (``token_type_ids``, ``mm_token_type_ids``, ``cross_attention_mask`` ...,
+    or any tensor whose shape follows ``input_ids``) are given in the layout of ``input_ids``, also as a list or packed, and are
+    laid out anew with the ids. Data of images or of whole sequences (``pixel_values``, ``image_grid_thw``,
+    ``encoder_hidden_states``, ``adapter_names`` ...) are passed on unchanged, in the order of the sequences, and make the model
+    run on a right-padded batch without position ids, so that it derives the positions of images (M-RoPE) itself. The first
+    such batch also serves as the probe, which costs four forward passes without gradients.
 
     Args:
-        model: the result of ``AutoModelForCausalLM``, or a wrapper of it. Its head must be a plain ``nn.Linear``.
+        model: the result of ``AutoModelForCausalLM``, or a wrapper of it. Its head must be an ``nn.Linear``, plain or quantised
+            (torchao int8 or float8 weight-only, bitsandbytes ``Linear4bit`` or ``Linear8bitLt``, whose input is not quantised
+            here), with or without LoRA adapters on it.
         input_ids: padded ``[S, T]`` (with ``attention_mask``), packed ``[N]`` with ``cu_seqlens``, a list of 1-D tensors or
             lists of ints, or :class:`PackedSequences`. Sequences may have no or one token.
         attention_mask, cu_seqlens, labels, prompt_lengths, ignore_index: as in :func:`logitless.pack`: ``labels`` are not
             shifted; without ``labels`` and ``prompt_lengths`` every token but the first of each sequence is scored. Not
             allowed with :class:`PackedSequences`, which has its own.
         position_ids: like ``input_ids``, for positions that do not start at 0 in each sequence.
-        head: logit scale, soft-cap and temperature; default ``HeadSpec.from_config(model.config)``.
+        head: logit scale, soft-cap, temperature and entries; default :meth:`HeadSpec.from_model`, measured once per model. One
+            that contradicts the model's own logits is an error; the temperature is free.
         temperature: divides the logits, in place of the head's.
         outputs: which fields of the result to compute, of ``logitless.kernels.core.stats.OUTPUTS``.
         shifted: ``True``: align the results with shifted labels, that is with the position that predicts the token, as loss
             modules take them. ``None``: aligned as the labels of the input are, so shifted only for :class:`PackedSequences`.
         padding_free: ``True``: one row, or an error where that would be wrong; ``False``: a right-padded batch; ``None``:
             the correct one that costs less. The choice is logged at DEBUG.
-        model_kwargs: further arguments of the model's forward, passed on unchanged.
+        model_kwargs: further arguments of the model's forward: values per token in the layout of ``input_ids``, others
+            unchanged.
 
     Returns:
         TokenStats: each ``[S, T]`` for padded ids, else ``[N]``, aligned (unless shifted) with the token itself, as in Hugging
@@ -74,9 +87,12 @@ def model_logps(
         sequence, at positions that are not scored, and at padding. Differentiable in the model's parameters.
 
     Raises:
-        TypeError, ValueError: naming the argument; for a head that is not a plain linear layer (LoRA on ``lm_head``,
-            quantised), prompt-learning PEFT methods, an encoder-decoder, a compiled model (compile its decoder instead:
-            ``model.model.compile()``), or ``padding_free=True`` where the model or the position ids do not allow it.
+        TypeError, ValueError: naming the argument; for a head that is no linear layer or has an adapter other than plain LoRA
+            (DoRA, IA3, ``trainable_token_indices`` ...), prompt-learning PEFT methods, an encoder-decoder, a compiled model
+            (compile its decoder instead: ``model.model.compile()``), a model that is not causal, a required argument of the
+            model's forward that is missing, values per token in another layout than ``input_ids``, a head that Accelerate
+            offloads and that needs a gradient, logits that no :class:`HeadSpec` describes (Chameleon masks image tokens), or
+            ``padding_free=True`` where the model, its arguments or the position ids do not allow it.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -97,7 +113,7 @@ def model_logps(
         stats = linear_logps(at.hidden.to(at.weight.device), at.weight, labels, at.bias, at.head, wanted, ignored)
         return TokenStats(**{name: _of_tokens(getattr(stats, name), at.where, layout, shifted) for name in wanted})
 
-    result: TokenStats = run_packed(model, sequences, score, RunOptions(head, temperature, padding_free, model_kwargs))
+    result: TokenStats = run_packed(model, sequences, score, RunOptions(head, temperature, padding_free, model_kwargs))[0]
     return result
 
 

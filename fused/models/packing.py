@@ -5,15 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from logitless.kernels.core.checks import check_cu_seqlens, check_ignore_index, check_tensor
 
-#: Accepted forms of token ids: padded (S, T), packed (N,), or a list of 1-D tensors or of lists of ints.
-TokenSequences: TypeAlias = Tensor | Sequence[Tensor] | Sequence[Sequence[int]]
+from .layout import Layout, TokenSequences, check_integers, lay_out
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,128 +130,6 @@ class PackedSequences:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """How the caller's sequences were laid out, to flatten other values of their tokens in the same way."""
-
-    kind: str  # "padded", "packed" or "list"
-    shape: tuple[int, ...]  # of the caller's tensor; (N,) for a list
-    bounds: list[int]  # S + 1 values
-    device: torch.device
-    real: Tensor | None = None  # padded only: (N,) index of each token in the flattened (S, T)
-
-    def flatten(self, name: str, value: Any) -> Tensor:
-        """Values of the tokens, (N,) int64, from values laid out like the sequences."""
-        if self.kind == "list":
-            flat, lengths = _concatenated(name, value)
-            wanted = [b - a for a, b in itertools.pairwise(self.bounds)]
-            if lengths != wanted:
-                raise ValueError(f"{name} must have the lengths of the sequences, {_shown(wanted)}, got {_shown(lengths)}")
-            return flat.to(self.device)
-        check_tensor(name, value)
-        _check_integers(name, value)
-        if tuple(value.shape) != self.shape:
-            raise ValueError(f"{name} must have shape {self.shape} like the sequences, got {tuple(value.shape)}")
-        flat = value.reshape(-1).long().to(self.device)
-        return flat if self.real is None else flat[self.real]
-
-    def unflatten(self, values: Tensor) -> Tensor:
-        """Values of the tokens (N,) in the caller's shape, with 0 at padding."""
-        if self.real is None:
-            return values
-        size = self.shape[0] * self.shape[1]
-        return values.new_zeros(size).index_copy(0, self.real.to(values.device), values).view(self.shape)
-
-
-def _shown(values: list[int]) -> str:
-    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:7]))}, ...]"
-
-
-def _check_integers(name: str, value: Tensor) -> None:
-    if value.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be int32 or int64, got {value.dtype}")
-
-
-def _concatenated(name: str, sequences: Any) -> tuple[Tensor, list[int]]:
-    """A list of 1-D tensors, or of lists of ints, end to end: (N,) int64, and the length of each."""
-    if isinstance(sequences, (str, bytes)) or not isinstance(sequences, Sequence):
-        raise TypeError(
-            f"{name} must be a tensor, a list of 1-D tensors or a list of lists of ints, got {type(sequences).__name__}"
-        )
-    if any(isinstance(s, Tensor) for s in sequences):
-        for i, s in enumerate(sequences):
-            check_tensor(f"{name}[{i}]", s)
-            _check_integers(f"{name}[{i}]", s)
-            if s.dim() != 1:
-                raise ValueError(f"{name}[{i}] must be 1-D, got shape {tuple(s.shape)}")
-            if s.device != sequences[0].device:
-                raise ValueError(f"{name}[{i}] is on {s.device} but {name}[0] is on {sequences[0].device}: move one of them")
-        return torch.cat([s.long() for s in sequences]), [len(s) for s in sequences]
-    for i, s in enumerate(sequences):
-        if isinstance(s, (str, bytes)) or not isinstance(s, Sequence):
-            raise TypeError(f"{name}[{i}] must be a 1-D tensor or a list of ints, got {type(s).__name__}")
-    values = list(itertools.chain.from_iterable(sequences))
-    if others := set(map(type, values)) - {int}:
-        raise TypeError(f"{name} must hold ints, got {', '.join(sorted(other.__name__ for other in others))}")
-    return torch.tensor(values, dtype=torch.int64, device="cpu"), [len(s) for s in sequences]
-
-
-def _of_padded(ids: Tensor, attention_mask: Tensor | None) -> Layout:
-    """The layout of padded ids (S, T)."""
-    if attention_mask is None:
-        real = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
-    else:
-        check_tensor("attention_mask", attention_mask)
-        if attention_mask.is_floating_point() or attention_mask.is_complex():
-            raise TypeError(f"attention_mask must be bool or integer, got {attention_mask.dtype}")
-        if attention_mask.shape != ids.shape:
-            raise ValueError(f"attention_mask must have shape {tuple(ids.shape)}, got {tuple(attention_mask.shape)}")
-        mask = attention_mask.to(ids.device)
-        real = mask.bool()
-        starts = real & ~torch.nn.functional.pad(real, (1, 0))[:, :-1]
-        # one synchronisation for both checks
-        holes, other = torch.stack(((starts.sum(1) > 1).any(), (mask != real.to(mask.dtype)).any())).tolist()
-        if other:
-            raise ValueError("attention_mask must be 1 at tokens and 0 at padding, got other values")
-        if holes:
-            row = int((starts.sum(1) > 1).nonzero()[0])
-            raise ValueError(
-                f"attention_mask must be 1 over one stretch of each row (padding to its left or right), but row {row} has "
-                "padding between tokens"
-            )
-    bounds = [0, *real.sum(1).cumsum(0).tolist()]
-    return Layout("padded", tuple(ids.shape), bounds, ids.device, real.reshape(-1).nonzero()[:, 0])
-
-
-def lay_out(
-    sequences: TokenSequences,
-    attention_mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    device: torch.device | str | None = None,
-    name: str = "sequences",
-) -> tuple[Tensor, Layout]:
-    """The token ids end to end, (N,) int64, and their layout; arguments as for :func:`pack`."""
-    if attention_mask is not None and not (isinstance(sequences, Tensor) and sequences.dim() == 2):
-        raise ValueError("attention_mask is for padded ids of shape [S, T]; packed ids and lists have no padding to mask")
-    if cu_seqlens is not None and not (isinstance(sequences, Tensor) and sequences.dim() == 1):
-        raise ValueError("cu_seqlens is for packed ids of shape [N]; padded ids take attention_mask, and lists need neither")
-    if not isinstance(sequences, Tensor):
-        flat, lengths = _concatenated(name, sequences)
-        flat = flat if device is None else flat.to(device)
-        return flat, Layout("list", tuple(flat.shape), [0, *itertools.accumulate(lengths)], flat.device)
-    _check_integers(name, sequences)
-    ids = sequences if device is None else sequences.to(device)
-    if ids.dim() == 2:
-        layout = _of_padded(ids, attention_mask)
-        return layout.flatten(name, ids), layout
-    if ids.dim() != 1 or cu_seqlens is None:
-        raise ValueError(
-            f"{name} must be padded [S, T], packed [N] with cu_seqlens, or a list, got a tensor of shape {tuple(ids.shape)}"
-            f"{'' if ids.dim() != 1 else ' without cu_seqlens'}"
-        )
-    return ids.long(), Layout("packed", tuple(ids.shape), check_cu_seqlens(cu_seqlens, len(ids), ids.device), ids.device)
-
-
 def make_pack(
     ids: Tensor,  # (N,)
     layout: Layout,
@@ -285,7 +162,7 @@ def _checked_prompts(prompt_lengths: Any, sizes: list[int]) -> Tensor:
     prompts = prompt_lengths if isinstance(prompt_lengths, Tensor) else torch.tensor(list(prompt_lengths), device="cpu")
     if prompts.numel() == 0 and not isinstance(prompt_lengths, Tensor):
         prompts = prompts.long()
-    _check_integers("prompt_lengths", prompts)
+    check_integers("prompt_lengths", prompts)
     if tuple(prompts.shape) != (len(sizes),):
         raise ValueError(f"prompt_lengths must have one value per sequence, shape [{len(sizes)}], got {tuple(prompts.shape)}")
     bad = ((prompts < 0) | (prompts > torch.tensor(sizes, dtype=torch.int64, device=prompts.device))).nonzero()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import logging
 from collections.abc import Callable, Mapping
@@ -12,37 +11,41 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from logitless.kernels.core.checks import check_spec
 from logitless.kernels.core.head_spec import HeadSpec
+from logitless.kernels.core.head_weight import Weight
 
-from .attention import attention_of, takes_bounds, why_not_padding_free, why_not_right_padded
-from .causal_lm import causal_lm, full_head_parameters, head_parameters, num_token_ids, run_to_head, takes_positions
-from .packing import Layout, PackedSequences, lay_out, make_pack, unpack
+from .attention import (
+    attention_of,
+    max_row,
+    takes_bounds,
+    why_not_batch,
+    why_not_causal,
+    why_not_padding_free,
+    why_not_right_padded,
+)
+from .causal_lm import (
+    causal_lm,
+    check_head_input,
+    full_head_parameters,
+    head_parameters,
+    num_token_ids,
+    run_model,
+    takes_positions,
+)
+from .head_probe import model_head
+from .layout import Layout, lay_out
+from .model_kwargs import ModelKwargs, is_composite, media_token_ids, read_kwargs
+from .offload import check_head_is_there, loaded_head
+from .packing import PackedSequences, make_pack, unpack
 
 log = logging.getLogger("logitless")
-
-#: Arguments of the model's forward that are set here, or that change what reaches the head.
-_RESERVED = (
-    "cu_seq_lens_k",
-    "cu_seq_lens_q",
-    "fused_lm_head",
-    "inputs_embeds",
-    "logits_to_keep",
-    "max_length_k",
-    "max_length_q",
-    "past_key_values",
-    "shift_labels",
-    "use_cache",
-)
-#: Arguments that a forward may accept without naming them in its signature.
-_UNNAMED = frozenset({"adapter_names", "is_causal", "output_attentions", "output_hidden_states", "output_router_logits"})
 
 
 class HeadCall(NamedTuple):
     """The call of a model's head, for positions in the shape in which the model ran."""
 
     hidden: Tensor  # (..., H)
-    weight: Tensor  # (V, H)
+    weight: Weight  # (V, H)
     bias: Tensor | None  # (V,)
     head: HeadSpec
     labels: Tensor  # (...), shifted
@@ -90,79 +93,86 @@ def place(packed: PackedSequences, layout: Layout, position_ids: Any) -> Placed:
     return Placed(packed, layout, positions if bool((positions != packed.position_ids).any()) else None)
 
 
-def run_packed(model: nn.Module, sequences: Placed, score: Callable[[HeadCall], Any], options: RunOptions) -> Any:
-    """Run the model on packed sequences up to its head, and return what ``score`` makes of the head's call.
+def run_packed(model: nn.Module, sequences: Placed, score: Callable[[HeadCall], Any], options: RunOptions) -> tuple[Any, Any]:
+    """Run the model on packed sequences with ``score`` in place of its head; returns the result of ``score`` and the output.
 
-    The sequences run as one padding-free row or as a right-padded batch: the correct one that costs less.
+    The sequences run as one padding-free row or as a right-padded batch: the correct one that costs less. Arguments with one
+    value per token are laid out as the tokens are.
     """
     packed, layout, positions = sequences
-    model_kwargs = options.model_kwargs or {}
     if options.padding_free not in (True, False, None):
         raise TypeError(f"padding_free must be True, False or None, got {options.padding_free!r}")
-    for name in _RESERVED:
-        if name in model_kwargs:
-            raise ValueError(f"{name} is not to be given: what the model gets for it is decided here")
     lm = causal_lm(model)
-    if unknown := model_kwargs.keys() - inspect.signature(type(lm).forward).parameters.keys() - _UNNAMED:
-        # most models accept any keyword, and ignore those that they do not read
-        raise TypeError(f"{type(lm).__name__}.forward takes no argument {', '.join(sorted(unknown))}")
-    spec = _spec(lm, options.head, options.temperature)
-    reasons = _why_not_one_row(model, lm, options.padding_free, packed, layout.bounds, positions is not None)
+    check_head_is_there(lm)
+    kwargs = read_kwargs(lm, options.model_kwargs or {}, layout)
+    if not kwargs.of_rows:
+        _refuse(why_not_causal(model, lm))
+        # Probes of both layouts, whichever the data takes: ranks of a sharded model run the same number of forward passes.
+        wrong = [] if options.padding_free else why_not_right_padded(model, lm)
+        if options.padding_free is not False:
+            why_not_padding_free(model)
+    reasons = _why_not_one_row(model, lm, options.padding_free, sequences, kwargs)
     log.debug("packed sequences: %s", f"right-padded batch: {'; '.join(reasons)}" if reasons else "one padding-free row")
 
-    if reasons:
-        if wrong := why_not_right_padded(model, lm):
-            raise ValueError(f"model cannot be used: {'; '.join(wrong)}")
-        inputs, targets, where = _right_padded(lm, packed, positions)
-    else:
-        inputs = packed.model_inputs(flash_attention=takes_bounds(lm))
-        assert packed.labels is not None
-        targets, where = packed.labels[None], torch.arange(len(packed.input_ids), device=packed.input_ids.device)
+    per_token = kwargs.per_token
     if not len(packed.input_ids):
         # The model still runs, on one token that is not scored: ranks stay in step, and the result has a gradient of 0.
-        inputs, targets = {"input_ids": where.new_zeros(1, 1)}, where.new_full((1, 1), packed.ignore_index)
+        where = packed.input_ids
+        inputs: dict[str, Any] = {"input_ids": where.new_zeros(1, 1)}
+        inputs |= {name: value.new_zeros(1, 1, *value.shape[1:]) for name, value in per_token.items()}
+        targets = where.new_full((1, 1), packed.ignore_index)
+    elif reasons:
+        inputs, targets, where = _right_padded(lm, packed, positions, per_token)
+    else:
+        inputs = packed.model_inputs(flash_attention=takes_bounds(lm))
+        inputs |= {name: value[None] for name, value in per_token.items()}
+        assert packed.labels is not None
+        targets, where = packed.labels[None], torch.arange(len(packed.input_ids), device=packed.input_ids.device)
+    inputs |= kwargs.others
+
+    if kwargs.of_rows:
+        _refuse(why_not_batch(model, lm, inputs, per_token, targets != packed.ignore_index))
+    elif reasons:
+        _refuse(wrong)
+
+    spec = model_head(model, lm, options.head, options.temperature, inputs)
 
     def call(hidden: Tensor) -> Any:
-        if hidden.shape[:-1] != targets.shape:
-            raise ValueError(
-                f"model must pass its head one hidden state per token, {tuple(targets.shape)}, got {tuple(hidden.shape[:-1])}"
-            )
-        return score(HeadCall(hidden, *full_head_parameters(lm), spec, targets, where))
+        check_head_input(lm, hidden, tuple(targets.shape))
+        with loaded_head(lm):
+            return score(HeadCall(hidden, *full_head_parameters(lm), spec, targets, where))
 
-    return run_to_head(model, lm, {**inputs, **model_kwargs}, call)
+    return run_model(model, lm, inputs, call)
 
 
-def _spec(lm: Any, head: HeadSpec | None, temperature: float | None) -> HeadSpec:
-    if head is None:
-        return HeadSpec.from_config(lm.config, 1.0 if temperature is None else temperature)
-    spec = check_spec(head)
-    if temperature is None:
-        return spec
-    if spec.temperature not in (1.0, temperature):
-        raise ValueError(f"temperature={temperature!r} contradicts head.temperature={spec.temperature!r}: pass one of them")
-    return spec.with_temperature(temperature)
+def _refuse(reasons: list[str]) -> None:
+    if reasons:
+        raise ValueError(f"model cannot be used: {'; '.join(reasons)}")
 
 
-def _why_not_one_row(
-    model: nn.Module,
-    lm: Any,
-    padding_free: bool | None,
-    packed: PackedSequences,
-    bounds: list[int],
-    other_positions: bool,
-) -> list[str]:
+def _why_not_one_row(model: nn.Module, lm: Any, padding_free: bool | None, sequences: Placed, kwargs: ModelKwargs) -> list[str]:
     """Why this call does not run as one row; empty when it does."""
+    packed, bounds = sequences.packed, sequences.layout.bounds
+    of_batch = [*kwargs.of_rows, *(kwargs.per_token if is_composite(lm) else ())]
+    if of_batch and sequences.positions is not None and is_composite(lm):
+        raise ValueError(
+            f"position_ids cannot be given beside {', '.join(of_batch)}: {type(lm).__name__} derives the positions of images"
+        )
     if padding_free is False:
         return ["padding_free=False"]
-    if other_positions:  # transformers would take 5, 6, 7 | 8, 9 for one sequence
+    if of_batch:
+        reasons = [f"{', '.join(of_batch)}: for images and data of rows, the sequences must be rows of a batch"]
+    elif sequences.positions is not None:  # transformers would take 5, 6, 7 | 8, 9 for one sequence
         reasons = ["position_ids do not start at 0 in each sequence, by which models tell them apart"]
+    elif (longest := max_row(lm)) is not None and bounds[-1] > longest:
+        reasons = [f"a row of {bounds[-1]} tokens is longer than the model's mask of {longest}"]
     else:
         reasons = why_not_padding_free(model)
     if reasons and padding_free:
         raise ValueError(f"padding_free=True cannot be had: {'; '.join(reasons)}. Pass None or False for a right-padded batch")
     if reasons or padding_free or attention_of(lm) not in ("eager", "sdpa"):
         return reasons
-    sizes = [b - a for a, b in itertools.pairwise(bounds) if b > a]
+    sizes = [size for size in sequences.layout.sizes if size]
     width = head_parameters(lm)[0].shape[1]
     one, batch = _layer_cost(1, bounds[-1], width), _layer_cost(len(sizes), packed.max_seqlen, width)
     return [f"a row of {bounds[-1]} tokens costs {one / batch:.1f} times the padded batch"] if one > batch else []
@@ -180,12 +190,16 @@ def _right_padded(
     lm: Any,
     packed: PackedSequences,
     positions: Tensor | None,  # (N,), where sequences do not start at 0
+    per_token: Mapping[str, Tensor],  # (N, ...) each
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
     """The model's inputs, shifted labels of their shape, and the place of each token in it, (N,). Empty rows are left out."""
     if positions is not None and not takes_positions(lm):
         raise ValueError(f"position_ids: {type(lm).__name__}.forward takes none")
     compact = packed.cu_seqlens.unique_consecutive()
-    pad = getattr(lm.config.get_text_config(), "pad_token_id", None)
+    # RoBERTa-like models derive positions from the pad token; a config may name one that the embedding does not have
+    pad, media = getattr(lm.config.get_text_config(), "pad_token_id", None), media_token_ids(lm)
+    if not isinstance(pad, int) or not 0 <= pad < num_token_ids(lm) or pad in media:
+        pad = next(i for i in range(num_token_ids(lm)) if i not in media)
 
     def padded(values: Tensor, value: int) -> Tensor:
         result = unpack(values, compact, padded=True, padding_value=value)
@@ -195,9 +209,9 @@ def _right_padded(
     assert packed.labels is not None
     mask = padded(torch.ones_like(packed.input_ids), 0)
     inputs: dict[str, Any] = {
-        # RoBERTa-like models derive positions from the pad token; a config may name one that the embedding does not have
-        "input_ids": padded(packed.input_ids, pad if isinstance(pad, int) and 0 <= pad < num_token_ids(lm) else 0),
+        "input_ids": padded(packed.input_ids, pad),
         "attention_mask": mask,
+        **{name: padded(value, 0) for name, value in per_token.items()},
     }
     if positions is not None:
         inputs["position_ids"] = padded(positions, 0)

@@ -8,13 +8,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from logitless.kernels.core.autograd import eagerly
 from logitless.kernels.core.checks import check_ignore_index
 from logitless.kernels.core.head_spec import HeadSpec
+from logitless.kernels.core.head_weight import Weight
 from logitless.kernels.planner.plan import Plan
 
-from ..call import LossCall
+from ..call import LossCall, check_counted_labels
 from ..checks import check_bool, check_choice, check_number
-from ..engine import eagerly, run
+from ..engine import run
+from ..num_items import OF_CALL, Counted, NumItems, item_counts, read_num_items
 from ..results import mean_or_zero
 from .aggregation import AGGREGATIONS, Aggregation
 from .importance import check_clip
@@ -25,7 +28,7 @@ from .loss import OPTIONAL_INPUTS, PolicyLoss, PolicyLossResult, Tokens
 
 @dataclass
 class PolicyOutput:
-    """What a policy-loss module returns; only ``loss`` carries a gradient.
+    """What a policy-loss module returns; only ``loss`` (and ``aux_loss``) carries a gradient.
 
     Attributes:
         loss: 0-dim, float32 (float64 for float64 input).
@@ -35,6 +38,7 @@ class PolicyOutput:
         metrics: 0-dim tensors: means over the batch's scored tokens, except ``clip_ratio/low_min`` and ``/high_max``, which
             are extrema over sequences. The names do not depend on the data; without scored tokens all are 0.
         plan: the plan that was carried out: schedule, FLOP, bytes.
+        aux_loss: the load-balancing loss of a model's routers, which only :func:`logitless.model_loss` sets.
     """
 
     loss: Tensor
@@ -43,6 +47,7 @@ class PolicyOutput:
     ref_logps: Tensor | None
     metrics: dict[str, Tensor] = field(default_factory=dict)
     plan: Plan | None = None
+    aux_loss: Tensor | None = None
 
 
 class FusedLinearPolicyLoss(nn.Module):
@@ -132,7 +137,7 @@ class FusedLinearPolicyLoss(nn.Module):
     def forward(
         self,
         hidden: Tensor,  # (S, T, H), or packed (N, H)
-        weight: Tensor,  # (V, H)
+        weight: Weight,  # (V, H)
         labels: Tensor,  # (S, T), or packed (N,)
         bias: Tensor | None = None,  # (V,)
         head: HeadSpec | None = None,
@@ -141,10 +146,10 @@ class FusedLinearPolicyLoss(nn.Module):
         old_logps: Tensor | None = None,  # like labels
         ref_logps: Tensor | None = None,  # like labels
         ref_hidden: Tensor | None = None,  # like hidden, up to its last dimension
-        ref_weight: Tensor | None = None,  # (V, H')
+        ref_weight: Weight | None = None,  # (V, H')
         ref_bias: Tensor | None = None,  # (V,)
         cu_seqlens: Tensor | None = None,  # (S + 1,)
-        num_items_in_batch: Tensor | float | None = None,
+        num_items_in_batch: Tensor | Sequence[Tensor | float] | float | None = None,  # 0-dim, or (2,)
         sampling_logps: Tensor | None = None,  # like labels
         importance_sampling_ratio: Tensor | None = None,  # (S,), or like labels
         entropy_threshold: Tensor | float | None = None,  # 0-dim
@@ -155,7 +160,7 @@ class FusedLinearPolicyLoss(nn.Module):
         Args:
             hidden: hidden states of the policy, float64, float32, bfloat16 or float16; padded ``[S, T, H]``, or packed
                 ``[N, H]`` with ``cu_seqlens``.
-            weight: the head's weight.
+            weight: the head's weight: a tensor, or any other of :func:`logitless.linear_logps`.
             labels: int32 or int64, already shifted (:func:`logitless.shift`, :func:`logitless.pack`); ``ignore_index`` where
                 nothing is scored: prompts, padding, tool output.
             bias: the head's bias.
@@ -167,9 +172,9 @@ class FusedLinearPolicyLoss(nn.Module):
             ref_hidden, ref_weight, ref_bias: or the reference's hidden states and head, scored without gradient in the same
                 tiles. Its hidden size may differ.
             cu_seqlens: int32 or int64, where each packed sequence starts and ends.
-            num_items_in_batch: what the sum is divided by if this call is one of several micro-batches: the scored tokens of
-                all of them for a token mean, else their sequences. Losses of micro-batches then add up to that of one batch.
-                0 is accepted if nothing is scored; the loss is then 0.
+            num_items_in_batch: what to divide by if this call is one of several micro-batches: :meth:`count_items`, added over
+                all of them. Their losses and gradients then add up to those of one batch. One number is accepted where the loss
+                has one count. A count may be 0 if nothing is scored here; the loss is then 0.
             sampling_logps: log-probabilities of the rollout engine, if it is not the trainer.
             importance_sampling_ratio: weights of the tokens' losses, see :func:`logitless.rl.importance_sampling_ratio`.
             entropy_threshold: for GRPO's ``top_entropy_quantile``: the entropy that a token must reach, if it is known
@@ -195,6 +200,7 @@ class FusedLinearPolicyLoss(nn.Module):
             per_token=True,
         )
         self._check_use(inputs)
+        num_items = self._num_items(num_items_in_batch, inputs)
         loss = self.loss
         if inputs.entropy_threshold is not None and self.entropy_coef == 0:  # tokens do not depend on the batch's entropies
             loss = replace(loss, group="sequence" if self._reads_sequences else "token")
@@ -204,12 +210,70 @@ class FusedLinearPolicyLoss(nn.Module):
             loss,
             inputs,
             self._input_options(),
-            Aggregation(self.aggregation, self.max_length, num_items_in_batch),
+            Aggregation(self.aggregation, self.max_length, num_items),
             self.entropy_coef,
             self._bonus_weights,
         )
         value, report = eagerly(run)(job)
         return self._output(value, report, call)
+
+    def count_items(
+        self,
+        labels: Tensor,  # (S, T), or packed (N,)
+        cu_seqlens: Tensor | None = None,  # (S + 1,)
+        nll_labels: None = None,
+    ) -> Tensor:
+        """What the loss of these sequences divides by: ``(units, tokens)``.
+
+        Add the counts of all micro-batches and data-parallel ranks of an optimiser step, and pass the sum to each call as
+        ``num_items_in_batch``.
+
+        Args:
+            labels, cu_seqlens: as for the call.
+            nll_labels: must be ``None``: policy losses have no NLL term.
+
+        Returns:
+            Tensor: (2,) float64, on the device of the labels: the number of sequences, and of scored tokens; 0 for a count that
+            the loss does not use.
+
+        Raises:
+            TypeError, ValueError: naming the argument; for a loss that cannot be divided into micro-batches.
+
+        Example:
+            >>> loss = FusedLinearGRPOLoss("grpo", entropy_coef=0.01)
+            >>> loss.count_items(torch.tensor([[5, 6, -100], [7, -100, -100]])).tolist()
+            [2.0, 3.0]
+        """
+        counted = self._counted("count_items")
+        _, count = check_counted_labels(labels, cu_seqlens, nll_labels, uses_nll=False)
+        tokens = 0 if counted.tokens is None else (labels != self.ignore_index).sum()
+        return item_counts(0 if counted.units is None else count, tokens, labels.device)
+
+    def _counted(self, name: str) -> Counted:
+        """What the loss divides by; an error, which says that ``name`` cannot be used, if it cannot be divided."""
+        if self._takes_threshold and self.entropy_coef != 0:
+            raise ValueError(
+                f"{name} cannot be used with entropy_coef and a top_entropy_quantile below 1: the bonus is divided by the "
+                "number of tokens above the threshold, which labels do not tell. Set entropy_coef=0, or use one call"
+            )
+        if self.loss.group == "batch" and not self._takes_threshold:
+            raise ValueError(
+                f"{name} cannot be used with a loss of group='batch', which depends on all sequences at once: pass all of them "
+                "in one call, or declare group='sequence'"
+            )
+        of_tokens = self.aggregation == "token-mean"
+        bonus_of_tokens = self.entropy_coef != 0 and self._bonus_weights == "token-mean"
+        return Counted(None if of_tokens else "sequences", "scored tokens" if of_tokens or bonus_of_tokens else None)
+
+    def _num_items(self, given: object, inputs: PolicyInputs) -> NumItems:
+        if given is None:
+            return OF_CALL
+        if self._takes_threshold and inputs.entropy_threshold is None:
+            raise ValueError(
+                "num_items_in_batch needs an entropy_threshold with a top_entropy_quantile below 1: the quantile of one "
+                "micro-batch is not that of all of them"
+            )
+        return read_num_items(given, self._counted("num_items_in_batch"))
 
     def _check_use(self, inputs: PolicyInputs) -> None:
         """Arguments that this loss does not use are errors, and so are missing ones that it needs."""

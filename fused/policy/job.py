@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -15,14 +15,15 @@ from logitless.kernels.planner.plan import Plan
 from logitless.kernels.planner.steps import Step
 
 from ..job import Coefficients, Job
+from ..num_items import over
 from ..results import check_leaves, check_returned
 from ..scored_tokens import ScoredTokens, find_scored_tokens
-from .aggregation import Aggregation, check_num_items
+from .aggregation import Aggregation
 from .inputs import InputOptions, PolicyInputs, TokenInputs
 from .loss import PolicyLoss, PolicyLossResult, Tokens
 
-#: What the entropies are multiplied by in the bonus: the weights of the losses; one over the batch's scored tokens; the same
-#: over those of the loss function's ``bonus_mask``.
+#: What the entropies are multiplied by in the bonus: the weights of the losses; one over the number of scored tokens; one over
+#: the number of tokens in the loss function's ``bonus_mask``.
 BonusWeights = Literal["losses", "token-mean", "masked-mean"]
 
 
@@ -81,8 +82,9 @@ class PolicyJob(Job[PolicyReport]):
         return find_scored_tokens(self.call, [sequences] if self.loss.group == "batch" else [[s] for s in sequences])
 
     def evaluation(self, tokens: ScoredTokens, elementwise: ElementWise) -> PolicyEvaluation:
-        num_items = check_num_items(self.aggregation.num_items, any_scored=len(tokens) > 0)
-        aggregation = Aggregation(self.aggregation.name, self.aggregation.max_length, num_items)
+        some = len(tokens) > 0
+        num_items = self.aggregation.num_items.checked(some, some, tokens.device, self.call.wide_dtype)
+        aggregation = replace(self.aggregation, num_items=num_items)
         inputs = self.inputs.gather(self.call, tokens, self.input_options, elementwise.segment_sum)
         return PolicyEvaluation(self, tokens, inputs, aggregation, elementwise.segment_sum)
 
@@ -114,7 +116,7 @@ class PolicyEvaluation:
         self.loss = torch.zeros((), dtype=self.wide, device=tokens.device)
         self.parts: list[_Part] = []
         self.weights = aggregation.token_weights(tokens, self.wide)
-        self.share = aggregation.share(tokens, self.wide)
+        self.num_tokens = aggregation.num_tokens(tokens)
 
     def coefficients(self, step: Step, stats: RowStats, ref_logps: Tensor | None, needs_grad: bool) -> Coefficients:
         job, span = self.job, slice(step.start, step.stop)
@@ -180,10 +182,10 @@ class PolicyEvaluation:
         if self.job.bonus_weights == "masked-mean":  # the mask covers the whole batch: the loss is of group "batch"
             assert result.bonus_mask is not None
             mask = result.bonus_mask.to(self.wide)
-            return mask / mask.sum().clamp(min=1) * self.share
+            return mask / mask.sum().clamp(min=1)
         weights = self.weights[span]
         if self.job.bonus_weights == "token-mean":
-            weights = torch.full_like(weights, 1 / max(1, len(self.tokens))) * self.share
+            weights = over(torch.ones_like(weights), self.num_tokens)
         return weights if result.bonus_mask is None else weights * result.bonus_mask
 
     def report(self, plan: Plan, stats: dict[str, Tensor], dtype: torch.dtype) -> PolicyReport:

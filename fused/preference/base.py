@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from logitless.kernels.core.autograd import eagerly
 from logitless.kernels.core.checks import check_ignore_index, check_labels, check_token_weights
 from logitless.kernels.core.head_spec import HeadSpec
+from logitless.kernels.core.head_weight import Weight
 from logitless.kernels.planner.plan import Plan
 
-from ..call import LossCall
+from ..call import LossCall, check_counted_labels
 from ..checks import check_bool, check_data
-from ..engine import eagerly, run
+from ..engine import run
+from ..num_items import NAME, OF_CALL, NumItems, item_counts, read_num_items
 from ..scored_tokens import ScoredTokens
 from .job import PreferenceJob, PreferenceReport, Term
 from .loss import Margin, PreferenceLoss, PreferenceLossResult
@@ -22,7 +25,7 @@ from .metrics import TOKEN_STATS, kto_metrics, pair_metrics
 
 @dataclass
 class PreferenceOutput:
-    """What a preference-loss module returns; only ``loss`` carries a gradient.
+    """What a preference-loss module returns; only ``loss`` (and ``aux_loss``) carries a gradient.
 
     Attributes:
         loss: 0-dim, float32 (float64 for float64 input).
@@ -34,6 +37,7 @@ class PreferenceOutput:
         metrics: 0-dim tensors under TRL's names; empty unless the module was made with ``metrics=True``. The names do not
             depend on the data; a mean over nothing is 0.
         plan: the plan that was carried out: schedule, FLOP, bytes.
+        aux_loss: the load-balancing loss of a model's routers, which only :func:`logitless.model_loss` sets.
     """
 
     loss: Tensor
@@ -45,11 +49,12 @@ class PreferenceOutput:
     ref_logps: Tensor | None
     metrics: dict[str, Tensor] = field(default_factory=dict)
     plan: Plan | None = None
+    aux_loss: Tensor | None = None
 
 
 @dataclass
 class KTOOutput:
-    """What :class:`FusedLinearKTOLoss` returns; only ``loss`` carries a gradient.
+    """What :class:`FusedLinearKTOLoss` returns; only ``loss`` (and ``aux_loss``) carries a gradient.
 
     Attributes:
         loss: 0-dim.
@@ -59,6 +64,7 @@ class KTOOutput:
         ref_logps: (S,).
         metrics: under TRL's names, which do not depend on the data: 0 for a class that is absent.
         plan: the plan that was carried out.
+        aux_loss: the load-balancing loss of a model's routers, which only :func:`logitless.model_loss` sets.
     """
 
     loss: Tensor
@@ -68,6 +74,7 @@ class KTOOutput:
     ref_logps: Tensor | None
     metrics: dict[str, Tensor] = field(default_factory=dict)
     plan: Plan | None = None
+    aux_loss: Tensor | None = None
 
     @property
     def chosen_logps(self) -> Tensor:
@@ -135,24 +142,25 @@ class FusedLinearPreferenceLoss(nn.Module):
     def forward(
         self,
         hidden: Tensor,  # (S, T, H), or packed (N, H)
-        weight: Tensor,  # (V, H)
+        weight: Weight,  # (V, H)
         labels: Tensor,  # (S, T), or packed (N,)
         bias: Tensor | None = None,  # (V,)
         head: HeadSpec | None = None,
         ref_logps: Tensor | None = None,  # (S,)
         ref_hidden: Tensor | None = None,  # like hidden, up to its last dimension
-        ref_weight: Tensor | None = None,  # (V, H')
+        ref_weight: Weight | None = None,  # (V, H')
         ref_bias: Tensor | None = None,  # (V,)
         cu_seqlens: Tensor | None = None,  # (S + 1,)
         token_weights: Tensor | None = None,  # like labels
         nll_labels: Tensor | None = None,  # like labels
+        num_items_in_batch: Tensor | Sequence[Tensor | float] | float | None = None,  # 0-dim, or (2,)
     ) -> PreferenceOutput:
         """Compute the loss. Sequences are stacked: the chosen ones, then the matching rejected ones.
 
         Args:
             hidden: hidden states of the policy, float64, float32, bfloat16 or float16; padded ``[S, T, H]``, or packed
                 ``[N, H]`` with ``cu_seqlens``.
-            weight: the head's weight.
+            weight: the head's weight: a tensor, or any other of :func:`logitless.linear_logps`.
             labels: int32 or int64, already shifted (:func:`logitless.shift`); ``ignore_index`` where nothing is scored.
             bias: the head's bias.
             head: logit scale, soft-cap, temperature; of the reference's head too.
@@ -162,6 +170,9 @@ class FusedLinearPreferenceLoss(nn.Module):
             cu_seqlens: int32 or int64, where each packed sequence starts and ends.
             token_weights: weight of each token's log-probability in its sequence's sum (step- and token-level DPO).
             nll_labels: labels of the NLL term where they differ from ``labels`` (ORPO scores prompt and response).
+            num_items_in_batch: what to divide by if this call is one of several micro-batches: :meth:`count_items`, added over
+                all of them. Their losses and gradients then add up to those of one batch. One number is accepted where the loss
+                has one count. A count may be 0 if nothing is scored here; the loss is then 0.
 
         Returns:
             PreferenceOutput: ``loss`` and detached log-probabilities, rewards and metrics.
@@ -170,17 +181,59 @@ class FusedLinearPreferenceLoss(nn.Module):
             TypeError, ValueError: naming the argument.
         """
         call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index)
-        if self.loss.group != "sequence" and call.num_sequences % 2:
-            raise ValueError(
-                f"labels must hold an even number of sequences, chosen first and then rejected, got {call.num_sequences}"
-            )
+        self._check_pairs(call.num_sequences)
         call = call.with_reference(
             ref_logps, ref_hidden, ref_weight, ref_bias, uses=self.loss.uses_reference, needs=self.loss.needs_reference
         )
         check_token_arguments(call, token_weights, nll_labels, uses_nll=self.loss.uses_nll)
-        term = Term(self.loss, tuple(range(call.num_sequences)), ref_logps=call.reference.logps)
+        num_items = self._num_items(num_items_in_batch)
+        term = Term(self.loss, tuple(range(call.num_sequences)), ref_logps=call.reference.logps, num_items=num_items)
         loss, report = eagerly(run)(self._job(call, [term], token_weights, nll_labels))
         return self._output(loss, report, term)
+
+    def count_items(
+        self,
+        labels: Tensor,  # (S, T), or packed (N,)
+        cu_seqlens: Tensor | None = None,  # (S + 1,)
+        nll_labels: Tensor | None = None,  # like labels
+    ) -> Tensor:
+        """What the loss of these sequences divides by: ``(units, tokens)``.
+
+        Add the counts of all micro-batches and data-parallel ranks of an optimiser step, and pass the sum to each call as
+        ``num_items_in_batch``.
+
+        Args:
+            labels, cu_seqlens, nll_labels: as for the call.
+
+        Returns:
+            Tensor: (2,) float64, on the device of the labels: the number of pairs (sequences for a loss of single sequences),
+            and of tokens of the NLL term; 0 for a count that the loss does not use.
+
+        Raises:
+            TypeError, ValueError: naming the argument; for a loss that cannot be divided into micro-batches.
+
+        Example:
+            >>> FusedLinearORPOLoss().count_items(torch.tensor([[5, 6, -100], [7, -100, -100]])).tolist()
+            [1.0, 2.0]
+        """
+        counted = self.loss.counted("count_items")
+        bounds, count = check_counted_labels(labels, cu_seqlens, nll_labels, uses_nll=self.loss.uses_nll)
+        self._check_pairs(count)
+        units = count if self.loss.group == "sequence" else count // 2
+        tokens: Tensor | int = 0
+        if counted.tokens is not None:
+            of_nll = labels if nll_labels is None else nll_labels
+            tokens = (of_nll[: units if bounds is None else bounds[units]] != self.ignore_index).sum()
+        return item_counts(0 if counted.units is None else units, tokens, labels.device)
+
+    def _num_items(self, given: object) -> NumItems:
+        return OF_CALL if given is None else read_num_items(given, self.loss.counted(NAME))
+
+    def _check_pairs(self, num_sequences: int) -> None:
+        if self.loss.group != "sequence" and num_sequences % 2:
+            raise ValueError(
+                f"labels must hold an even number of sequences, chosen first and then rejected, got {num_sequences}"
+            )
 
     def token_weights(self, tokens: ScoredTokens) -> Tensor | None:
         """The weight of each scored token in its sequence's log-probability, (N,); ``None``: 1. LD-DPO overrides this."""

@@ -15,6 +15,7 @@ from logitless.kernels.planner.steps import Step
 from logitless.kernels.tile.segments import segment_sum
 
 from ..job import Coefficients, Job
+from ..num_items import NAME, OF_CALL, NumItems, over
 from ..results import check_leaves, check_returned
 from ..scored_tokens import ScoredTokens, find_scored_tokens, merge_groups
 from .loss import Margin, Pairs, PreferenceLoss, PreferenceLossResult, Sequences, Totals
@@ -30,6 +31,8 @@ class Term:
         weight: factor of this term in the sum.
         ref_logps: (len(sequences),), where the caller has them.
         inputs: tensors with one value per sequence of this term, or one for all.
+        num_items: what the loss is divided by, in place of the counts of this call.
+        num_items_name: the name of that argument.
     """
 
     loss: PreferenceLoss
@@ -37,6 +40,8 @@ class Term:
     weight: float = 1.0
     ref_logps: Tensor | None = None
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    num_items: NumItems = OF_CALL
+    num_items_name: str = NAME
 
     @property
     def groups(self) -> list[list[int]]:
@@ -73,6 +78,7 @@ class PreferenceReport:
     lengths: Tensor  # (S,)
     ref_logps: Tensor | None  # (S,), where the reference's states were scored
     results: list[PreferenceLossResult]  # one per term, in the order of its units
+    totals: list[Totals]  # one per term: what its losses are divided by
     stats: dict[str, Tensor]  # (N,) each
 
 
@@ -138,8 +144,16 @@ class PreferenceEvaluation:
         nll_sizes = tokens.sequence_sizes
         if tokens.nll is not None:
             nll_sizes = torch.bincount(tokens.sequences[tokens.nll], minlength=num_sequences).tolist()
-        self.totals = [Totals(t.num_units, sum(nll_sizes[s] for s in t.nll_sequences)) for t in job.terms]
+        self.call_totals = [Totals(t.num_units, sum(nll_sizes[s] for s in t.nll_sequences)) for t in job.terms]
+        self.totals = [self._divisors(t, own) for t, own in zip(job.terms, self.call_totals, strict=True)]
         self.unit_of = [{s: i for i, s in enumerate(term.sequences[: term.num_units])} for term in job.terms]
+
+    def _divisors(self, term: Term, own: Totals) -> Totals:
+        """What the losses of a term are divided by. ``own``: its counts in this call."""
+        any_scored = any(self.tokens.sequence_sizes[s] for s in term.sequences)
+        any_of_nll = bool(own.num_nll_tokens)
+        units, tokens = term.num_items.checked(any_scored, any_of_nll, self.device, self.wide, term.num_items_name)
+        return Totals(own.num_groups if units is None else units, own.num_nll_tokens if tokens is None else tokens)
 
     def coefficients(self, step: Step, stats: RowStats, ref_logps: Tensor | None, needs_grad: bool) -> Coefficients:
         tokens, span = self.tokens, slice(step.start, step.stop)
@@ -227,6 +241,7 @@ class PreferenceEvaluation:
                 confidence=None if sums.confidence is None else sums.confidence[here],
                 inputs=inputs,
                 totals=self.totals[number],
+                call_totals=self.call_totals[number],
             )
         )
         rewards = {"chosen_rewards": result.chosen_rewards, "rejected_rewards": result.rejected_rewards}
@@ -235,7 +250,7 @@ class PreferenceEvaluation:
         check_returned(result.losses, others, len(units), "group, that is one loss per pair or per sequence")
         check_leaves(result.losses, [leaf])
         self.parts[number].append((units, result.detach()))
-        return result.losses.sum() * (term.weight / max(1, term.num_units))
+        return result.losses.sum() * over(term.weight, self.totals[number].num_groups)
 
     def _has_closed_form(self) -> bool:
         """Whether the backend computes the only loss by a function of the margin, and the loss reads nothing else."""
@@ -274,7 +289,8 @@ class PreferenceEvaluation:
         new = torch.empty(3 * len(units), dtype=self.wide, device=self.device)
         losses, values = new[: len(units)], new[len(units) :]
         coefficients = torch.empty_like(logps) if needs_grad else None
-        scale = term.weight / term.num_units
+        scale = over(term.weight, self.totals[0].num_groups)
+        on_device = isinstance(scale, Tensor)  # the operator takes a number, which would have to be copied to the host
         self.elementwise.pair_margins(
             logps,
             None if weights is None else weights.double(),
@@ -285,11 +301,13 @@ class PreferenceEvaluation:
             form.beta,
             form.gamma,
             form.label_smoothing,
-            scale,
+            1.0 if on_device else scale,
             losses,
             values,
             coefficients,
         )
+        if on_device and coefficients is not None:
+            coefficients.mul_(scale)
         rewards = form.beta * (values if compared is None else values - compared)
         self.logps[index] = values * lengths if mean else values
         self.lengths[index] = lengths
@@ -305,6 +323,7 @@ class PreferenceEvaluation:
             lengths=self.lengths.to(dtype),
             ref_logps=None if self.ref_logps is None else self.ref_logps.to(dtype),
             results=[_in_order(parts, self.device) for parts in self.parts],
+            totals=self.totals,
             stats=stats,
         )
 

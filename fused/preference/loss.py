@@ -9,22 +9,24 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..num_items import Counted, over
+
 Group = Literal["sequence", "pair", "batch"]
 Margin = Literal["sum", "mean"]
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Sizes of the whole batch, whichever part of it a loss function is called with.
+    """Counts of a call, or of a whole optimiser step, whichever part of it a loss function is called with.
 
     Attributes:
-        num_groups: pairs (sequences for a sequence loss). The engine averages over them.
-        num_nll_tokens: tokens that count for the NLL term: all scored tokens of the chosen sequences (of all sequences for
-            a sequence loss), or those of ``nll_labels``.
+        num_groups: pairs (sequences for a sequence loss).
+        num_nll_tokens: tokens of the NLL term: all scored tokens of the chosen sequences (of all sequences for a sequence
+            loss), or those of ``nll_labels``.
     """
 
-    num_groups: int
-    num_nll_tokens: int
+    num_groups: Tensor | float
+    num_nll_tokens: Tensor | float
 
 
 @dataclass
@@ -38,7 +40,9 @@ class Sequences:
         ref_logps: the reference's ``logps``, or ``None``.
         confidence: mean over scored tokens of ``logp - log(sum_v p_v^2)``, detached; ``None`` unless the loss declares it.
         inputs: further arguments by name, per sequence (``desirable`` ...) or for all of them (``kl``).
-        totals: sizes of the whole batch.
+        totals: what the loss is divided by: the counts of the call or, with ``num_items_in_batch``, those of the step. The
+            engine divides the sum of the losses by ``totals.num_groups``.
+        call_totals: the counts of the call, for metrics; ``None``: ``totals``.
     """
 
     logps: Tensor
@@ -48,6 +52,7 @@ class Sequences:
     confidence: Tensor | None
     inputs: Mapping[str, Tensor]
     totals: Totals
+    call_totals: Totals | None = None
 
     @property
     def mean_logps(self) -> Tensor:
@@ -60,8 +65,11 @@ class Sequences:
         return torch.zeros_like(self.logps) if self.ref_logps is None else self.ref_logps
 
     def token_mean_nll(self) -> Tensor:
-        """Each group's share of the batch's token-mean NLL, scaled so that the mean over groups is that NLL. (s,)."""
-        return self.nll_sums * (self.totals.num_groups / max(1, self.totals.num_nll_tokens))
+        """Each group's share of the token-mean NLL, scaled so that the mean over groups is that NLL. (s,)."""
+        return self._token_mean_nll(self.totals)
+
+    def _token_mean_nll(self, totals: Totals) -> Tensor:
+        return self.nll_sums * over(totals.num_groups, totals.num_nll_tokens)
 
 
 class Pairs(Sequences):
@@ -103,15 +111,20 @@ class Pairs(Sequences):
         """Each pair's share of the token-mean NLL of the chosen sequences; its mean over pairs is that NLL. (p,)."""
         return self.split(self.token_mean_nll())[0]
 
+    def chosen_nll_of_call(self) -> Tensor:
+        """The same for metrics: the mean over the pairs of the call is the token-mean NLL of the call. (p,)."""
+        return self.split(self._token_mean_nll(self.call_totals or self.totals))[0]
+
 
 @dataclass
 class PreferenceLossResult:
     """What a loss function returns if it has rewards or metrics besides its losses.
 
     Attributes:
-        losses: one value per group, (p,) or (s,); the engine averages over the groups of the batch.
+        losses: one value per group, (p,) or (s,); the engine averages over the groups.
         chosen_rewards, rejected_rewards: (p,); a sequence loss puts ``rewards`` into ``metrics``. Detached by the engine.
-        metrics: further values by name, one per group, averaged like the losses. The names must not depend on the data.
+        metrics: further values by name, one per group, averaged over the groups of the call. The names must not depend on the
+            data.
     """
 
     losses: Tensor
@@ -166,6 +179,7 @@ class PreferenceLoss:
         needs_reference: whether the loss is undefined without reference log-probabilities.
         uses_nll: whether ``fn`` reads ``nll_sums`` (``nll_labels`` is an error otherwise).
         uses_confidence: whether ``fn`` reads ``confidence``.
+        nll_only: whether the loss is its NLL term alone, which is divided by tokens only.
         optional_reference: whether ``fn`` works with and without a reference.
         closed_form: the same loss for the compiled operators; ignored if ``fn`` or ``margin`` is not its own.
     """
@@ -178,6 +192,7 @@ class PreferenceLoss:
     uses_confidence: bool = False
     optional_reference: bool = False
     closed_form: ClosedForm | None = None
+    nll_only: bool = False
 
     def __post_init__(self) -> None:
         if not callable(self.fn):
@@ -192,6 +207,16 @@ class PreferenceLoss:
     @property
     def uses_reference(self) -> bool:
         return self.needs_reference or self.optional_reference
+
+    def counted(self, name: str) -> Counted:
+        """What the loss divides by; an error, which says that ``name`` cannot be used, if it cannot be divided."""
+        if self.group == "batch":
+            raise ValueError(
+                f"{name} cannot be used with this loss, which depends on all pairs of a batch at once (group='batch': aot, "
+                "aot_unpaired, use_weighting with sft, or your own): pass all of them in one call"
+            )
+        units = "sequences" if self.group == "sequence" else "pairs"
+        return Counted(None if self.nll_only else units, "tokens of the NLL" if self.uses_nll else None)
 
     def __call__(self, sequences: Sequences) -> PreferenceLossResult:
         result = self.fn(sequences)

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from logitless.kernels.core.autograd import eagerly
 from logitless.kernels.core.head_spec import HeadSpec
+from logitless.kernels.core.head_weight import Weight
 
 from ..call import LossCall
 from ..checks import check_bool, check_choice, check_data, check_number, check_per_sequence
-from ..engine import eagerly, run
+from ..engine import run
 from ..scored_tokens import ScoredTokens
 from .base import FusedLinearPreferenceLoss, KTOOutput, check_token_arguments, kto_output
 from .job import Term
@@ -311,7 +313,7 @@ class FusedLinearKTOLoss(FusedLinearPreferenceLoss):
     def forward(  # type: ignore[override]
         self,
         hidden: Tensor,  # (S, T, H), or packed (N, H)
-        weight: Tensor,  # (V, H)
+        weight: Weight,  # (V, H)
         labels: Tensor,  # (S, T), or packed (N,)
         desirable: Tensor,  # (S,) bool
         bias: Tensor | None = None,
@@ -319,10 +321,11 @@ class FusedLinearKTOLoss(FusedLinearPreferenceLoss):
         ref_logps: Tensor | None = None,  # (S,)
         kl: Tensor | float | None = None,  # 0-dim
         ref_hidden: Tensor | None = None,
-        ref_weight: Tensor | None = None,
+        ref_weight: Weight | None = None,
         ref_bias: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         token_weights: Tensor | None = None,
+        num_items_in_batch: Tensor | Sequence[Tensor | float] | float | None = None,  # 0-dim, or (2,)
     ) -> KTOOutput:
         """Compute the loss; arguments as in :meth:`FusedLinearPreferenceLoss.forward`, and
 
@@ -330,12 +333,14 @@ class FusedLinearKTOLoss(FusedLinearPreferenceLoss):
             desirable: whether each sequence is desirable. Bool.
             kl: mean log-ratio of the KL pairs; detached, and clamped at 0 from below, here. For ``"kto"`` only. A Python number
                 must be finite. The value of a tensor is not checked, which would synchronise: if it is NaN, so is the loss.
+                With ``num_items_in_batch``, pass the mean over the whole optimiser step to each call.
         """
         call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index).with_reference(
             ref_logps, ref_hidden, ref_weight, ref_bias, uses=True, needs=True
         )
         check_token_arguments(call, token_weights, None, uses_nll=False)
         inputs = self.check_inputs(desirable, kl, call.num_sequences, hidden.device)
-        term = Term(self.loss, tuple(range(call.num_sequences)), ref_logps=call.reference.logps, inputs=inputs)
+        sequences, num_items = tuple(range(call.num_sequences)), self._num_items(num_items_in_batch)
+        term = Term(self.loss, sequences, ref_logps=call.reference.logps, inputs=inputs, num_items=num_items)
         loss, report = eagerly(run)(self._job(call, [term], token_weights, None))
         return kto_output(loss, report, term, metrics=self.metrics)

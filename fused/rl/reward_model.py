@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from logitless.kernels.core.checks import check_cu_seqlens
 
 from ..checks import check_number
+from ..num_items import Counted, item_counts, over, read_num_items
+from ..results import mean_or_zero
 from .checks import check_float, check_like
 
 
@@ -24,7 +27,7 @@ class RewardModelOutput:
         margins: (P,) ``chosen_rewards - rejected_rewards``.
         accuracy: 0-dim, the fraction of pairs whose chosen reward is the larger one.
         metrics: 0-dim, under the names that TRL's RewardTrainer logs: ``min_reward``, ``mean_reward``, ``max_reward``,
-            ``accuracy`` and ``margin``. Empty without pairs.
+            ``accuracy`` and ``margin``; 0 without pairs.
     """
 
     loss: Tensor
@@ -69,6 +72,7 @@ class BradleyTerryLoss(nn.Module):
         rejected_rewards: Tensor | None = None,  # like rewards
         *,
         margin: Tensor | None = None,  # (P,)
+        num_items_in_batch: Tensor | Sequence[Tensor | float] | float | None = None,  # 0-dim, or (2,)
     ) -> RewardModelOutput:
         """Compute the loss.
 
@@ -77,6 +81,8 @@ class BradleyTerryLoss(nn.Module):
                 stacked batch; with ``rejected_rewards`` the chosen ones only.
             rejected_rewards: scores of the rejected sequences.
             margin: the least difference that each pair's rewards should have.
+            num_items_in_batch: what to divide by if this call is one of several micro-batches: the pairs of all of them, or
+                :meth:`count_items`, added over them. Their losses and gradients then add up to those of one batch.
 
         Returns:
             RewardModelOutput: the loss (0 without pairs), and detached rewards and metrics.
@@ -84,21 +90,7 @@ class BradleyTerryLoss(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument.
         """
-        check_float("rewards", rewards)
-        if rejected_rewards is not None:
-            check_like("rejected_rewards", rejected_rewards, rewards, "rewards")
-        if rewards.dim() == 2 and rewards.shape[1] == 1:
-            rewards = rewards[:, 0]
-            rejected_rewards = None if rejected_rewards is None else rejected_rewards[:, 0]
-        if rewards.dim() != 1:
-            raise ValueError(f"rewards must have one score per sequence, shape [S] or [S, 1], got {tuple(rewards.shape)}")
-        if rejected_rewards is None:
-            if len(rewards) % 2:
-                raise ValueError(
-                    f"rewards must hold an even number of scores, chosen first and then rejected, got {len(rewards)}; or pass "
-                    f"rejected_rewards"
-                )
-            rewards, rejected_rewards = rewards[: len(rewards) // 2], rewards[len(rewards) // 2 :]
+        rewards, rejected_rewards = _chosen_and_rejected(rewards, rejected_rewards)
         wide = torch.promote_types(torch.promote_types(rewards.dtype, rejected_rewards.dtype), torch.float32)
         chosen, rejected = rewards.to(wide), rejected_rewards.to(wide)
         margins = chosen - rejected
@@ -109,15 +101,51 @@ class BradleyTerryLoss(nn.Module):
         losses = -F.logsigmoid(h)
         if self.center_rewards_coefficient is not None:
             losses = losses + self.center_rewards_coefficient * (chosen + rejected).square()
-        pairs = max(1, len(h))
+        some = len(h) > 0
+        items = read_num_items(num_items_in_batch, Counted("pairs", None)).checked(some, some, h.device, wide)
+        loss = over(losses.sum(), len(h) if items.units is None else items.units)
         chosen, rejected, margins = chosen.detach(), rejected.detach(), margins.detach()
-        accuracy = (margins > 0).to(wide).sum() / pairs
-        metrics = {}
-        if len(h):
-            scores = torch.cat([chosen, rejected])
-            metrics = {"min_reward": scores.min(), "mean_reward": scores.mean(), "max_reward": scores.max()}
-            metrics |= {"accuracy": accuracy, "margin": margins.mean()}
-        return RewardModelOutput(losses.sum() / pairs, chosen, rejected, margins, accuracy, metrics)
+        accuracy = mean_or_zero((margins > 0).to(wide))
+        scores = torch.cat([chosen, rejected]) if some else chosen.new_zeros(1)
+        metrics = {"min_reward": scores.min(), "mean_reward": scores.mean(), "max_reward": scores.max()}
+        metrics |= {"accuracy": accuracy, "margin": mean_or_zero(margins)}
+        return RewardModelOutput(loss, chosen, rejected, margins, accuracy, metrics)
+
+    def count_items(
+        self,
+        rewards: Tensor,  # (2P,) or (2P, 1), or (P,) with rejected_rewards
+        rejected_rewards: Tensor | None = None,  # like rewards
+    ) -> Tensor:
+        """What the loss of these rewards divides by: ``(pairs, 0)``, (2,) float64 on the device of the rewards.
+
+        Add the counts of all micro-batches and data-parallel ranks of an optimiser step, and pass the sum to each call as
+        ``num_items_in_batch``.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
+        chosen, _ = _chosen_and_rejected(rewards, rejected_rewards)
+        return item_counts(len(chosen), 0, chosen.device)
+
+
+def _chosen_and_rejected(rewards: Tensor, rejected_rewards: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The checked rewards of each pair, (P,) each."""
+    check_float("rewards", rewards)
+    if rejected_rewards is not None:
+        check_like("rejected_rewards", rejected_rewards, rewards, "rewards")
+    if rewards.dim() == 2 and rewards.shape[1] == 1:
+        rewards = rewards[:, 0]
+        rejected_rewards = None if rejected_rewards is None else rejected_rewards[:, 0]
+    if rewards.dim() != 1:
+        raise ValueError(f"rewards must have one score per sequence, shape [S] or [S, 1], got {tuple(rewards.shape)}")
+    if rejected_rewards is None:
+        if len(rewards) % 2:
+            raise ValueError(
+                f"rewards must hold an even number of scores, chosen first and then rejected, got {len(rewards)}; or pass "
+                f"rejected_rewards"
+            )
+        rewards, rejected_rewards = rewards[: len(rewards) // 2], rewards[len(rewards) // 2 :]
+    return rewards, rejected_rewards
 
 
 def last_token_pool(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from logitless.kernels.sequence_logps import segment_sum
 
 from ..checks import check_choice, check_number
+from ..num_items import Counted, over, read_num_items
 from .checks import check_float, check_like
 from .masked import masked_mean
 from .segments import Segments
@@ -38,6 +40,7 @@ def value_loss(
     mask: Tensor | None = None,  # like values, bool
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     aggregation: str = "token-mean",
+    num_items_in_batch: Tensor | Sequence[Tensor | float] | float | None = None,  # 0-dim, or (2,)
 ) -> ValueLoss:
     """Half the squared error of the values, clipped as in PPO (https://huggingface.co/papers/2005.12729, "value clipping"):
     ``0.5 * max((v - R)**2, (clamp(v, v_old - clip_range, v_old + clip_range) - R)**2)``, as verl's ``compute_value_loss``.
@@ -52,6 +55,9 @@ def value_loss(
             values.
         aggregation: ``"token-mean"``: the mean over all kept tokens; ``"sequence-mean"``: the mean over sequences of the mean
             over each sequence's tokens. A sequence without tokens contributes 0 and is counted.
+        num_items_in_batch: what to divide by if this call is one of several micro-batches: the kept tokens
+            (``"token-mean"``) or sequences of all of them. Their losses and gradients then add up to those of one batch. A pair
+            ``(sequences, tokens)`` is accepted too. A count of 0 gives a loss of 0.
 
     Returns:
         ValueLoss: loss and clip fraction in the dtype of the values, at least float32; 0 without tokens.
@@ -88,12 +94,21 @@ def value_loss(
         clipped = (torch.clamp(v, old - reach, old + reach) - target).square()
         clip_fraction = masked_mean((clipped > losses).to(dtype).detach(), mask)
         losses = torch.maximum(losses, clipped)
-    if aggregation == "token-mean":
-        return ValueLoss(0.5 * masked_mean(losses, mask), clip_fraction)
+    of_tokens = aggregation == "token-mean"
+    counted = Counted(None, "kept tokens") if of_tokens else Counted("sequences", None)
+    # whether any token is kept would have to be copied from a GPU, so that a count of 0 is not compared with it
+    wide = torch.float32 if values.device.type == "mps" else torch.float64
+    items = read_num_items(num_items_in_batch, counted).checked(False, False, values.device, wide)
+    if of_tokens:
+        mean = masked_mean(losses, mask)
+        if items.tokens is not None:
+            mean = over(losses.sum(dtype=wide), items.tokens).to(dtype)
+        return ValueLoss(0.5 * mean, clip_fraction)
     assert segments is not None
     sums = segment_sum(losses.reshape(-1), segments.bounds)
     means = sums / segments.offsets.diff().clamp(min=1)
-    return ValueLoss(0.5 * means.sum() / max(1, segments.count), clip_fraction)
+    loss = over(means.sum(), segments.count if items.units is None else items.units)
+    return ValueLoss(0.5 * loss.to(dtype), clip_fraction)
 
 
 def _only(tokens: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:

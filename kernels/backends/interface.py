@@ -33,6 +33,7 @@ class Call:
         workspace: bytes for blocks of logits.
         architecture: of a GPU to plan for, which need not be present; ``None``: the device's.
         grad_filter: the size below which blocks of the gradient are left out, see ``settings``.
+        by_rows: whether the weight is no plain tensor (LoRA, quantised), and is read by rows (``core/weight_rows.py``).
         batch_invariant: whether the choice of a backend must not depend on the number of tokens.
     """
 
@@ -51,6 +52,7 @@ class Call:
     workspace: int = 32 << 20
     architecture: str | None = None
     grad_filter: float = 0.0
+    by_rows: bool = False
     batch_invariant: bool = False
 
 
@@ -120,11 +122,14 @@ class Backend:
     workspace_bytes: Callable[[Call], int] = no_bytes
 
 
-def unsupported(call: Call, *device_types: str, filters: bool = False) -> list[str]:
-    """The reasons that every backend shares: dtype, device type (none given: any) and, unless it ``filters``, grad_filter."""
+def unsupported(call: Call, *device_types: str, filters: bool = False, by_rows: bool = False) -> list[str]:
+    """The reasons that every backend shares: dtype, device type (none given: any), grad_filter unless it ``filters``, and a
+    weight with an adapter or in quantised form unless it reads such a weight ``by_rows``."""
     reasons = [] if call.dtype in DTYPES else [f"dtype {call.dtype} is not one of {DTYPES}"]
     if device_types and call.device.type not in device_types:
         reasons.append(f"device {call.device} is not one of type {' or '.join(device_types)}")
     if call.grad_filter and not filters:
         reasons.append(f"grad_filter={call.grad_filter} needs the triton backend")
+    if call.by_rows and not by_rows:
+        reasons.append("it reads the weight as one tensor, not as a LoRA or quantised weight is read, by rows")
     return reasons

@@ -1,4 +1,4 @@
-"""A decorator that all autograd functions of the library use."""
+"""Decorators around autograd functions and what must not be compiled."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable as torch_once_differentiable
+
+
+@functools.cache
+def eagerly(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compiler.disable``, at the first call: as a decorator it would add a second to every import of the package."""
+    return torch.compiler.disable(fn)
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .head_spec import HeadSpec
 from .stats import CoreOptions
+from .weight_rows import HeadRows
 
 #: Vocabulary entries per block of logits: a block of 768 tokens fits a 32 MiB L3, and the GEMM runs at full speed.
 VOCAB_BLOCK = 8192
@@ -72,7 +74,7 @@ def blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + size, total)
 
 
-def real_rows(weight: Tensor, bias: Tensor | None, head: HeadSpec) -> tuple[Tensor, Tensor | None]:
+def real_rows(weight: Any, bias: Tensor | None, head: HeadSpec) -> tuple[Any, Tensor | None]:
     """Weight and bias without the padding rows beyond ``head.vocab_size``: views, made outside of autograd."""
     entries = head.entries_of(len(weight))
     if entries == len(weight):
@@ -80,6 +82,9 @@ def real_rows(weight: Tensor, bias: Tensor | None, head: HeadSpec) -> tuple[Tens
     return weight[:entries], None if bias is None else bias[:entries]
 
 
-def weight_block(weight: Tensor, v0: int, v1: int, dtype: torch.dtype) -> Tensor:
+def weight_block(weight: Tensor | HeadRows, v0: int, v1: int, dtype: torch.dtype) -> Tensor:
+    """Rows ``v0:v1`` of a head's weight in ``dtype``."""
+    if isinstance(weight, HeadRows):
+        return weight.block(v0, v1, dtype)
     block = weight[v0:v1]
     return block if block.dtype == dtype else block.to(dtype)

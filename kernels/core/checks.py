@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from .head_spec import HeadSpec
+from .head_weight import LoRAWeight, Weight
 from .stats import OUTPUTS
+from .weight_rows import HeadRows
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -52,13 +54,17 @@ def _autocasts(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)  # which fails for devices without autocast
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
-    """Shapes, dtypes and devices of hidden states (..., H), weight (V, H) and bias (V,)."""
+def check_head(hidden: Tensor, weight: Weight, bias: Tensor | None, prefix: str = "") -> None:
+    """Shapes, dtypes and devices of hidden states (..., H), weight (V, H), which ``read_weight`` has read, and bias (V,)."""
     names = [prefix + name for name in ("hidden", "weight", "bias")]
     for name, value in zip(names, (hidden, weight, bias), strict=True):
         check_local(name, value)
     check_tensor(names[0], hidden)
-    check_tensor(names[1], weight)
+    if isinstance(weight, LoRAWeight):
+        for own, tensor in weight.tensors():
+            check_local(f"{names[1]}.{own}", tensor)
+    elif not isinstance(weight, HeadRows):
+        check_tensor(names[1], weight)
     if weight.dim() != 2:
         raise ValueError(f"{names[1]} must have shape [vocab, hidden], got {tuple(weight.shape)}")
     if weight.shape[0] < 1 or weight.shape[1] < 1:
@@ -72,7 +78,8 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str 
         raise TypeError(f"{names[0]} must be float64, float32, bfloat16 or float16, got {hidden.dtype}")
     if weight.dtype not in DTYPES:
         raise TypeError(f"{names[1]} must be float64, float32, bfloat16 or float16, got {weight.dtype}")
-    if weight.dtype != hidden.dtype and not _autocasts(hidden.device):
+    quantised = isinstance(weight.base if isinstance(weight, LoRAWeight) else weight, HeadRows)  # rounded once more is no loss
+    if weight.dtype != hidden.dtype and not quantised and not _autocasts(hidden.device):
         wider = torch.promote_types(weight.dtype, hidden.dtype)
         if wider != hidden.dtype:
             raise TypeError(
@@ -85,9 +92,9 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str 
             raise ValueError(f"{names[2]} must have shape [{weight.shape[0]}], got {tuple(bias.shape)}")
         if bias.dtype not in DTYPES:
             raise TypeError(f"{names[2]} must be floating point (float64, float32, bfloat16 or float16), got {bias.dtype}")
-    for name, tensor in zip(names[1:], (weight, bias), strict=True):
-        if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device} but {names[0]} is on {hidden.device}: move one of them")
+    for name, part in zip(names[1:], (weight, bias), strict=True):
+        if part is not None and part.device != hidden.device:
+            raise ValueError(f"{name} is on {part.device} but {names[0]} is on {hidden.device}: move one of them")
 
 
 def check_labels(labels: Tensor, hidden: Tensor, name: str = "labels") -> None:
@@ -168,7 +175,7 @@ def check_spec(head: HeadSpec | None) -> HeadSpec:
     return head
 
 
-def check_entries(head: HeadSpec, weight: Tensor, name: str = "weight") -> None:
+def check_entries(head: HeadSpec, weight: Weight, name: str = "weight") -> None:
     """A padded head has at least ``head.vocab_size`` rows."""
     if head.vocab_size is not None and head.vocab_size > weight.shape[0]:
         raise ValueError(

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-#: Config attributes that multiply the logits, in order of precedence.
-_MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+#: Implementation of :meth:`HeadSpec.from_model`, which runs models and is therefore not part of the kernels.
+_measure: Callable[..., HeadSpec] | None = None
+
+
+def measure_with(function: Callable[..., HeadSpec]) -> None:
+    """Set the implementation of :meth:`HeadSpec.from_model`."""
+    global _measure
+    _measure = function
 
 
 def _number(name: str, value: Any) -> float:
@@ -66,36 +72,41 @@ class HeadSpec:
                 raise ValueError(f"vocab_size must be >= 1 or None, got {self.vocab_size}")
 
     @classmethod
-    def from_config(cls, config: Any, temperature: float = 1.0) -> HeadSpec:
-        """Read the head's transforms from a Hugging Face model config.
+    def from_model(
+        cls,
+        model: torch.nn.Module,
+        at: Literal["head", "backbone"] = "head",
+        temperature: float = 1.0,
+        inputs: Mapping[str, Any] | None = None,
+    ) -> HeadSpec:
+        """Measure what a Hugging Face causal language model does to its logits.
 
-        Covers configs without any (Llama, Mistral, Qwen2, Qwen3 ...), Gemma 2/3 ``final_logit_softcapping``, Cohere
-        ``logit_scale``, Granite and MiniCPM3 ``logits_scaling`` (which divide), HyperCLOVA X ``logits_scaling`` (which
-        multiplies), Falcon-H1 ``lm_head_multiplier``, and composite vision-language configs, whose text part is read.
+        The model runs once on eight tokens, without gradients and in evaluation mode. Its logits are compared with
+        ``apply(hidden @ weight.T + bias)`` on rows that are rescaled, so that a scale, a soft-cap and missing or masked entries
+        show. Scales and soft-caps that are numbers of the model's config are taken exactly.
 
         Args:
-            config: a ``transformers.PretrainedConfig``, or any object with the same attributes.
-            temperature: sampling temperature; not part of the config.
+            model: a causal language model of transformers, or a wrapper of it.
+            at: which hidden states the result is for. ``"head"``: the input of the head, as :func:`logitless.model_logps` and
+                :class:`logitless.models.AtHead` have it. ``"backbone"``: ``last_hidden_state`` of the model without its head.
+                They differ where a model scales its hidden states in between (MiniCPM3, Inkling).
+            temperature: sampling temperature, which is no property of the model.
+            inputs: arguments of the model's forward, for models that do not run on token ids alone.
+
+        Raises:
+            ValueError: no ``HeadSpec`` gives the model's logits: a layer between backbone and head (Bert and similar, with
+                ``at="backbone"``), logits masked in the middle of the vocabulary (Chameleon), any other function of the logits.
+            TypeError, ValueError: as :func:`logitless.model_logps`, for a model without a head that it can use.
 
         Example:
-            >>> from types import SimpleNamespace
-            >>> HeadSpec.from_config(SimpleNamespace(model_type="granite", logits_scaling=8.0)).logit_scale
+            >>> from transformers import GraniteConfig, GraniteForCausalLM
+            >>> sizes = {"vocab_size": 99, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+            >>> model = GraniteForCausalLM(GraniteConfig(**sizes, num_attention_heads=2, logits_scaling=8.0))
+            >>> HeadSpec.from_model(model, at="backbone").logit_scale
             0.125
         """
-        if config is None or isinstance(config, Mapping):
-            raise TypeError(f"config must be a model config with attributes, got {type(config).__name__}")
-        get_text_config = getattr(config, "get_text_config", None)
-        text = get_text_config() if callable(get_text_config) else config
-        scale = next((s for name in _MULTIPLIERS if (s := getattr(text, name, None)) is not None), None)
-        if scale is None and (divisor := getattr(text, "logits_scaling", None)) is not None:
-            if not divisor:
-                raise ValueError(f"config.logits_scaling must not be 0, got {divisor!r}")
-            scale = divisor if getattr(text, "model_type", None) == "hyperclovax" else 1 / divisor
-        return cls(
-            logit_scale=1.0 if scale is None else scale,
-            softcap=getattr(text, "final_logit_softcapping", None),
-            temperature=temperature,
-        )
+        assert _measure is not None  # importing logitless sets it
+        return _measure(model, at, temperature, inputs)
 
     def with_temperature(self, temperature: float) -> HeadSpec:
         """The same head at another temperature."""

@@ -34,12 +34,12 @@ def drafts_for(request: Request) -> list[Draft]:
     """The draft with the fewest FLOP that fits the budget; on a GPU perhaps a second one with more FLOP."""
     r = request
     whole = (Step(RECOMPUTE, 0, len(r.groups), 0, r.num_tokens, r.num_tokens),)
-    recompute = Draft(whole, 4.0 + 2 * (r.train_hidden + r.train_weight), "")
+    recompute = Draft(whole, 2 * r.head_pass + r.gradient_passes, "")
     if not (r.train_hidden or r.needs_head):
-        drafts = [Draft(tuple(replace(s, schedule=FORWARD_ONLY) for s in whole), 2.0, "no gradient is needed")]
+        drafts = [Draft(tuple(replace(s, schedule=FORWARD_ONLY) for s in whole), r.head_pass, "no gradient is needed")]
     elif not r.needs_head and not r.entropy_gradient:
         reason = "the head is frozen: dX is known up to one factor per row, so no tile is kept"
-        drafts = [Draft(tuple(replace(s, schedule=DEFERRED_SCALE) for s in whole), 4.0, reason)]
+        drafts = [Draft(tuple(replace(s, schedule=DEFERRED_SCALE) for s in whole), 2 * r.head_pass, reason)]
     elif r.arbitrary_loss:
         reason = "an arbitrary loss follows and the head is trained: the backward pass makes the logits again"
         drafts = [recompute._replace(reason=reason)]
@@ -53,7 +53,7 @@ def drafts_for(request: Request) -> list[Draft]:
 def _in_tiles(r: Request, recompute: Draft) -> list[Draft]:
     """Gradients from finished tiles, each made while the logits of its groups are there."""
     # Several tiles need a float32 accumulator for dW; one tile that is no larger than the accumulator replaces it.
-    spare = r.acc * r.vocab_size * r.hidden_size if r.train_weight else 0
+    spare = r.acc * r.head_elements if r.train_weight else 0
     fits = r.num_tokens * r.row_bytes <= r.tile_budget + spare
     rows = r.num_tokens if fits else max(1, r.tile_budget // r.row_bytes)
     second = r.margin and spare <= r.tile_budget // 2
@@ -70,7 +70,7 @@ def _in_tiles(r: Request, recompute: Draft) -> list[Draft]:
     else:
         reason = f"every group fits a tile of {rows} tokens, so the gradients are made in the forward pass"
     largest = max((min(rows, s.num_tokens) for s in steps if s.schedule != RECOMPUTE), default=0)
-    passes = 2.0 + 2 * (r.train_hidden + r.train_weight) + 2 * again / max(1, r.num_tokens)
+    passes = r.head_pass * (1 + again / max(1, r.num_tokens)) + r.gradient_passes
     drafts = [Draft(steps, passes, reason, tiles > 1 and r.needs_head, largest * r.row_bytes)]
     if tiles > 1 and r.device.type == "cuda":
         drafts.append(recompute._replace(reason=f"{tiles} tiles of at most {rows} tokens"))
@@ -83,15 +83,16 @@ def calls_of(draft: Draft, request: Request) -> list[Call]:
         request.device,
         request.dtype,
         request.weight_dtype,
-        hidden_size=request.hidden_size,
+        hidden_size=request.hidden_size + request.lora_rank,
         vocab_size=request.vocab_size,
         outputs=request.wanted,
         accumulate=draft.accumulate,
         workspace=request.options.workspace,
         train_hidden=request.train_hidden,
-        train_weight=request.train_weight,
+        train_weight=request.train_weight and not request.lora_rank,  # B's gradient costs next to nothing
         architecture=request.architecture,
         grad_filter=request.options.grad_filter,
+        by_rows=request.quantized or request.lora_rank > 0,
         batch_invariant=request.options.batch_invariant,
     )
     tokens: dict[Work, int] = {}

@@ -79,6 +79,8 @@ def plan(
     token_groups: bool = False,
     entropy_gradient: bool = False,
     architecture: str | None = None,
+    lora_rank: int = 0,
+    quantized: bool = False,
 ) -> Plan:
     """Choose the schedule with the fewest FLOP that fits the budget; on a GPU, one with more if it should be much faster.
 
@@ -100,6 +102,9 @@ def plan(
         entropy_gradient: the loss depends on each token's entropy too.
         architecture: plan for a GPU that may not be here, such as ``"sm_90"``, as if every backend ran on it; with
             ``device="cuda"``. Default the device's own.
+        lora_rank: r of the adapters of a :class:`logitless.LoRAWeight`, together; ``train_weight`` and ``weight_dtype`` are
+            then of B, and the weight under the adapter is frozen. 0: no adapter.
+        quantized: the weight (under an adapter, if there is one) is quantised.
 
     Returns:
         Plan: steps, FLOP and bytes; on GPUs also predicted seconds, see ``docs/ARCHITECTURE.md``.
@@ -132,6 +137,8 @@ def plan(
         token_groups=token_groups,
         entropy_gradient=entropy_gradient,
         architecture=architecture,
+        lora_rank=lora_rank,
+        quantized=quantized,
     )
     served, reason = choose([serve(draft, request) for draft in drafts_for(request)])
     draft = served.draft
@@ -154,11 +161,13 @@ def plan(
 def _extra_bytes(request: Request, served: Served) -> int:
     """Upper bound on what the call allocates beyond its inputs."""
     r, draft = request, served.draft
-    head_elements = r.vocab_size * r.hidden_size
-    token_bytes = r.hidden_size * (8 if r.acc == 4 else 24) + _TOKEN_BYTES[bool(r.wanted)]
+    hidden_size, head_elements = r.hidden_size + r.lora_rank, r.head_elements
+    token_bytes = hidden_size * (8 if r.acc == 4 else 24) + _TOKEN_BYTES[bool(r.wanted)]
     extra = max(r.budget, draft.tile_bytes + r.overhead) + r.num_tokens * token_bytes
     if gemm_dtype(r.dtype, r.device) != r.dtype:  # operands are widened: the rows at once, the weight block by block
-        extra += (r.num_tokens + min(r.vocab_size, VOCAB_BLOCK)) * r.hidden_size * 4
+        extra += (r.num_tokens + min(r.vocab_size, VOCAB_BLOCK)) * hidden_size * 4
+    if r.quantized or r.lora_rank:  # the block that is read, and the rows of it that are being converted
+        extra += min(r.vocab_size, VOCAB_BLOCK) * hidden_size * r.dtype.itemsize + 4 * ROW_ELEMENTS * r.acc
     if r.train_weight:
         extra += head_elements * ((r.acc if draft.accumulate else 0) + r.weight_dtype.itemsize)
         if sum(s.schedule == DEFERRED_SCALE for s in draft.steps) > 1:
@@ -170,6 +179,6 @@ def _extra_bytes(request: Request, served: Served) -> int:
         extra += ROW_MULTIPLE * min(r.vocab_size, VOCAB_BLOCK) * r.acc
         extra += max(0, r.options.workspace + r.options.cache_elements * PASS_BUFFERS * r.acc - r.budget)
     # blocks of a fixed size that no budget shrinks: rows being widened, and a GEMM's product on its way to float32
-    extra += 3 * min(r.num_tokens * r.hidden_size, ROW_ELEMENTS) * r.acc
-    extra += min(r.vocab_size, VOCAB_BLOCK) * r.hidden_size * r.acc
+    extra += 3 * min(r.num_tokens * hidden_size, ROW_ELEMENTS) * r.acc
+    extra += min(r.vocab_size, VOCAB_BLOCK) * hidden_size * r.acc
     return extra + max(b.workspace_bytes(c) for b, c in zip(served.backends, served.calls, strict=True))

@@ -43,11 +43,29 @@ class Request:
     token_groups: bool
     entropy_gradient: bool
     architecture: str | None
+    lora_rank: int
+    quantized: bool
     options: CoreOptions
 
     @property
     def needs_head(self) -> bool:
         return self.train_weight or self.train_bias
+
+    @property
+    def head_elements(self) -> int:
+        """Elements of the weight's gradient: that of B alone with an adapter."""
+        return self.vocab_size * (self.lora_rank or self.hidden_size)
+
+    @property
+    def head_pass(self) -> float:
+        """FLOP / (N * H * V) of the product that makes the logits, or dX: the adapter adds r columns."""
+        return 2 * (1 + self.lora_rank / self.hidden_size)
+
+    @property
+    def gradient_passes(self) -> float:
+        """The same for all gradients that are wanted."""
+        weight = 2 * self.head_elements / (self.vocab_size * self.hidden_size)
+        return self.head_pass * self.train_hidden + weight * self.train_weight
 
     @property
     def acc(self) -> int:
@@ -92,12 +110,20 @@ def checked_request(
     token_groups: bool,
     entropy_gradient: bool,
     architecture: str | None,
+    lora_rank: int,
+    quantized: bool,
 ) -> Request:
     """Check the arguments of a plan; each error names the argument."""
     _check_positive(num_tokens=num_tokens, hidden_size=hidden_size, vocab_size=vocab_size)
     current = current_settings().updated(memory_budget=memory_budget, precision=precision)
     device = torch.device(device)
     _check_architecture(architecture, device)
+    if isinstance(lora_rank, bool) or not isinstance(lora_rank, int) or lora_rank < 0:
+        raise ValueError(f"lora_rank must be an integer >= 0, got {lora_rank!r}")
+    if not isinstance(quantized, bool):
+        raise TypeError(f"quantized must be a bool, got {quantized!r}")
+    if quantized and not lora_rank and train_weight:
+        raise ValueError("train_weight=True, but a quantized weight is frozen unless it has an adapter (lora_rank)")
     weight_dtype = dtype if weight_dtype is None else weight_dtype
     for name, value in (("dtype", dtype), ("weight_dtype", weight_dtype)):
         if value not in DTYPES:
@@ -134,6 +160,8 @@ def checked_request(
         token_groups,
         entropy_gradient,
         architecture,
+        lora_rank,
+        quantized,
         replace(options, slopes_later=entropy_gradient),
     )
 

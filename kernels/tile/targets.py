@@ -8,6 +8,7 @@ from torch import Tensor
 from ..core.blocking import ROW_ELEMENTS, blocks
 from ..core.head_spec import HeadSpec
 from ..core.stats import RowStats
+from ..core.weight_rows import HeadRows, JoinedRows
 from .head_gradient import HeadGradient
 
 
@@ -37,7 +38,7 @@ def target_entry(stats: RowStats) -> Tensor:
 
 def add_targets(
     x: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
+    weight: Tensor | HeadRows,  # (V, H)
     labels: Tensor,  # (N,)
     values: Tensor,  # (N,) dLoss / d raw logit of the target
     dhidden: Tensor | None,
@@ -46,7 +47,8 @@ def add_targets(
     """The target's share of all gradients, in float32, beside the GEMMs: see ``targets_in_tile``."""
     if dhidden is not None:
         for r0, r1 in blocks(len(x), max(1, ROW_ELEMENTS // x.shape[1])):
-            w = weight.index_select(0, labels[r0:r1]).to(x.dtype).to(dhidden.dtype)
+            w = weight.index_select(0, labels[r0:r1])
+            w = (w if isinstance(weight, JoinedRows) else w.to(x.dtype)).to(dhidden.dtype)
             dhidden[r0:r1].addcmul_(w, values[r0:r1, None])
     if head_gradient is not None:
         head_gradient.add_rows(labels, values, x)

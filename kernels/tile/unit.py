@@ -8,6 +8,7 @@ from torch import Tensor
 from ..core.blocking import ROW_ELEMENTS, blocks
 from ..core.head_spec import HeadSpec
 from ..core.stats import RowStats
+from ..core.weight_rows import HeadRows
 from .factors import FP16_SCALE
 from .gemm import mm_accumulate
 from .targets import target_entry
@@ -26,7 +27,7 @@ def add_unit(dhidden: Tensor, g: Tensor, w_block: Tensor) -> None:
 
 def finish_unit(
     x: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
+    weight: Tensor | HeadRows,  # (V, H)
     labels: Tensor,  # (N,)
     stats: RowStats,
     head: HeadSpec,

@@ -12,6 +12,9 @@ The CPO and ORPO trainers of ``trl.experimental`` (SimPO is a loss type of the f
 They get their log-probabilities from :func:`logitless.model_logps` instead: no logits, scored tokens only, and sequences in one
 row where the model's attention is FlashAttention's or flex attention. See :func:`concatenated_forward`.
 
+What this library cannot serve runs on TRL's own code, with one warning that names the reason. Checks of the model decide that
+before a step; errors of the step itself are never caught.
+
 :func:`logitless.settings` holds for it as for every other call. Nothing is patched, and TRL is not imported, before
 :func:`patch` is called.
 """
@@ -30,9 +33,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from logitless.fused.models.attention import attention_of
 from logitless.fused.models.causal_lm import causal_lm
 from logitless.fused.models.logps import model_logps
-from logitless.kernels.core.checks import compute_dtype
+from logitless.fused.models.served import why_not_served
+from logitless.kernels.core.checks import DTYPES, check_head, compute_dtype
 from logitless.kernels.core.head_spec import HeadSpec
 from logitless.kernels.core.stats import OPTIONAL_OUTPUTS
 from logitless.kernels.linear_logps import LinearLogps, token_stats
@@ -60,16 +65,48 @@ _WHOLE_LOGITS = (
     ("trl.experimental.orpo.orpo_trainer", "ORPOTrainer", True),
 )
 _FORWARD = "concatenated_forward"
-_SAID = "_logitless_has_said_so"
 
 log = logging.getLogger("logitless")
 _lock = threading.Lock()
 #: What :func:`unpatch` puts back: owner, name, value.
 _originals: list[tuple[Any, str, Any]] = []
+#: Warnings given since :func:`patch`.
+_given: set[str] = set()
 
 
 def _utils() -> ModuleType:
     return importlib.import_module(_UTILS)
+
+
+def _own(name: str) -> Any:
+    """TRL's own value of a replaced name of its module; ``None`` if it is not replaced."""
+    return next((value for owner, replaced, value in _originals if replaced == name and isinstance(owner, ModuleType)), None)
+
+
+def _warn_once(what: str, reason: str) -> None:
+    message = f"{what} runs on TRL's own code, not on logitless: {reason}"
+    if message not in _given:
+        _given.add(message)
+        log.warning(message)
+
+
+def _why_not_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """Why the drop-in cannot serve these tensors; ``None`` if it can, whichever of the accepted dtypes is wider."""
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        no_rows = hidden[:0]
+        if hidden.dtype in DTYPES and weight.dtype in DTYPES:
+            no_rows = no_rows.to(torch.promote_types(hidden.dtype, weight.dtype))
+        check_head(no_rows, weight, bias)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _padding_free(model: torch.nn.Module) -> bool | None:
+    """How CPO's and ORPO's batches run: in one row a mask of all against all would cost these what the padding does."""
+    return False if attention_of(causal_lm(model)) in ("eager", "sdpa") else None
 
 
 class _GatheredLogps(LinearLogps):
@@ -119,6 +156,8 @@ class LogProbFunction:
             logps, entropy, log_sum_sq_probs, mean_logits, is_top1, each (N,), ``None`` unless asked for. Float32 (float64
             for float64 input), ``is_top1`` bool. The first two are differentiable with respect to hidden, weight and bias.
 
+        A head that this library does not take (a weight in float8, for example) is left to TRL's own function, with a warning.
+
         Raises:
             TypeError, ValueError: for a temperature, scale or soft-cap out of range, or a target outside of the vocabulary.
 
@@ -128,6 +167,13 @@ class LogProbFunction:
             >>> logps.shape, entropy.shape
             (torch.Size([3]), torch.Size([3]))
         """
+        own = _own(_FUNCTION)
+        if own is not None and (reason := _why_not_head(hidden, weight, bias)):
+            _warn_once("the fused head", reason)
+            found: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None] = own.apply(
+                hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
+            )
+            return found
         head = HeadSpec(logit_scale, final_logit_softcapping, temperature)
         wanted = frozenset(outputs) & frozenset(OPTIONAL_OUTPUTS)
         x = hidden.to(compute_dtype(hidden))
@@ -163,15 +209,13 @@ def concatenated_forward(
     wanted = labels.clone()
     if nll_of_prompt:
         wanted[:half] = torch.where(mask[:half] == 1, ids[:half], -100)
-    attention = str(causal_lm(model).config.get_text_config()._attn_implementation)
     stats = model_logps(
         model,
         ids,
         attention_mask=mask,
         labels=wanted,
         outputs=("logps", "mean_logits"),
-        # a mask of all against all would cost these what the padding does
-        padding_free=False if attention in ("eager", "sdpa") else None,
+        padding_free=_padding_free(model),
     )
     assert stats.logps is not None and stats.mean_logits is not None
 
@@ -194,14 +238,18 @@ def concatenated_forward(
 
 
 def _without_logits(original: Any, nll_of_prompt: bool) -> Any:
-    """The method that replaces ``original``, which serves what the library does not."""
+    """The method that replaces ``original``, which runs what this library cannot serve."""
 
     def forward(self: Any, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[Tensor, ...]:
-        if self.is_encoder_decoder or self.aux_loss_enabled:
-            what = "an encoder-decoder" if self.is_encoder_decoder else "a router's auxiliary loss"
-            if not getattr(self, _SAID, False):  # once, and not at each step
-                setattr(self, _SAID, True)
-                log.warning("%s with %s makes whole logits as before: logitless has no part in it", type(self).__name__, what)
+        reason: str | None
+        if self.is_encoder_decoder:
+            reason = "the model is an encoder-decoder"
+        elif self.aux_loss_enabled:
+            reason = "a router's auxiliary loss is added to the loss"
+        else:
+            reason = why_not_served(model)
+        if reason is not None:
+            _warn_once(type(self).__name__, reason)
             found: tuple[Tensor, ...] = original(self, model, batch)
             return found
         return concatenated_forward(self, model, batch, nll_of_prompt)
@@ -268,6 +316,9 @@ class Patch:
 def patch() -> Patch:
     """Run the heads of TRL's trainers on logitless, those that exist already included.
 
+    What this library cannot serve, such as CPO with a DoRA adapter on the head, runs on TRL's own code as without the patch. A
+    warning of the logger ``logitless`` names the reason once.
+
     Calling it again changes nothing. As a context manager it holds for the block; a block inside another, or after a plain
     call, leaves the patch in place when it ends.
 
@@ -310,6 +361,7 @@ def unpatch() -> None:
         while _originals:
             owner, name, original = _originals.pop()
             setattr(owner, name, original)
+        _given.clear()
 
 
 def is_patched() -> bool:

@@ -243,13 +243,13 @@ def test_seconds_of_a_step_are_estimated_by_its_two_largest_trials():
 
 def test_a_limit_is_between_what_ran_and_what_did_not():
     case = replace(SMALL, precision="bf16", pairs=2, length=64, profile="fixed", checkpointing=True)
-    outcome = run_limits(case, "length", ["trl", "logitless"], CPU, limit_bytes=40_000_000, seconds=30.0, deadline=float("inf"))
+    outcome = run_limits(case, "length", ["trl", "logitless"], CPU, limit_bytes=12_000_000, seconds=30.0, deadline=float("inf"))
     for row in outcome.rows:
         assert row.status == "ok", row.message
         assert row.largest and row.largest % 64 == 0
         for trial in row.trials:
             assert (trial.peak_bytes <= outcome.limit_bytes) == (trial.size <= row.largest or trial.size < (row.failing or 0))
-    late = run_limits(case, "pairs", ["trl"], CPU, limit_bytes=40_000_000, seconds=30.0, deadline=0.0)
+    late = run_limits(case, "pairs", ["trl"], CPU, limit_bytes=12_000_000, seconds=30.0, deadline=0.0)
     assert late.rows[0].status == "unavailable" and "time limit" in late.rows[0].message
 
 
@@ -339,7 +339,7 @@ def test_models_have_the_sizes_that_their_names_say():
 
 def test_the_command_writes_what_it_measured(tmp_path, capsys):
     arguments = ["--tiny", "--suite", "steps", "largest", "--model", "qwen3-0.6b", "--method", "dpo", "--rounds", "1"]
-    more = ["--pairs", "2", "--length", "32", "--profile", "chat", "--limit-gb", "0.04", "--out", str(tmp_path)]
+    more = ["--pairs", "2", "--length", "32", "--profile", "chat", "--limit-gb", "0.012", "--out", str(tmp_path)]
     assert main([*arguments, *more, "--arms", "trl", "logitless"]) == 0
     said = capsys.readouterr().out
     assert "trl" in said and "target" in said
@@ -349,7 +349,7 @@ def test_the_command_writes_what_it_measured(tmp_path, capsys):
     assert rows["logitless"]["speedup_over_trl"] == rows["trl"]["median_seconds"] / rows["logitless"]["median_seconds"]
     assert steps["environment"]["versions"]["trl"] and steps["cases"][0]["targets"]
     largest = json.loads((tmp_path / "cpu-training-largest.json").read_text())
-    assert largest["cases"][0]["of"] == "pairs" and largest["cases"][0]["limit_bytes"] == 40_000_000
+    assert largest["cases"][0]["of"] == "pairs" and largest["cases"][0]["limit_bytes"] == 12_000_000
     pytest.importorskip("matplotlib")
     assert (tmp_path / "cpu-training-steps.png").stat().st_size > 5000
     write_figure(tmp_path / "again.png", steps["cases"], "here")
@@ -366,7 +366,7 @@ def test_readme_gets_the_figures_of_a_run(tmp_path, monkeypatch):
     training_figures.write(None, readme, picture)
     assert training_figures.NOTHING in readme.read_text() and "old" not in readme.read_text()
     results = tmp_path / "results"
-    options = ["--length", "32", "--rounds", "1", "--steps", "2", "--limit-gb", "0.1", "--out", str(results)]
+    options = ["--length", "32", "--rounds", "1", "--steps", "2", "--limit-gb", "0.012", "--out", str(results)]
     suites = ["steps", "longest", "curves"]
     arms = ["--arms", "body", "trl", "logitless"]
     assert main(["--tiny", "--suite", *suites, "--model", "qwen3-0.6b", "--method", "dpo", *arms, *options]) == 0

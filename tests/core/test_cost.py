@@ -183,8 +183,8 @@ def test_the_operators_flop_formula_counts_the_gemms_that_run(train, entropy, mo
 
         return call
 
-    monkeypatch.setattr(torch.ops.logitless, "logps_forward", counting(op._forward))
-    monkeypatch.setattr(torch.ops.logitless, "logps_backward", counting(op._backward))
+    monkeypatch.setattr(torch.ops.logitless, "logps_forward", counting(op.logps_forward))
+    monkeypatch.setattr(torch.ops.logitless, "logps_backward", counting(op.logps_backward))
     with ll.settings(batch_invariant=False):  # the formulas do not count padding rows
         step()
     assert counted == by_formula > 0
@@ -205,7 +205,7 @@ def test_padding_rows_of_batch_invariance_are_few(train, masked):
     assert 0 <= padding <= 2 * 15 * H * V
 
 
-LENGTHS = [256, 1024, 8192]
+LENGTHS = [256, 1024]
 VOCAB, HIDDEN, BUDGET = 151_936, 8, 64 << 20
 
 
@@ -219,7 +219,7 @@ def warm_up() -> None:
 @pytest.mark.parametrize("tokens", LENGTHS)
 @pytest.mark.parametrize("train", ["hw", "h", ""])
 def test_extra_memory_of_a_loss_stays_within_the_promise(tokens, train):
-    """V = 151936 and a fixed budget, whatever the length: V * N never appears. A hidden size of 8 keeps the GEMMs short."""
+    """V = 151936: the logits of 1024 tokens take five budgets in bfloat16. A hidden size of 8 keeps the GEMMs short."""
     x, w, labels = inputs(train, tokens // 2, HIDDEN, VOCAB, torch.bfloat16, sequences=2)
     loss = ll.FusedLinearDPOLoss()
     plans = []

@@ -16,6 +16,7 @@ from logitless.kernels.backends.torch import blockwise as torch_backend
 from logitless.kernels.core.stats import OPTIONAL_OUTPUTS, OUTPUTS
 from logitless.kernels.tile import rows as scored_rows
 
+from ..conftest import backends
 from ..helpers import NAMES_THE_CPU, Case, gradients, make_case, plain_logps, relative_error, run_op, run_reference
 
 EVERY_BACKEND = True
@@ -339,33 +340,34 @@ def test_vocabulary_beyond_17_bits_and_a_hidden_size_of_odd_primes():
     assert_matches_reference(case, 2e-5)
 
 
-def test_more_logits_than_31_bits_can_count():
-    """N * V > 2^31 scored logits in one tile: the last rows and columns are right, in logps, dX and dW."""
+def test_more_logits_than_31_bits_can_count(backend):
+    """N * V > 2^31 scored logits in one tile: all of dX and dW are right. Rows repeat, so the reference is small."""
+    if backend == "torch" and "cpu" in backends():
+        pytest.skip("addresses are computed by compiled kernels; those of torch's own operators take minutes")
     g = torch.Generator().manual_seed(0)
-    n, vocab = 36_000, 60_000
+    n, vocab, distinct = 36_000, 60_000, 1_200
     assert n * vocab > 2**31
-    x, w = torch.randn(n, 2, generator=g).bfloat16(), torch.randn(vocab, 2, generator=g).bfloat16()
+    few, w = torch.randn(distinct, 2, generator=g).bfloat16(), torch.randn(vocab, 2, generator=g).bfloat16()
     labels = torch.randint(vocab, (n,), generator=g)
-    x.requires_grad_()
+    x = few.repeat(n // distinct, 1).requires_grad_()
     w.requires_grad_()
     nll = ll.FusedLinearPreferenceLoss(lambda batch: -batch.logps, group="sequence")
     with ll.settings(memory_budget=6 << 30):
         out = nll(x, w, labels, cu_seqlens=torch.tensor([0, n]))
     assert len(out.plan.steps) == 1
     out.loss.backward()
-    rows, columns = torch.tensor([0, n // 2, n - 2, n - 1]), torch.tensor([0, vocab - 2, vocab - 1])
-    few = x.detach()[rows].double().requires_grad_()
-    reference = ll.reference_logps(few, w.detach(), labels[rows]).logps
-    (expected,) = torch.autograd.grad(-reference.sum(), few)
-    assert relative_error(x.grad[rows], expected) < 2**-8
-    with torch.no_grad():
-        logps = ll.linear_logps(x, w, labels).logps.double()
-        assert (logps[rows] - reference).abs().max() < 1e-3
-        assert out.loss.item() == pytest.approx(-logps.sum().item(), rel=1e-6)
-        wide = x.double()
-        p = torch.exp(wide @ w[columns].double().t() - (wide * w[labels].double()).sum(-1, keepdim=True) + logps[:, None])
-        p -= (labels[:, None] == columns).double()
-        assert relative_error(w.grad[columns], p.t() @ wide) < 2**-7
+    rows, heads = few.double(), w.detach().double()
+    logits = rows @ heads.t()
+    p = logits.softmax(dim=1)
+    normaliser = logits.logsumexp(dim=1).repeat(n // distinct)
+    target = (x.detach().double() * heads[labels]).sum(dim=1)
+    assert out.loss.item() == pytest.approx((normaliser - target).sum().item(), rel=1e-5)
+    assert relative_error(x.grad, (p @ heads).repeat(n // distinct, 1) - heads[labels]) < 2**-8
+    assert relative_error(x.grad[-2:], (p @ heads)[-2:] - heads[labels[-2:]]) < 2**-8
+    dw = (n // distinct) * (p.t() @ rows)
+    dw.index_add_(0, labels, x.detach().double(), alpha=-1)
+    assert relative_error(w.grad, dw) < 2**-7
+    assert relative_error(w.grad[-2:], dw[-2:]) < 2**-7
 
 
 @pytest.mark.parametrize("outputs", [("logps",), ("entropy",), ("mean_logits",), ("is_top1",), ("log_sum_sq_probs",)])

@@ -95,23 +95,8 @@ def score_block() -> list[Arguments]:
     packed, start, gradient = torch.zeros(schemas.packed_tokens_size(N, H)).bfloat16(), torch.randn(N), bf16(V * N)
     torch.ops.logitless.pack_tokens(bf16(N, H), packed)
     return [
-        (
-            packed,
-            bf16(V, H),
-            torch.randn(V),
-            labels(),
-            start,
-            start.clone(),
-            sums(),
-            None,
-            torch.rand(N),
-            gradient,
-            *NUMBERS,
-            0,
-            15,
-            0,
-        ),
-        (packed, bf16(V, H), None, labels(), None, start, None, torch.rand(2, N), None, gradient, *NUMBERS, 0, 0, 0),
+        (packed, bf16(V, H), torch.randn(V), labels(), start, start.clone(), sums(), None, None, gradient, *NUMBERS, 0, 15, 0),
+        (packed, bf16(V, H), None, labels(), None, start, None, torch.rand(2, N), torch.rand(N), gradient, *NUMBERS, 0, 0, 0),
     ]
 
 

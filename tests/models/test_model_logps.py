@@ -164,20 +164,19 @@ def test_outputs_that_were_not_asked_for_are_none_and_entropy_has_a_gradient(lla
 
 
 @pytest.mark.parametrize("head", [None, ll.HeadSpec(softcap=2.0), ll.HeadSpec(softcap=2.0, temperature=0.5)])
-def test_temperature_goes_to_the_head_and_the_config_gives_the_rest(head):
+def test_temperature_goes_to_the_head_and_the_model_gives_the_rest(head):
     model, ids = make_model("gemma2").eval(), make_ids([5, 4])
     with torch.no_grad():
         logps = model_logps(model, ids, head=head, temperature=0.5).logps
         torch.testing.assert_close(logps, plain_logps(model, ids, temperature=0.5), rtol=0, atol=2e-5)
-        uncapped = model_logps(model, ids, head=ll.HeadSpec()).logps
-        assert (uncapped - plain_logps(model, ids)).abs().max() > 0.01
 
 
 def test_the_head_gets_no_rows_and_the_model_is_left_as_it_was(llama):
     ids, widths = make_ids(), []
-    for padding_free in (True, False):  # probes run once per model
-        model_logps(llama, ids, padding_free=padding_free)
     handle = llama.lm_head.register_forward_hook(lambda module, args, output: widths.append(tuple(output.shape)))
+    for padding_free in (True, False):  # probes run once per model and hooks of its head
+        model_logps(llama, ids, padding_free=padding_free)
+    widths.clear()
     try:
         model_logps(llama, ids, padding_free=True)
         model_logps(llama, ids, padding_free=False)
@@ -292,17 +291,6 @@ def test_lora_on_a_frozen_tied_head():
     model, ids = peft.get_peft_model(make_model("qwen2", "sdpa"), config), make_ids()
     assert not model.get_output_embeddings().weight.requires_grad
     assert_like_plain(model, ids, lambda: model_logps(model, ids, padding_free=True).logps)
-
-
-def test_lora_on_the_head_is_refused_until_merged():
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
-    model, ids = peft.get_peft_model(make_model("llama"), config).eval(), make_ids()
-    with pytest.raises(ValueError, match=r"head must be an nn\.Linear, got peft"):
-        model_logps(model, ids)
-    model.merge_adapter()
-    with torch.no_grad():
-        torch.testing.assert_close(model_logps(model, ids).logps, plain_logps(model, ids), rtol=0, atol=1e-5)
 
 
 def test_prompt_learning_is_refused():

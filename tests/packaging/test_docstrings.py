@@ -25,7 +25,7 @@ EXAMPLES = [
 TOP = """
     BradleyTerryLoss FusedLinearCPOLoss FusedLinearDPOLoss FusedLinearGRPOLoss FusedLinearIPOLoss FusedLinearKTOLoss
     FusedLinearMultiObjectiveLoss FusedLinearORPOLoss FusedLinearPPOLoss FusedLinearPolicyLoss FusedLinearPreferenceLoss
-    FusedLinearSimPOLoss HeadSpec Objective PackedSequences Pairs Plan PolicyLoss PolicyLossResult PreferenceLoss
+    FusedLinearSimPOLoss HeadSpec LoRAWeight Objective PackedSequences Pairs Plan PolicyLoss PolicyLossResult PreferenceLoss
     PreferenceLossResult Sequences TokenStats Tokens at_head available_backends gae group_advantages integrations linear_logps
     model_logps model_loss models pack plan reference_logps register_backend rl sequence_logps settings shift skipped_share
     unpack value_loss

@@ -132,7 +132,7 @@ MASKED = PPO(importance_sampling_mode="token_mask")
         (PPO(), {"num_items_in_batch": -3.0}, "num_items_in_batch"),
         (PPO(), {"num_items_in_batch": "6"}, "num_items_in_batch"),
         (PPO(), {"num_items_in_batch": float("inf")}, "num_items_in_batch"),
-        (PPO(), {"num_items_in_batch": A}, "num_items_in_batch must be one number"),
+        (PPO(), {"num_items_in_batch": T}, "num_items_in_batch must be one number"),
         (PPO(), {"num_items_in_batch": torch.tensor(True)}, "num_items_in_batch must be one number"),
         (PPO(), {"sampling_logps": T}, "sampling_logps is given, but this loss does not use it"),
         (GRPO(), {"sampling_logps": T}, "sampling_logps is given, but this loss does not use it"),

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import logitless as ll
-from logitless.fused.policy import aggregation
-from logitless.fused.policy.aggregation import check_num_items
+from logitless.fused import num_items as counts
+from logitless.fused.num_items import check_num_items, over
 
 PPO, GRPO = ll.FusedLinearPPOLoss, ll.FusedLinearGRPOLoss
 LOSSES = {
@@ -27,7 +27,7 @@ LOSSES = {
     "cispo": GRPO("cispo", epsilon_high=5.0),
     "sapo": GRPO("sapo"),
     "vespo": GRPO("vespo"),
-    "top entropy": GRPO("dapo", top_entropy_quantile=0.4, entropy_coef=0.1),
+    "top entropy": GRPO("dapo", top_entropy_quantile=0.4),
     "own": ll.FusedLinearPolicyLoss(lambda t: -t.logps * t.advantages, entropy_coef=0.1),
     "own of sequences": ll.FusedLinearPolicyLoss(lambda t: -t.logps, group="sequence", aggregation="sequence-mean"),
 }
@@ -45,7 +45,10 @@ def run(name: str, labels: Tensor, num_items: Any) -> tuple[ll.FusedLinearPolicy
     g = torch.Generator().manual_seed(0)
     x = torch.randn(*labels.shape, 8, generator=g).requires_grad_()
     w = torch.randn(23, 8, generator=g).requires_grad_()
-    out = LOSSES[name](x, w, labels, advantages=torch.linspace(-1, 1, len(labels)), num_items_in_batch=num_items)
+    others = {"entropy_threshold": 1.0} if name == "top entropy" else {}
+    if name == "grpo":  # with an entropy bonus it has two counts
+        num_items = torch.stack((num_items, num_items)) if isinstance(num_items, Tensor) else (num_items, num_items)
+    out = LOSSES[name](x, w, labels, advantages=torch.linspace(-1, 1, len(labels)), num_items_in_batch=num_items, **others)
     return out, list(torch.autograd.grad(out.loss, (x, w)))
 
 
@@ -80,7 +83,8 @@ def test_what_cannot_be_a_count_is_an_error(name, value):
 def test_numbers_and_tensors_are_checked_alike(kind, any_scored, value):
     given = KINDS[kind](value)
     if value == 0 and not any_scored:
-        assert check_num_items(given, any_scored) == 1
+        assert check_num_items(given, any_scored) == 0
+        assert over(7.0, check_num_items(given, any_scored)) == 0
         return
     with pytest.raises(ValueError, match="num_items_in_batch must be a finite number"):
         check_num_items(given, any_scored)
@@ -104,9 +108,6 @@ class OfGPU:
     def isfinite(self) -> Tensor:
         return self.value.isfinite()
 
-    def clamp(self, **options: float) -> Tensor:
-        return self.value.clamp(**options)
-
 
 @pytest.mark.parametrize(
     ("value", "any_scored", "holds"),
@@ -126,8 +127,8 @@ def test_on_a_gpu_the_device_asserts_what_a_cpu_checks(value, any_scored, holds,
     """Emulated: the branch for CUDA tensors on a number whose value it cannot read, and the assertion that it launches."""
     asserted = []
     monkeypatch.setattr(torch, "_assert_async", lambda condition, message: asserted.append(bool(condition)))
-    monkeypatch.setattr(aggregation, "as_number", lambda name, given: OfGPU(value))
+    monkeypatch.setattr(counts, "as_number", lambda name, given: OfGPU(value))
     checked = check_num_items(torch.tensor(value), any_scored)
     assert asserted == [holds]
-    assert isinstance(checked, Tensor)
-    assert not holds or checked == max(1.0, value)
+    assert isinstance(checked, OfGPU)  # the value was not read
+    assert not holds or over(torch.tensor(7.0), checked.value) == (7.0 / value if value else 0)

@@ -289,16 +289,22 @@ def test_ratios_of_the_rollout_engine_agree_with_trl(trainer, loss_type, shape):
 
 
 @every_loss
-@pytest.mark.parametrize(("coef", "quantile"), [(0.0, 1.0), (0.1, 1.0), (0.1, 0.37)])
+@pytest.mark.parametrize(("coef", "quantile"), [(0.0, 1.0), (0.1, 1.0), (0.0, 0.37)])
 def test_one_of_several_micro_batches_agrees_with_trl(trainer, loss_type, coef, quantile):
     """TRL divides by the number of micro-batches, which here are of the same size."""
-    tokens = float(make().mask.sum())
+    batch = make()
+    tokens = float(batch.mask.sum())
     of_tokens = loss_type in ("bnpo", "dapo", "cispo", "vespo")
     items = 3 * (tokens if of_tokens else SEQUENCES)
-    for given in (items, torch.tensor(items)):
+    threshold = {}
+    if quantile < 1:
+        entropies = batch.logps_and_entropies()[1].detach()[batch.mask.bool()]
+        threshold = {"entropy_threshold": torch.quantile(entropies, 1 - quantile)}
+    two = torch.tensor([3.0 * SEQUENCES, 3 * tokens])
+    for counts in (two,) if coef and not of_tokens else (items, torch.tensor(items), two):
         compare(
             trainer,
-            given=Given(num_items=3 * tokens, accumulation=3, ours={"num_items_in_batch": given}),
+            given=Given(num_items=3 * tokens, accumulation=3, ours={"num_items_in_batch": counts, **threshold}),
             without=without_of(loss_type),
             loss_type=loss_type,
             entropy_coef=coef,

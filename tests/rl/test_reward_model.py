@@ -82,7 +82,9 @@ def test_equal_rewards_have_a_loss_of_ln_2_and_are_no_hit():
 def test_no_pairs_have_a_reward_loss_of_0():
     rewards = torch.zeros(0, requires_grad=True)
     out = BradleyTerryLoss(0.1)(rewards)
-    assert out.loss == 0 and out.accuracy == 0 and out.metrics == {}
+    assert out.loss == 0 and out.accuracy == 0
+    assert out.metrics.keys() == BradleyTerryLoss()(torch.ones(2)).metrics.keys()
+    assert all(value == 0 for value in out.metrics.values())
     assert torch.autograd.grad(out.loss, rewards)[0].shape == (0,)
 
 

@@ -214,7 +214,7 @@ def _dpo(
         if name == "sft" and use_weighting:
             each = each.mean().expand_as(each)  # TRL weights the batch's NLL by each pair's weight
         losses = losses + weight * (each * weights)
-    metrics = {"nll_loss": pairs.chosen_nll()} if "sft" in loss_types else {}
+    metrics = {"nll_loss": pairs.chosen_nll_of_call()} if "sft" in loss_types else {}
     return PreferenceLossResult(losses, options.beta * chosen, options.beta * rejected, metrics)
 
 
@@ -260,4 +260,5 @@ def dpo(
         uses_nll="sft" in kinds,
         uses_confidence=use_weighting,
         closed_form=form,
+        nll_only=kinds == {"sft"},
     )

@@ -68,8 +68,8 @@ def _cpo(
     losses = CPO_LOSSES[loss_type](chosen - rejected, beta, label_smoothing)
     metrics = {}
     if cpo_alpha != 0:
-        metrics["nll_loss"] = nll = pairs.chosen_nll()
-        losses = losses + cpo_alpha * nll
+        metrics["nll_loss"] = pairs.chosen_nll_of_call()
+        losses = losses + cpo_alpha * pairs.chosen_nll()
     return PreferenceLossResult(losses, beta * chosen, beta * rejected, metrics)
 
 
@@ -100,9 +100,8 @@ def _orpo(pairs: Pairs, beta: float) -> PreferenceLossResult:
     chosen, rejected = pairs.split(pairs.mean_logps)
     difference = log_odds(chosen) - log_odds(rejected)
     ratio = F.logsigmoid(difference)
-    nll = pairs.chosen_nll()
-    metrics = {"nll_loss": nll, "log_odds_ratio": ratio, "log_odds_chosen": difference}
-    return PreferenceLossResult(nll - beta * ratio, beta * chosen, beta * rejected, metrics)
+    metrics = {"nll_loss": pairs.chosen_nll_of_call(), "log_odds_ratio": ratio, "log_odds_chosen": difference}
+    return PreferenceLossResult(pairs.chosen_nll() - beta * ratio, beta * chosen, beta * rejected, metrics)
 
 
 def orpo(*, beta: float) -> PreferenceLoss:

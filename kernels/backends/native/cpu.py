@@ -18,6 +18,7 @@ from ...core.dtypes import rounding
 from ...core.head_spec import HeadSpec
 from ...core.row_head import head_rows, inverse_temperature
 from ...core.stats import CoreOptions, RowStats
+from ...core.weight_rows import HeadRows
 from ...operators.loading import has_bf16_gemm
 from ...operators.schemas import SPAN, new_sums, packed_rows_size, packed_tokens_size
 from ...tile.factors import gradient_factors
@@ -35,8 +36,10 @@ _MIN_TOKENS = 64
 _THREAD_BYTES = 3 << 20
 
 
-def why_no_small_gemm(x: Tensor, weight: Tensor) -> str | None:
+def why_no_small_gemm(x: Tensor, weight: Tensor | HeadRows) -> str | None:
     """The reason why the small GEMM cannot serve a call; it reads pairs of neighbours in rows of both operands."""
+    if isinstance(weight, HeadRows):
+        return "the weight is read block by block"
     if x.dtype != torch.bfloat16 or weight.dtype == torch.float64:
         return f"hidden states are {x.dtype} and the weight is {weight.dtype}"
     if x.shape[1] % 2 or not x.shape[1]:
@@ -46,7 +49,7 @@ def why_no_small_gemm(x: Tensor, weight: Tensor) -> str | None:
     return None if has_bf16_gemm() else "oneDNN has no bfloat16 GEMM with a float32 result on this CPU"
 
 
-def _takes(x: Tensor, weight: Tensor) -> bool:
+def _takes(x: Tensor, weight: Tensor | HeadRows) -> bool:
     reason = why_no_small_gemm(x, weight)
     if reason is not None:
         log.debug("cpu backend: a GEMM by PyTorch and a pass over its result, since %s", reason)
@@ -82,7 +85,7 @@ def workspace_bytes(call: Call) -> int:
 
 def score(
     x: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
+    weight: Tensor | HeadRows,  # (V, H)
     bias: Tensor | None,  # (V,)
     labels: Tensor,  # (N,)
     head: HeadSpec,
@@ -96,6 +99,7 @@ def score(
         return blockwise.score(
             x, weight, bias, labels, head, options, tile=tile, unit_dhidden=unit_dhidden, passes=NATIVE_PASSES
         )
+    assert isinstance(weight, Tensor)
     x, bias = _rows(x), None if bias is None else bias.float().contiguous()
     tokens, width = _block(len(x), x.shape[1], options.workspace, 2)
     dhidden = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if unit_dhidden else None
@@ -149,7 +153,7 @@ def _score(
 
 def tile_gradients(
     x: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
+    weight: Tensor | HeadRows,  # (V, H)
     labels: Tensor,  # (N,)
     tile: Tensor,  # (N, V), as ``score`` left it
     stats: RowStats,
@@ -203,7 +207,7 @@ def _add_head_gradient(
 
 def recompute_gradients(
     x: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
+    weight: Tensor | HeadRows,  # (V, H)
     bias: Tensor | None,  # (V,)
     labels: Tensor,  # (N,)
     stats: RowStats,

@@ -11,6 +11,7 @@ from ...core.dtypes import accumulate_dtype, rounding
 from ...core.head_spec import HeadSpec
 from ...core.row_head import inverse_temperature
 from ...core.stats import CoreOptions
+from ...core.weight_rows import HeadRows
 from ...operators.schemas import MARGIN_FUNCTIONS, new_sums
 from ...tile.sums import BlockSums
 from ..torch.passes import TORCH_PASSES, Logits
@@ -45,9 +46,9 @@ def block_sums(sums: Tensor, options: CoreOptions, dtype: torch.dtype, k: Tensor
     return result
 
 
-def target_logits(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, precision: str) -> Tensor:
+def target_logits(x: Tensor, weight: Tensor | HeadRows, bias: Tensor | None, labels: Tensor, precision: str) -> Tensor:
     """See ``backends.torch.passes.target_logits``."""
-    if x.stride(1) != 1 or weight.stride(1) != 1:  # the operator reads rows
+    if isinstance(weight, HeadRows) or x.stride(1) != 1 or weight.stride(1) != 1:  # the operator reads rows
         return TORCH_PASSES.target_logits(x, weight, bias, labels, precision)
     out = torch.empty(len(x), dtype=accumulate_dtype(x.dtype), device=x.device)
     bias = None if bias is None else bias.to(out.dtype).contiguous()

@@ -15,12 +15,12 @@ CUDA_TRAFFIC = Traffic(8, 1, 1, 1, 1, fused_rows=True)
 
 def why_not_cpu(call: Call) -> list[str]:
     """Every reason why ``cpu`` cannot serve a call."""
-    return unsupported(call, "cpu")
+    return unsupported(call, "cpu", by_rows=True)
 
 
 def why_not_cuda(call: Call) -> list[str]:
     """Every reason why ``cuda`` cannot serve a call."""
-    return unsupported(call, "cuda")
+    return unsupported(call, "cuda", by_rows=True)
 
 
 register_backend(

@@ -18,9 +18,10 @@ from ...core.dtypes import accumulate_dtype, gemm_dtype, logits_gemm_dtype
 from ...core.head_spec import HeadSpec
 from ...core.row_head import head_rows
 from ...core.stats import CoreOptions, RowStats
+from ...core.weight_rows import HeadRows
 from ...tile.factors import FP16_SCALE, add_bias_gradient, block_dtype, for_gemm, gradient_factors, rounding_of, scale_rows
-from ...tile.gemm import mm_accumulate
 from ...tile.head_gradient import HeadGradient
+from ...tile.hidden_gradient import add_hidden
 from ...tile.sums import BlockSums, combine
 from ...tile.targets import add_targets, target_entry, target_logit_and_slope, targets_in_tile
 from ...tile.unit import add_unit, finish_unit
@@ -30,7 +31,7 @@ from .passes import TORCH_PASSES, Logits
 
 def score(
     x: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
+    weight: Tensor | HeadRows,  # (V, H)
     bias: Tensor | None,  # (V,)
     labels: Tensor,  # (N,) int64, in range
     head: HeadSpec,
@@ -65,7 +66,7 @@ def score(
 
 def _score_rows(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | HeadRows,
     bias: Tensor | None,
     labels: Tensor,
     head: HeadSpec,
@@ -119,7 +120,7 @@ def _score_rows(
 
 def tile_gradients(
     x: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
+    weight: Tensor | HeadRows,  # (V, H)
     labels: Tensor,  # (N,)
     tile: Tensor,  # (N, V) G
     stats: RowStats,
@@ -161,19 +162,19 @@ def tile_gradients(
         return block if block.dtype == grad_dtype else block.to(grad_dtype)
 
     whole = row_factor is None and tile.dtype == grad_dtype and weight.dtype == grad_dtype
-    spans = [(0, vocab)] if whole else list(blocks(vocab, VOCAB_BLOCK))
     if dhidden is not None:
-        if whole and not x.is_cuda:
+        if whole and isinstance(weight, Tensor) and not x.is_cuda:
             dhidden.copy_(torch.mm(tile, weight)) if tile.dtype != dhidden.dtype else torch.mm(tile, weight, out=dhidden)
         else:
             dhidden.zero_()
-            for v0, v1 in spans:
-                mm_accumulate(dhidden, operand(v0, v1), weight_block(weight, v0, v1, grad_dtype))
+            for v0, v1 in [(0, vocab)] if whole and isinstance(weight, Tensor) else blocks(vocab, VOCAB_BLOCK):
+                add_hidden(dhidden, operand(v0, v1), weight, v0, v1)
         dhidden.mul_(scale[:, None])
     if head_gradient is not None and head_gradient.weight is not None:
-        ax, factor = scale_rows(x, scale, grad_dtype)
+        ax, factor = scale_rows(head_gradient.inputs(x), scale, head_gradient.operand(grad_dtype, x.device))
         # accumulating in blocks keeps the GEMM's result small before it is added in float32
-        for v0, v1 in [(0, vocab)] if whole and not head_gradient.accumulate else blocks(vocab, VOCAB_BLOCK):
+        at_once = whole and not head_gradient.accumulate and not head_gradient.low_rank
+        for v0, v1 in [(0, vocab)] if at_once else blocks(vocab, VOCAB_BLOCK):
             head_gradient.add_weight(v0, v1, operand(v0, v1), ax, factor)
     if head_gradient is not None and head_gradient.bias is not None:
         add_bias_gradient(head_gradient.bias, tile, scale if row_factor is None else scale * row_factor)
@@ -183,7 +184,7 @@ def tile_gradients(
 
 def recompute_gradients(
     x: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
+    weight: Tensor | HeadRows,  # (V, H)
     bias: Tensor | None,  # (V,)
     labels: Tensor,  # (N,)
     stats: RowStats,
@@ -216,7 +217,7 @@ def recompute_gradients(
         span = v1 - v0
         dweight: Tensor | None = None  # float32 block, where several chunks of tokens add to rows that are written once
         if head_gradient is not None and head_gradient.weight is not None and several and not head_gradient.accumulate:
-            dweight = torch.zeros((span, x.shape[1]), dtype=head_gradient.acc, device=x.device)
+            dweight = torch.zeros((span, head_gradient.columns), dtype=head_gradient.acc, device=x.device)
         for (r0, r1), logits in zip(token_chunks, makers, strict=True):
             r1 = min(r1, n)
             source, g = scratch[: r1 - r0, :span], tile[: r1 - r0, :span]
@@ -239,13 +240,14 @@ def recompute_gradients(
             )
             g = g.to(grad_dtype)
             if dhidden is not None:
-                mm_accumulate(dhidden[r0:r1], g, weight_block(weight, v0, v1, grad_dtype))
+                add_hidden(dhidden[r0:r1], g, weight, v0, v1)
             if head_gradient is not None and head_gradient.weight is not None:
-                ax, factor = scale_rows(x[r0:r1], scale[r0:r1], grad_dtype)
+                operand = head_gradient.operand(grad_dtype, x.device)
+                ax, factor = scale_rows(head_gradient.inputs(x[r0:r1], r0), scale[r0:r1], operand)
                 if dweight is None:
                     head_gradient.add_weight(v0, v1, g, ax, factor)
                 else:
-                    mm_accumulate(dweight, g.t(), ax, factor)
+                    head_gradient.add_product(dweight, g, ax, factor)
         if dweight is not None:
             assert head_gradient is not None and head_gradient.weight is not None
             head_gradient.weight[v0:v1].copy_(dweight)

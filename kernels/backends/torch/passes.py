@@ -13,6 +13,7 @@ from ...core.dtypes import accumulate_dtype, logits_gemm_dtype
 from ...core.head_spec import HeadSpec
 from ...core.row_head import head_rows
 from ...core.stats import CoreOptions
+from ...core.weight_rows import HeadRows
 from ...tile.sums import FLOOR, RAISE_ABOVE, BlockSums
 from ..interface import ElementWise
 from .entropy import mix_tile_
@@ -24,7 +25,7 @@ from .segments import segment_sum
 class Logits:
     """Makes blocks of raw logits for some tokens, in float32 where the hardware makes that cheap."""
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, precision: str, multiple: int = 1) -> None:
+    def __init__(self, x: Tensor, weight: Tensor | HeadRows, bias: Tensor | None, precision: str, multiple: int = 1) -> None:
         """``multiple``: of how many rows every GEMM is; the last ones may be padding, or be computed twice."""
         self.operand = logits_gemm_dtype(x.dtype, x.device, precision)
         self.x, self.weight, self.bias = x.to(self.operand), weight, bias
@@ -89,7 +90,7 @@ class Logits:
             z.copy_(z.to(self.model_dtype))
 
 
-def target_logits(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, precision: str) -> Tensor:
+def target_logits(x: Tensor, weight: Tensor | HeadRows, bias: Tensor | None, labels: Tensor, precision: str) -> Tensor:
     """Raw logits of the labels by an indexed dot product in float32 (float64). x (N, H), labels (N,) -> (N,)."""
     n, hidden = x.shape
     acc = accumulate_dtype(x.dtype)

@@ -11,7 +11,7 @@ from .predict import TORCH_TRAFFIC, predict
 
 def why_not(call: Call) -> list[str]:
     """Every reason why it cannot serve a call."""
-    return unsupported(call)
+    return unsupported(call, by_rows=True)
 
 
 register_backend(
