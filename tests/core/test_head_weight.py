@@ -184,7 +184,7 @@ def test_flop_of_loss_modules_and_the_operator(name):
 def test_nothing_of_the_size_of_the_weight_is_allocated(dtype):
     """V * H is far above the budget; the blocks that are read, B's gradient and the budget are what there is."""
     hidden, vocab, budget = 64, 60_000, 1 << 20
-    case, pair = make_case(hidden=hidden, vocab=vocab, dtype=dtype, tokens=5), adapter(vocab, hidden)
+    case, pair = make_case(hidden=hidden, vocab=vocab, dtype=dtype, tokens=3), adapter(vocab, hidden)
     weight = lora(case, pair)
     whole = vocab * hidden * dtype.itemsize
     plans: list[Any] = []
