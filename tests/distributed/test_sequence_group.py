@@ -156,7 +156,16 @@ def cases(ranks: int) -> Iterator[tuple[str, str, str, bool]]:
 
 
 def on_each_rank(rank: int, ranks: int) -> dict[Any, Any]:
-    return losses_on_a_rank(rank, ranks) | {"flops": flops_on_a_rank(rank, ranks), "shift": shift_on_a_rank(rank, ranks)}
+    return losses_on_a_rank(rank, ranks) | of_rank(rank, ranks)
+
+
+def of_rank(rank: int, ranks: int) -> dict[str, Any]:
+    return {
+        "flops": flops_on_a_rank(rank, ranks),
+        "shift": shift_on_a_rank(rank, ranks),
+        "refused": {name: refusal(*call) for name, call in REFUSED.items()},
+        "one rank": group_of_one_on_a_rank(rank, ranks),
+    }
 
 
 def losses_on_a_rank(rank: int, ranks: int) -> dict[Any, Any]:
@@ -265,6 +274,8 @@ def test_six_passes_where_the_rows_of_a_rank_fit_one_tile_else_eight(ranks):
 
 def shift_on_a_rank(rank: int, ranks: int) -> dict[str, tuple[Tensor, Tensor]]:
     hidden, labels = whole_row(ranks)
+    with pytest.raises(ValueError, match="divisible by 2"):
+        ll.shift(hidden[:, :3], labels[:, :3], dist.group.WORLD, "zigzag")
     found = {}
     for layout in ("contiguous", "zigzag"):
         here = positions_of(layout, ranks, labels.shape[1])[rank]
@@ -285,6 +296,84 @@ def test_labels_are_shifted_over_the_borders_of_ranks(layout, ranks):
     for here, found in zip(positions_of(layout, ranks, labels.shape[1]), ranks_of(ranks), strict=True):
         assert torch.equal(found["shift"][layout][0], hidden[:, here])
         assert torch.equal(found["shift"][layout][1], wanted[:, here])
+
+
+def undeclared_nll(pairs: ll.Pairs) -> Tensor:
+    return pairs.chosen_nll() + pairs.chosen_logps
+
+
+#: Calls that cannot be served, with what is passed besides the batch, and a part of the message.
+REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "ld_alpha without positions": (DPO(ld_alpha=0.4), {"position_ids": None}, "position_ids is needed by ld_alpha"),
+    "positions of this rank": (
+        DPO(ld_alpha=0.4),
+        {"position_ids": torch.zeros(len(LENGTHS), T, dtype=torch.long)},
+        "position_ids must be at least 0, and distinct",
+    ),
+    "positions in another dtype": (
+        DPO(ld_alpha=0.4),
+        {"position_ids": torch.zeros(len(LENGTHS), T)},
+        "position_ids must be an int",
+    ),
+    "positions in another shape": (
+        DPO(ld_alpha=0.4),
+        {"position_ids": torch.zeros(1, T, dtype=torch.long)},
+        "position_ids must have shape",
+    ),
+    "unused positions": (DPO(), {"position_ids": torch.zeros(1)}, "position_ids is given"),
+    "quantile of the batch": (GRPO(top_entropy_quantile=0.5), {"entropy_threshold": None}, "pass an entropy_threshold"),
+    "own loss of the batch": (
+        ll.FusedLinearPolicyLoss(lambda tokens: -tokens.logps, group="batch"),
+        {},
+        "sequence_group cannot be used with a loss that depends on all tokens",
+    ),
+    "no group": (DPO(), {"sequence_group": "cp"}, "sequence_group must be a torch.distributed.ProcessGroup"),
+}
+
+
+def refusal(loss: Any, others: dict[str, Any], message: str) -> str:
+    batch = make(loss, lengths=LENGTHS)
+    given = batch.per_sequence | batch.others | {"sequence_group": dist.group.WORLD} | others
+    with pytest.raises((TypeError, ValueError)) as caught:
+        loss(batch.hidden, batch.weight, batch.labels, **given)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_served_is_an_error_on_every_rank(name):
+    assert all(REFUSED[name][2] in found["refused"][name] for found in ranks_of(2))
+
+
+def group_of_one_on_a_rank(rank: int, ranks: int) -> tuple[Any, Any, Tensor]:
+    groups = [dist.new_group([r]) for r in range(ranks)]
+    batch, loss = batch_of("ld 0.4"), LOSSES["ld 0.4"]
+    where = torch.arange(T).expand(len(LENGTHS), -1)
+    outs = [
+        loss(batch.hidden, batch.weight, batch.labels, ref_logps=batch.per_sequence["ref_logps"], **more)
+        for more in ({}, {"sequence_group": groups[rank], "position_ids": where})
+    ]
+    nll = ll.FusedLinearPreferenceLoss(undeclared_nll)(
+        batch.hidden, batch.weight, batch.labels, sequence_group=dist.group.WORLD
+    )
+    return outs[0].loss, outs[1].loss, nll.loss
+
+
+def test_a_group_of_one_rank_is_no_group_and_an_undeclared_nll_is_nan():
+    for found in ranks_of(2):
+        alone, grouped, nll = found["one rank"]
+        assert torch.equal(alone, grouped) and nll.isnan()
+
+
+def test_bad_arguments_are_errors_that_name_them():
+    x, y = torch.zeros(2, 6, 3), torch.zeros(2, 6, dtype=torch.long)
+    for call, message in (
+        (lambda: ll.shift(x, y, group="cp"), "group must be a torch.distributed.ProcessGroup"),
+        (lambda: ll.shift(x, y, layout="ring"), "layout must be one of"),
+        (lambda: ll.shift(x, y, layout="zigzag"), "is used with a group only"),
+        (lambda: DPO().count_items(y, sequence_group=0), "sequence_group must be a torch.distributed.ProcessGroup"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
 
 
 #: Losses of two data-parallel groups of two ranks each.
