@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import logitless as ll
@@ -393,11 +393,57 @@ def counted_on_a_rank(rank: int) -> dict[str, Any]:
         dist.all_reduce(items)
         out = loss(leaves[0][rows], leaves[1], bias=leaves[2], sequence_group=group, num_items_in_batch=items.unbind(), **mine)
         found[name] = result(out, leaves[1:]) | {"items": items}
-    return found
+    return found | {"averaged": averaged_on_a_rank(rank, rows, group)}
+
+
+class Tiny(nn.Module):
+    """An embedding, a layer and a head; the loss is a part of the forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(2)
+        self.embedding, self.layer, self.head = (nn.Parameter(_normal(g, *shape)) for shape in ((V, H), (H, H), (V, H)))
+
+    def forward(self, ids: Tensor, labels: Tensor, group: Any = None) -> Tensor:
+        hidden, labels = ll.shift(
+            torch.tanh(self.embedding[ids] @ self.layer), labels, group, "zigzag" if group else "contiguous"
+        )
+        loss = ll.FusedLinearORPOLoss()
+        items = loss.count_items(labels, sequence_group=group)
+        if group:
+            dist.all_reduce(items)
+        return loss(hidden, self.head, labels, sequence_group=group, num_items_in_batch=items.unbind()).loss
+
+
+def averaged_on_a_rank(rank: int, rows: list[int], group: Any) -> list[Tensor]:
+    """Gradients under DDP over all ranks, which averages."""
+    ids, labels = tiny_batch()
+    model = nn.parallel.DistributedDataParallel(Tiny())
+    here = positions_of("zigzag", 2, ids.shape[1])[rank % 2]
+    (model(ids[rows][:, here], labels[rows][:, here], group) * 4).backward()
+    return [p.grad for p in model.parameters()]
+
+
+def tiny_batch() -> tuple[Tensor, Tensor]:
+    ids = torch.randint(V, (len(LENGTHS), 12), generator=torch.Generator().manual_seed(3))
+    return ids, ids.masked_fill(torch.arange(12) >= 2 * torch.tensor(LENGTHS)[:, None], -100)
+
+
+@functools.cache
+def four_ranks() -> list[dict[str, Any]]:
+    return run_ranks(4, counted_on_a_rank)
+
+
+def test_a_wrapper_that_averages_over_all_ranks_gives_the_gradient_of_one_process():
+    model = Tiny()
+    model(*tiny_batch()).backward()
+    for found in four_ranks():
+        for averaged, parameter in zip(found["averaged"], model.parameters(), strict=True):
+            assert relative_error(averaged, parameter.grad) <= 1e-12
 
 
 def test_counts_of_data_and_sequence_ranks_add_up_to_one_batch():
-    ranks = run_ranks(4, counted_on_a_rank)
+    ranks = four_ranks()
     for name in COUNTED:
         batch, parts = batch_of(name), [found[name] for found in ranks]
         assert torch.equal(parts[0]["items"], batch.count(LOSSES[name], list(range(len(LENGTHS)))))
