@@ -239,8 +239,8 @@ class FusedLinearPolicyLoss(nn.Module):
     ) -> Tensor:
         """What the loss of these sequences divides by: ``(units, tokens)``.
 
-        Add the counts of all micro-batches and ranks of an optimiser step, and pass the sum to each call as
-        ``num_items_in_batch``. No communication.
+        Add the counts of all micro-batches, data-parallel ranks and ranks of ``sequence_group`` of an optimiser step, and pass
+        the sum to each call as ``num_items_in_batch``. No communication.
 
         Args:
             labels, cu_seqlens, sequence_group: as for the call. The first rank of ``sequence_group`` counts the sequences, each

@@ -164,6 +164,7 @@ def of_rank(rank: int, ranks: int) -> dict[str, Any]:
         "flops": flops_on_a_rank(rank, ranks),
         "shift": shift_on_a_rank(rank, ranks),
         "refused": {name: refusal(*call) for name, call in REFUSED.items()},
+        "objectives": objectives_on_a_rank(rank, ranks),
         "one rank": group_of_one_on_a_rank(rank, ranks),
     }
 
@@ -296,6 +297,41 @@ def test_labels_are_shifted_over_the_borders_of_ranks(layout, ranks):
     for here, found in zip(positions_of(layout, ranks, labels.shape[1]), ranks_of(ranks), strict=True):
         assert torch.equal(found["shift"][layout][0], hidden[:, here])
         assert torch.equal(found["shift"][layout][1], wanted[:, here])
+
+
+def objectives_of(batch: Batch) -> dict[str, ll.Objective]:
+    flags = torch.tensor([True, False, True])
+    return {
+        "pairs": ll.Objective(ll.FusedLinearORPOLoss(), [0, 2, 4, 7], weight=0.7),
+        "dpo": ll.Objective(DPO(), [3, 4], ref_logps=batch.per_sequence["ref_logps"][3:5]),
+        "kto": ll.Objective(ll.FusedLinearKTOLoss(), [1, 3, 5], 0.3, batch.per_sequence["ref_logps"][:3], flags, 0.2),
+    }
+
+
+def objectives_on_a_rank(rank: int, ranks: int) -> dict[str, Any]:
+    """A sum of objectives over some of the sequences, with weights of tokens; whole with ``ranks=1``."""
+    batch = batch_of("sigmoid")
+    here = positions("contiguous", ranks)[rank] if ranks > 1 else list(range(T))
+    leaves, given = part_of(batch, here, "sigmoid", False)
+    weights = _normal(torch.Generator().manual_seed(9), len(LENGTHS), T)[:, here]
+    more = {"token_weights": weights, "sequence_group": dist.group.WORLD if ranks > 1 else None}
+    labels = given["labels"]
+    out = ll.FusedLinearMultiObjectiveLoss()(leaves[0], leaves[1], labels, objectives_of(batch), bias=leaves[2], **more)
+    out.loss.backward()
+    return {"out": (out.loss.detach(), out.losses, out.logps), "gradients": [leaf.grad for leaf in leaves], "here": here}
+
+
+@every_number_of_ranks
+def test_sums_of_objectives_are_those_of_one_process(ranks):
+    whole, parts = objectives_on_a_rank(0, 1), [found["objectives"] for found in ranks_of(ranks)]
+    loss, losses, logps = whole["out"]
+    assert close(sum(part["out"][0] for part in parts), loss)
+    assert all(close(sum(part["out"][1][name] for part in parts), value) for name, value in losses.items())
+    for part in parts:
+        assert close(part["out"][2], logps)
+        assert relative_error(part["gradients"][0], whole["gradients"][0][:, part["here"]]) <= 1e-12
+    for i in (1, 2):
+        assert relative_error(sum(part["gradients"][i] for part in parts), whole["gradients"][i]) <= 1e-12
 
 
 def undeclared_nll(pairs: ll.Pairs) -> Tensor:
