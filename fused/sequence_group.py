@@ -65,6 +65,17 @@ def whole_sums(sums: Tensor, group: dist.ProcessGroup, *, partial_loss: bool) ->
     return added
 
 
+def whole_rows(sums: dict[str, Tensor], group: dist.ProcessGroup) -> dict[str, Tensor]:
+    """Sums by name, (s,) each, added over the ranks in one collective, where every rank computes the whole loss."""
+    whole = whole_sums(torch.stack(list(sums.values())), group, partial_loss=False)
+    return {name: row if sums[name].requires_grad else row.detach() for name, row in zip(sums, whole, strict=True)}
+
+
+def num_ranks(group: dist.ProcessGroup | None) -> int:
+    """Ranks that share the sequences: 1 without a group."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
 @dataclass(frozen=True)
 class WholeSequences:
     """What a rank knows of sequences that it shares.

@@ -19,7 +19,7 @@ from ..job import Coefficients, Job
 from ..num_items import NAME, OF_CALL, NumItems, over
 from ..results import check_leaves, check_returned
 from ..scored_tokens import ScoredTokens, find_scored_tokens, merge_groups
-from ..sequence_group import rank_tokens, whole_sums
+from ..sequence_group import num_ranks, rank_tokens, whole_rows
 from .loss import Margin, Pairs, PreferenceLoss, PreferenceLossResult, Sequences, Totals
 
 
@@ -83,7 +83,6 @@ class PreferenceReport:
     totals: list[Totals]  # one per term: what its losses are divided by
     stats: dict[str, Tensor]  # (N,) each
     group: dist.ProcessGroup | None  # the ranks that share the sequences; the N tokens are this rank's
-    num_ranks: int  # of the group
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,6 @@ class PreferenceEvaluation:
     def __init__(self, job: PreferenceJob, tokens: ScoredTokens, elementwise: ElementWise) -> None:
         self.job, self.tokens, self.elementwise = job, tokens, elementwise
         self.wide, self.device, self.group = job.call.wide_dtype, tokens.device, job.call.sequence_group
-        self.num_ranks = 1 if self.group is None else dist.get_world_size(self.group)
         num_sequences = len(tokens.sequence_sizes)
         self.loss = torch.zeros((), dtype=self.wide, device=self.device)
         self.logps = torch.zeros(num_sequences, dtype=self.wide, device=self.device)
@@ -190,7 +188,7 @@ class PreferenceEvaluation:
         self.lengths[index] = sums.lengths
         if sums.ref_logps is not None and self.ref_logps is not None:
             self.ref_logps[index] = sums.ref_logps
-        self.loss += total.detach() / self.num_ranks  # every rank computes the whole loss, and returns its share
+        self.loss += total.detach() / num_ranks(self.group)  # every rank computes the whole loss, and returns its share
         return Coefficients(None if gradient is None else gradient.to(stats.logps.dtype))
 
     def _sums(
@@ -239,13 +237,7 @@ class PreferenceEvaluation:
         self, group: dist.ProcessGroup, sums: dict[str, Tensor], sequences: list[int], nll_lengths: Tensor | None
     ) -> dict[str, Tensor]:
         """Sums over whole sequences (s,), in one collective; ``nll_lengths`` where the NLL term is over other tokens."""
-        if nll_lengths is not None:
-            sums = sums | {"nll_lengths": nll_lengths}
-        whole = whole_sums(torch.stack(list(sums.values())), group, partial_loss=False)
-        sums = dict(zip(sums, whole, strict=True))
-        for name in ("lengths", "ref_logps", "confidence", "nll_lengths"):
-            if name in sums:
-                sums[name] = sums[name].detach()
+        sums = whole_rows(sums if nll_lengths is None else sums | {"nll_lengths": nll_lengths}, group)
         place = {s: i for i, s in enumerate(sequences)}
         for number, term in enumerate(self.job.terms):
             members = torch.tensor([place[s] for s in term.nll_sequences], dtype=torch.long, device=self.device)
@@ -373,7 +365,6 @@ class PreferenceEvaluation:
             totals=self.totals,
             stats=stats,
             group=self.group,
-            num_ranks=self.num_ranks,
         )
 
 

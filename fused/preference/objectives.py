@@ -21,7 +21,7 @@ from ..checks import check_number, check_per_sequence
 from ..engine import run
 from ..num_items import NAME, OF_CALL, item_counts, over, read_num_items
 from ..scored_tokens import sequence_of_position
-from ..sequence_group import first_of_group, with_sequence_group
+from ..sequence_group import first_of_group, num_ranks, with_sequence_group
 from .base import FusedLinearPreferenceLoss, check_token_arguments
 from .job import PreferenceJob, Term
 from .modules import FusedLinearKTOLoss
@@ -123,7 +123,7 @@ class FusedLinearMultiObjectiveLoss(FusedLinearPreferenceLoss):
         terms = [self._term(f"objectives[{name!r}]", objective, call) for name, objective in objectives.items()]
         total, report = eagerly(run)(PreferenceJob(call, frozenset(), terms, token_weights, nll_labels))
         values = {
-            name: over(result.losses.sum().to(total.dtype), totals.num_groups) / report.num_ranks
+            name: over(result.losses.sum().to(total.dtype), totals.num_groups) / num_ranks(report.group)
             for name, result, totals in zip(objectives, report.results, report.totals, strict=True)
         }
         return MultiObjectiveOutput(total, values, report.logps, report.plan)
