@@ -12,6 +12,7 @@ from logitless.kernels.core.autograd import eagerly
 from logitless.kernels.core.checks import check_ignore_index
 from logitless.kernels.core.head_spec import HeadSpec
 from logitless.kernels.core.head_weight import Weight
+from logitless.kernels.parallel.vocab_parallel import VocabParallel
 from logitless.kernels.planner.plan import Plan
 
 from ..call import LossCall, check_counted_labels
@@ -154,6 +155,7 @@ class FusedLinearPolicyLoss(nn.Module):
         importance_sampling_ratio: Tensor | None = None,  # (S,), or like labels
         entropy_threshold: Tensor | float | None = None,  # 0-dim
         temperature: Tensor | None = None,  # like labels
+        parallel: VocabParallel | None = None,
     ) -> PolicyOutput:
         """Compute the loss. Values at positions that are not scored are ignored.
 
@@ -181,6 +183,8 @@ class FusedLinearPolicyLoss(nn.Module):
                 already (from the entropies of a forward pass, of all processes). Default: the quantile over this call's tokens.
             temperature: sampling temperature of each token, float32 or float64, positive: for samples of one batch that were
                 drawn at different temperatures. In place of the head's, for the reference too.
+            parallel: ``weight``, ``bias``, ``ref_weight`` and ``ref_bias`` are this rank's rows of heads sharded over their
+                vocabulary, see :class:`logitless.VocabParallel`. Every rank of its group must make the same calls.
 
         Returns:
             PolicyOutput: ``loss`` and detached statistics.
@@ -188,7 +192,7 @@ class FusedLinearPolicyLoss(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument.
         """
-        call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index, temperature)
+        call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index, temperature, parallel)
         inputs = PolicyInputs.check(call, advantages, old_logps, sampling_logps, importance_sampling_ratio, entropy_threshold)
         call = call.with_reference(
             ref_logps,

@@ -11,6 +11,7 @@ from logitless.kernels.core.autograd import eagerly
 from logitless.kernels.core.checks import check_ignore_index, check_labels, check_token_weights
 from logitless.kernels.core.head_spec import HeadSpec
 from logitless.kernels.core.head_weight import Weight
+from logitless.kernels.parallel.vocab_parallel import VocabParallel
 from logitless.kernels.planner.plan import Plan
 
 from ..call import LossCall, check_counted_labels
@@ -154,6 +155,7 @@ class FusedLinearPreferenceLoss(nn.Module):
         token_weights: Tensor | None = None,  # like labels
         nll_labels: Tensor | None = None,  # like labels
         num_items_in_batch: Tensor | Sequence[Tensor | float] | float | None = None,  # 0-dim, or (2,)
+        parallel: VocabParallel | None = None,
     ) -> PreferenceOutput:
         """Compute the loss. Sequences are stacked: the chosen ones, then the matching rejected ones.
 
@@ -173,6 +175,8 @@ class FusedLinearPreferenceLoss(nn.Module):
             num_items_in_batch: what to divide by if this call is one of several micro-batches: :meth:`count_items`, added over
                 all of them. Their losses and gradients then add up to those of one batch. One number is accepted where the loss
                 has one count. A count may be 0 if nothing is scored here; the loss is then 0.
+            parallel: ``weight``, ``bias``, ``ref_weight`` and ``ref_bias`` are this rank's rows of heads sharded over their
+                vocabulary, see :class:`logitless.VocabParallel`. Every rank of its group must make the same calls.
 
         Returns:
             PreferenceOutput: ``loss`` and detached log-probabilities, rewards and metrics.
@@ -180,7 +184,7 @@ class FusedLinearPreferenceLoss(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument.
         """
-        call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index)
+        call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index, parallel=parallel)
         self._check_pairs(call.num_sequences)
         call = call.with_reference(
             ref_logps, ref_hidden, ref_weight, ref_bias, uses=self.loss.uses_reference, needs=self.loss.needs_reference

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from logitless.kernels.core.autograd import eagerly
 from logitless.kernels.core.head_spec import HeadSpec
 from logitless.kernels.core.head_weight import Weight
+from logitless.kernels.parallel.vocab_parallel import VocabParallel
 
 from ..call import LossCall
 from ..checks import check_bool, check_choice, check_data, check_number, check_per_sequence
@@ -326,6 +327,7 @@ class FusedLinearKTOLoss(FusedLinearPreferenceLoss):
         cu_seqlens: Tensor | None = None,
         token_weights: Tensor | None = None,
         num_items_in_batch: Tensor | Sequence[Tensor | float] | float | None = None,  # 0-dim, or (2,)
+        parallel: VocabParallel | None = None,
     ) -> KTOOutput:
         """Compute the loss; arguments as in :meth:`FusedLinearPreferenceLoss.forward`, and
 
@@ -335,9 +337,8 @@ class FusedLinearKTOLoss(FusedLinearPreferenceLoss):
                 must be finite. The value of a tensor is not checked, which would synchronise: if it is NaN, so is the loss.
                 With ``num_items_in_batch``, pass the mean over the whole optimiser step to each call.
         """
-        call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index).with_reference(
-            ref_logps, ref_hidden, ref_weight, ref_bias, uses=True, needs=True
-        )
+        call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index, parallel=parallel)
+        call = call.with_reference(ref_logps, ref_hidden, ref_weight, ref_bias, uses=True, needs=True)
         check_token_arguments(call, token_weights, None, uses_nll=False)
         inputs = self.check_inputs(desirable, kl, call.num_sequences, hidden.device)
         sequences, num_items = tuple(range(call.num_sequences)), self._num_items(num_items_in_batch)

@@ -22,8 +22,8 @@ from ...core.weight_rows import HeadRows
 from ...tile.factors import FP16_SCALE, add_bias_gradient, block_dtype, for_gemm, gradient_factors, rounding_of, scale_rows
 from ...tile.head_gradient import HeadGradient
 from ...tile.hidden_gradient import add_hidden
-from ...tile.sums import BlockSums, combine
-from ...tile.targets import add_targets, target_entry, target_logit_and_slope, targets_in_tile
+from ...tile.sums import BlockSums, merge, statistics
+from ...tile.targets import add_targets, put_targets, target_entry, target_logit_and_slope, targets_in_tile
 from ...tile.unit import add_unit, finish_unit
 from ..interface import ElementWise
 from .passes import TORCH_PASSES, Logits
@@ -42,44 +42,94 @@ def score(
     passes: ElementWise = TORCH_PASSES,
 ) -> RowStats:
     """One pass over the logits: ``2 * N * H * V`` FLOP, twice that with ``unit_dhidden``."""
-    # One partition for all modes: a GEMM's rounding may depend on its shape, and a token's logps must not depend on whether
-    # its gradient is wanted (identical policy and reference give exactly ln 2).
-    size = 4 if x.is_cuda else logits_gemm_dtype(x.dtype, x.device, options.precision).itemsize
-    rows, width = block_shape(len(x), len(weight), 2 * size, options.workspace, options.batch_invariant)
-    multiple = 1
-    if options.batch_invariant:  # how a GPU's library computes may depend on any number of rows
-        rows, multiple = (rows, rows) if x.is_cuda else (min(rows, MOST_ROWS), ROW_MULTIPLE)
+    rows, width, multiple = _partition(x, weight, options)
     dhidden = None
     if unit_dhidden:
         dhidden = torch.zeros(x.shape, dtype=accumulate_dtype(x.dtype), device=x.device)
     chunks = []
     for r0, r1 in blocks(max(1, len(x)), rows):
-        rows_of_tile = None if tile is None else tile[r0:r1]
-        rows_of_dhidden = None if dhidden is None else dhidden[r0:r1]
-        tempered = head_rows(head, slice(r0, r1))
-        here = x[r0:r1], weight, bias, labels[r0:r1], tempered, options, width, multiple, rows_of_tile, rows_of_dhidden
-        chunks.append(_score_rows(*here, passes))
+        part = slice(r0, r1)
+        own, y, tempered = x[part], labels[part], head_rows(head, part)
+        tile_rows = None if tile is None else tile[part]
+        dhidden_rows = None if dhidden is None else dhidden[part]
+        zy, k, ty = target_logit_and_slope(passes.target_logits(own, weight, bias, y, options.precision), tempered)
+        given = own, weight, bias, y, zy, k, tempered, options, width, multiple, tile_rows, dhidden_rows, passes
+        sums, factors = _sum_rows(*given)
+        stats = statistics(sums, zy, ty, len(weight))
+        if dhidden_rows is not None:
+            finish_unit(own, weight, y, stats, tempered, dhidden_rows)
+        if tile_rows is not None:
+            at_target = -target_entry(stats) if targets_in_tile(tile_rows.device) else None
+            passes.finish_tile(tile_rows, factors, y, at_target, width)
+        chunks.append(stats)
     stats = RowStats.cat(chunks)
     stats.unit_dhidden = dhidden
     return stats
 
 
-def _score_rows(
+def score_shard(
+    x: Tensor,  # (N, H)
+    weight: Tensor,  # (V_r, H) rows of a head that is sharded over ranks
+    bias: Tensor | None,  # (V_r,)
+    labels: Tensor,  # (N,) relative to the first row; outside of the rows where another rank has the label
+    zy: Tensor,  # (N,) target logits
+    k: Tensor,  # (N,) zy, but finite
+    head: HeadSpec,
+    options: CoreOptions,
+    *,
+    tile: Tensor | None = None,  # (N, V_r) gets exponentials relative to the sums' k, 0 at the label
+    unit_dhidden: bool = False,
+    passes: ElementWise = TORCH_PASSES,
+) -> BlockSums:
+    """The part of ``score`` that one rank does: sums over its rows, with ``k`` set, and with ``unit_dhidden`` ``dhidden``."""
+    rows, width, multiple = _partition(x, weight, options)
+    dhidden = torch.zeros(x.shape, dtype=accumulate_dtype(x.dtype), device=x.device) if unit_dhidden else None
+    chunks = []
+    for r0, r1 in blocks(max(1, len(x)), rows):
+        part = slice(r0, r1)
+        tile_rows, dhidden_rows = (None if t is None else t[part] for t in (tile, dhidden))
+        given = x[part], weight, bias, labels[part], zy[part], k[part], head_rows(head, part), options, width, multiple
+        sums, factors = _sum_rows(*given, tile_rows, dhidden_rows, passes)
+        if tile_rows is not None:
+            passes.finish_tile(tile_rows, factors, labels[part], None, width)
+        chunks.append(sums)
+    sums = BlockSums.cat(chunks)
+    sums.dhidden = dhidden
+    return sums
+
+
+def _partition(x: Tensor, weight: Tensor | HeadRows, options: CoreOptions) -> tuple[int, int, int]:
+    """Rows and columns of a block of logits, and of how many rows every GEMM is.
+
+    One partition for all modes: a GEMM's rounding may depend on its shape, and a token's logps must not depend on whether its
+    gradient is wanted (identical policy and reference give exactly ln 2).
+    """
+    size = 4 if x.is_cuda else logits_gemm_dtype(x.dtype, x.device, options.precision).itemsize
+    rows, width = block_shape(len(x), len(weight), 2 * size, options.workspace, options.batch_invariant)
+    if not options.batch_invariant:
+        return rows, width, 1
+    # how a GPU's library computes may depend on any number of rows
+    return (rows, width, rows) if x.is_cuda else (min(rows, MOST_ROWS), width, ROW_MULTIPLE)
+
+
+def _sum_rows(
     x: Tensor,
     weight: Tensor | HeadRows,
     bias: Tensor | None,
     labels: Tensor,
+    zy: Tensor,  # (N,) target logits
+    k: Tensor,  # (N,) zy, but finite
     head: HeadSpec,
     options: CoreOptions,
     width: int,
     multiple: int,  # of how many rows every GEMM is
     tile: Tensor | None,  # (N, V), written
-    dhidden: Tensor | None,  # (N, H) zeros, gets d logps / d hidden
+    dhidden: Tensor | None,  # (N, H) zeros, gets the exponentials' slopes times the weight
     passes: ElementWise,
-) -> RowStats:
+) -> tuple[BlockSums, list[Tensor | None]]:
+    """The sums of some tokens, and what each block of the tile is still to be multiplied by. See ``sums.merge``."""
     n, vocab = len(x), len(weight)
     logits = Logits(x, weight, bias, options.precision, multiple)
-    zy, k, ty = target_logit_and_slope(passes.target_logits(x, weight, bias, labels, options.precision), head)
     grad_dtype = gemm_dtype(x.dtype, x.device)
     in_tile = tile is not None and tile.dtype == logits.dtype
     scratch = None if in_tile else torch.empty((logits.rows, width), dtype=logits.dtype, device=x.device)
@@ -110,12 +160,7 @@ def _score_rows(
                     passes.finish_tile(rows, [(offset - new).exp()], labels, None, rows.shape[1])
                 running = new
             add_unit(dhidden, destination, weight_block(weight, v0, v1, grad_dtype))
-    stats, factors = combine(parts, zy, k, ty, vocab)
-    if dhidden is not None:
-        finish_unit(x, weight, labels, stats, head, dhidden)
-    if tile is not None:
-        passes.finish_tile(tile, factors, labels, -target_entry(stats) if targets_in_tile(tile.device) else None, width)
-    return stats
+    return merge(parts, k)
 
 
 def tile_gradients(
@@ -144,7 +189,7 @@ def tile_gradients(
         assert mix is not None
         passes.mix_tile_(tile, mix, stats.k, head, options)
         if targets_in_tile(tile.device):
-            tile[torch.arange(len(tile), device=tile.device), labels] = at_target.to(tile.dtype)
+            put_targets(tile, labels, at_target)
     elif grad_dtype == torch.float16:  # the float32 tile is normalised block by block, into fp16's range
         normalise, scale = (-stats.log_denom).exp(), -coefficients * head.slope
         target_values = -target_entry(stats) * normalise * scale

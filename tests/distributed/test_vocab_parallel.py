@@ -1,0 +1,233 @@
+"""A head sharded over its vocabulary gives what one process gives: statistics on all ranks, and gradients of the shards."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import logitless as ll
+
+from .ranks import run_ranks
+
+V, H, PADDED = 211, 16, 214
+#: The first row of each rank's shard, and the end of the last.
+BOUNDS = {2: (0, 204, PADDED), 3: (0, 7, 100, PADDED)}
+ALL = ("logps", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+F64 = torch.float64
+
+
+class Inputs:
+    """Seeded inputs of one case. ``raised``: labels' logits are up to hundreds of nats below the largest."""
+
+    def __init__(self, *, raised: bool = False, bias: bool = False, padding: bool = False, hidden_size: int = H) -> None:
+        generator = torch.Generator().manual_seed(7)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=F64)
+
+        self.rows = PADDED if padding else V
+        self.hidden, self.weight = draw(6, 9, hidden_size), draw(self.rows, hidden_size)
+        self.ref_hidden, self.ref_weight = draw(6, 9, 12), draw(self.rows, 12)
+        self.labels = torch.randint(V, (6, 9), generator=generator)
+        self.labels[0, :2], self.labels[1, :3] = torch.tensor([0, V - 1]), torch.tensor([6, 7, 204])
+        self.labels[torch.rand((6, 9), generator=generator) < 0.3] = -100
+        if raised:
+            scale = torch.full((6, 9, 1), 1.0, dtype=F64)
+            scale[:, ::2] = 12.0
+            scale[0, 0] = 60.0
+            self.hidden *= scale
+        self.bias = draw(self.rows) if bias else None
+        if padding:
+            self.weight[V:], self.ref_weight[V:] = torch.nan, torch.nan
+            if self.bias is not None:
+                self.bias[V:] = torch.nan
+        self.advantages, self.old_logps = draw(6), draw(6, 9) - 5
+        self.temperature = torch.rand((6, 9), generator=generator, dtype=F64) + 0.5
+
+
+def shard(rank: int, world: int, rows: int) -> slice:
+    bounds = BOUNDS[world]
+    return slice(bounds[rank], min(rows, bounds[rank + 1]))
+
+
+def gradients(
+    inputs: Inputs, part: slice, trained: bool, run: Any, parallel: ll.VocabParallel | None, positions: slice | None = None
+) -> dict[str, Tensor]:
+    """What ``run(hidden, weight, bias, parallel)`` gives, with the gradients of its first result."""
+    hidden = inputs.hidden
+    if positions is not None:
+        hidden = hidden.reshape(-1, hidden.shape[-1])[positions]
+    hidden = hidden.clone().requires_grad_()
+    weight = inputs.weight[part].clone().requires_grad_(trained)
+    bias = None if inputs.bias is None else inputs.bias[part].clone().requires_grad_(trained)
+    value, others = run(hidden, weight, bias, part, parallel)
+    (value * 1.5).backward()
+    found = {"value": value.detach(), "hidden": hidden.grad, **others}
+    if trained:
+        found["weight"] = weight.grad
+        if bias is not None:
+            found["bias"] = bias.grad
+    return found
+
+
+def close(name: str, got: Tensor, expected: Tensor) -> None:
+    if got.dtype == torch.bool:
+        assert torch.equal(got, expected), name
+        return
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    error = float((got - expected).abs().max()) if got.numel() else 0.0
+    assert error <= 1e-12 * max(1.0, scale), f"{name}: {error} of {scale}"
+
+
+def check(world: int, rank: int, name: str, inputs: Inputs, trained: bool, run: Any, sequence_parallel: bool = False) -> Any:
+    """Compare one rank with one process; returns what must have the same bits on all ranks."""
+    vocab = V if inputs.rows > V else None
+    alone = gradients(inputs, slice(0, inputs.rows), trained, lambda *a: run(*a, vocab), None)
+    part = shard(rank, world, inputs.rows)
+    positions = None
+    if sequence_parallel:
+        positions = (slice(0, 40), slice(40, 54))[rank] if world == 2 else (slice(0, 0), slice(0, 31), slice(31, 54))[rank]
+    parallel = ll.VocabParallel(None, part.start, V, sequence_parallel)
+    found = gradients(inputs, part, trained, lambda *a: run(*a, None), parallel, positions)
+    for key, value in found.items():
+        expected = alone[key]
+        if key in ("weight", "bias"):
+            expected = expected[part]
+        if key == "hidden" and positions is not None:
+            expected = expected.reshape(-1, H)[positions]
+        close(f"{name} {key} on rank {rank}", value, expected)
+    return {key: value for key, value in found.items() if key not in ("weight", "bias", "hidden")}
+
+
+def same_bits(results: list[list[dict[str, Tensor]]]) -> None:
+    for case in zip(*results, strict=True):
+        for other in case[1:]:
+            for key, value in case[0].items():
+                assert torch.equal(value, other[key]), key
+
+
+def spec(vocab: int | None, **kwargs: Any) -> ll.HeadSpec:
+    return ll.HeadSpec(vocab_size=vocab, **kwargs)
+
+
+def token_cases(rank: int, world: int) -> list[dict[str, Tensor]]:
+    """linear_logps under a loss of log-probabilities and entropies, and sequence_logps."""
+    results = []
+    kinds = ({}, {"raised": True}, {"bias": True, "padding": True}, {"raised": True, "bias": True})
+    for (i, kind), trained, cap in itertools.product(enumerate(kinds), (False, True), (None, 8.0)):
+        inputs = Inputs(**kind)
+
+        def run(
+            hidden: Tensor,
+            weight: Tensor,
+            bias: Any,
+            part: slice,
+            parallel: Any,
+            vocab: Any,
+            inputs: Any = inputs,
+            cap: Any = cap,
+        ) -> Any:
+            given: dict[str, Any] = {"temperature": inputs.temperature, "parallel": parallel}
+            stats = ll.linear_logps(hidden, weight, inputs.labels, bias, spec(vocab, softcap=cap), ALL, **given)
+            assert stats.logps is not None and stats.entropy is not None
+            value = (stats.logps * inputs.old_logps).sum() + (stats.entropy * inputs.temperature).sum()
+            return value, {name: getattr(stats, name).detach() for name in ALL}
+
+        results.append(check(world, rank, f"linear_logps {kind} {trained} {cap}", inputs, trained, run, i == 1 and trained))
+
+    def sequences(hidden: Tensor, weight: Tensor, bias: Any, part: slice, parallel: Any, vocab: Any) -> Any:
+        logps = ll.sequence_logps(hidden, weight, inputs.labels, bias, spec(vocab), reduction="mean", parallel=parallel)
+        return (logps * inputs.advantages).sum(), {"logps": logps.detach()}
+
+    for inputs, trained in itertools.product((Inputs(), Inputs(bias=True, padding=True)), (False, True)):
+        results.append(check(world, rank, "sequence_logps", inputs, trained, sequences))
+    return results
+
+
+#: Bytes of budgets under which float64 losses of 54 positions take one tile, or other schedules.
+BUDGETS = (512 << 20, 40_000, 12_000)
+
+
+def loss_cases(rank: int, world: int) -> list[dict[str, Tensor]]:
+    results, schedules = [], set()
+    ref: dict[str, Any] = {}
+
+    def case(inputs: Inputs, make: Any, call: Any, softcap: float | None) -> Any:
+        def run(hidden: Tensor, weight: Tensor, bias: Any, part: slice, parallel: Any, vocab: Any) -> Any:
+            out = call(make, inputs, hidden, weight, bias, spec(vocab, softcap=softcap), part, parallel)
+            if parallel is not None:
+                schedules.update((step.schedule, weight.requires_grad) for step in out.plan.steps)
+            return out.loss, {"logps": out.logps.detach()}
+
+        return run
+
+    def pairs(loss: Any, inputs: Inputs, hidden: Tensor, weight: Any, bias: Any, head: Any, part: Any, parallel: Any) -> Any:
+        return loss(hidden, weight, inputs.labels, bias, head, parallel=parallel)
+
+    def referenced(
+        loss: Any, inputs: Inputs, hidden: Tensor, weight: Any, bias: Any, head: Any, part: Any, parallel: Any
+    ) -> Any:
+        states = inputs.ref_hidden
+        if parallel is not None and parallel.sequence_parallel:
+            states = states.reshape(54, -1)[positions_of(rank, world)]
+        ref.update(ref_hidden=states, ref_weight=inputs.ref_weight[part], parallel=parallel)
+        return loss(hidden, weight, inputs.labels, bias=bias, head=head, **ref)
+
+    def odds(loss: Any, inputs: Inputs, hidden: Tensor, weight: Any, bias: Any, head: Any, part: Any, parallel: Any) -> Any:
+        nll = torch.where(inputs.labels == -100, 3, inputs.labels)
+        return loss(hidden, weight, inputs.labels, bias, head, nll_labels=nll, parallel=parallel)
+
+    def kto(loss: Any, inputs: Inputs, hidden: Tensor, weight: Any, bias: Any, head: Any, part: Any, parallel: Any) -> Any:
+        desirable = torch.tensor([True, False, True, True, False, False])
+        ref_logps = inputs.advantages * 3 - 20
+        return loss(hidden, weight, inputs.labels, desirable, bias, head, ref_logps=ref_logps, kl=0.3, parallel=parallel)
+
+    def policy(loss: Any, inputs: Inputs, hidden: Tensor, weight: Any, bias: Any, head: Any, part: Any, parallel: Any) -> Any:
+        given: dict[str, Any] = {"advantages": inputs.advantages, "old_logps": inputs.old_logps, "parallel": parallel}
+        return loss(hidden, weight, inputs.labels, bias, head, **given)
+
+    losses: list[tuple[Any, Any]] = [
+        (ll.FusedLinearDPOLoss(beta=0.1, metrics=True), referenced),
+        (ll.FusedLinearSimPOLoss(beta=2.0), pairs),
+        (ll.FusedLinearORPOLoss(), odds),
+        (ll.FusedLinearKTOLoss(), kto),
+        (ll.FusedLinearGRPOLoss(entropy_coef=0.02, epsilon_high=5.0), policy),
+    ]
+    plain, raised, padded = Inputs(), Inputs(raised=True), Inputs(bias=True, padding=True)
+    for (make, call), trained, budget in itertools.product(losses, (False, True), BUDGETS):
+        for i, (inputs, softcap) in enumerate(((plain, 8.0), (raised, None), (padded, None))):
+            if budget != BUDGETS[0] and i != 1:
+                continue
+            name = f"{type(make).__name__} {trained} {budget} {i}"
+            with ll.settings(memory_budget=budget if rank == 0 else BUDGETS[0]):
+                sequence_parallel = i == 2 and trained
+                results.append(check(world, rank, name, inputs, trained, case(inputs, make, call, softcap), sequence_parallel))
+    with torch.no_grad():
+        inputs = plain
+        out = losses[1][0](inputs.hidden, inputs.weight, inputs.labels)
+        part = shard(rank, world, V)
+        parallel = ll.VocabParallel(None, part.start, V)
+        close("no gradient", losses[1][0](inputs.hidden, inputs.weight[part], inputs.labels, parallel=parallel).loss, out.loss)
+        none = losses[1][0](inputs.hidden, inputs.weight[part], torch.full_like(inputs.labels, -100), parallel=parallel)
+        assert none.loss.isfinite()
+    assert schedules >= {(name, True) for name in ("gradient_in_forward", "deferred_scale", "recompute")}, schedules
+    assert ("deferred_scale", False) in schedules, schedules
+    return results
+
+
+def positions_of(rank: int, world: int) -> slice:
+    return ((slice(0, 40), slice(40, 54)) if world == 2 else (slice(0, 0), slice(0, 31), slice(31, 54)))[rank]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_tokens_of_a_sharded_head(world: int) -> None:
+    same_bits(run_ranks(world, token_cases, world))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_losses_of_a_sharded_head(world: int) -> None:
+    same_bits(run_ranks(world, loss_cases, world))
