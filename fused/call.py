@@ -20,6 +20,7 @@ from logitless.kernels.core.checks import (
 )
 from logitless.kernels.core.head_spec import HeadSpec
 from logitless.kernels.core.head_weight import Weight, read_weight
+from logitless.kernels.parallel.dtensor import from_dtensor, local_rows
 from logitless.kernels.parallel.vocab_parallel import VocabParallel, enter
 
 from .checks import check_data, check_per_sequence, check_per_token
@@ -126,6 +127,7 @@ class LossCall:
         parallel: VocabParallel | None = None,
     ) -> LossCall:
         """Check what every loss is called with; no reference yet."""
+        weight, bias, parallel, head = from_dtensor(weight, bias, parallel, head)
         named = {"hidden": hidden, "weight": weight, "labels": labels, "bias": bias, "cu_seqlens": cu_seqlens}
         named["temperature"] = temperature
         for name, value in named.items():
@@ -160,6 +162,7 @@ class LossCall:
             needs: whether the loss is undefined without one.
             per_token: whether ``ref_logps`` has one value per position, not one per sequence.
         """
+        ref_weight, ref_bias = local_rows(ref_weight, self.parallel), local_rows(ref_bias, self.parallel)
         named = {"ref_logps": ref_logps, "ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
         given = [name for name, value in named.items() if value is not None]
         for name, value in named.items():

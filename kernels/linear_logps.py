@@ -25,6 +25,7 @@ from .core.settings import current_settings
 from .core.stats import OPTIONAL_OUTPUTS, TokenStats
 from .core.weight_rows import HeadRows, JoinedRows, trained_part
 from .logps_operators import ALL_ROWS, NO_UNIT, SCORED_ROWS, logps_backward, logps_forward, output_bits
+from .parallel.dtensor import from_dtensor
 from .parallel.vocab_parallel import VocabParallel, enter
 
 
@@ -151,7 +152,8 @@ def linear_logps(
             at different temperatures: ``head`` at ``temperature=1`` is divided by it. Not differentiable; values at ignored
             positions are not read.
         parallel: ``weight`` and ``bias`` are this rank's rows of a head sharded over its vocabulary, see
-            :class:`logitless.VocabParallel`. Every rank of its group must make the same calls.
+            :class:`logitless.VocabParallel`. Every rank of its group must make the same calls. Made here where ``weight`` is a
+            DTensor sharded by rows over a mesh of one dimension that is named ``"tp"``.
 
     Returns:
         TokenStats: tensors shaped like ``labels``, float32 (float64 for float64 input); ``logps`` and ``entropy`` carry
@@ -165,6 +167,7 @@ def linear_logps(
         >>> linear_logps(x, w, torch.randint(100, (2, 5))).logps.shape
         torch.Size([2, 5])
     """
+    weight, bias, parallel, head = from_dtensor(weight, bias, parallel, head)
     head, wanted, weight = check_spec(head), check_outputs(outputs), read_weight("weight", weight)
     if parallel is not None:
         hidden, head = enter(parallel, hidden, weight, labels, head)

@@ -8,6 +8,7 @@ its rank's offset ``k_r``: the factor ``exp(k_r - k)`` is part of its rows' scal
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from ..tile.head_gradient import HeadGradient
 from ..tile.sums import BlockSums, combine
 from ..tile.targets import put_targets, target_entry, target_logit_and_slope, targets_in_tile
 from ..tile.unit import finish_unit
-from .collectives import gather, sum_
+from .collectives import gather, start_sum, sum_
 from .vocab_parallel import VocabParallel
 
 _NAMES = ("k", "e", "ez", "ee", "z", "target", "before", "after")
@@ -92,6 +93,14 @@ class _Functions:
     ) -> None:
         local = labels - self.parallel.start
         of_shard = self._of_shard(stats, local, local.clamp(0, len(weight) - 1))
+        pending: list[Any] = []
+
+        def start() -> None:
+            """Send dX while the GEMM of dW runs."""
+            assert dhidden is not None
+            if not self.parallel.sequence_parallel:
+                pending.append(start_sum(dhidden, self.group))
+
         self.backend.tile_gradients(
             x,
             weight,
@@ -104,9 +113,11 @@ class _Functions:
             dhidden=dhidden,
             head_gradient=head_gradient,
             entropy_coefficients=entropy_coefficients,
+            hidden_done=start,
         )
-        if dhidden is not None:
-            self._add_up(dhidden)
+        for handle in pending:
+            if handle is not None:
+                handle.wait()
 
     def recompute_gradients(
         self,

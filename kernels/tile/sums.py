@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,8 +38,11 @@ class BlockSums:
     @classmethod
     def cat(cls, parts: Sequence[BlockSums]) -> BlockSums:
         """Join the sums of consecutive tokens."""
-        columns = {f.name: [getattr(p, f.name) for p in parts] for f in fields(cls)}
-        return cls(**{name: None if values[0] is None else torch.cat(values) for name, values in columns.items()})
+        joined: dict[str, Any] = {}
+        for f in fields(cls):
+            values = [getattr(p, f.name) for p in parts]
+            joined[f.name] = None if values[0] is None else torch.cat(values)
+        return cls(**joined)
 
 
 def merge(parts: list[BlockSums], k: Tensor) -> tuple[BlockSums, list[Tensor | None]]:

@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import logitless as ll
 
@@ -231,3 +235,151 @@ def test_tokens_of_a_sharded_head(world: int) -> None:
 @pytest.mark.parametrize("world", [2, 3])
 def test_losses_of_a_sharded_head(world: int) -> None:
     same_bits(run_ranks(world, loss_cases, world))
+
+
+def ring_bytes(world: int, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Counts what a rank sends by ring collectives of floating point numbers: a list of the bytes of each."""
+    sent: list[float] = []
+
+    def counted(name: str, share: float, argument: int) -> None:
+        original = getattr(dist, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            values = args[argument]
+            if values.is_floating_point():
+                sent.append(share * values.numel() * values.element_size())
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(dist, name, call)
+
+    counted("all_reduce", 2 * (world - 1) / world, 0)
+    counted("all_gather", world - 1, 1)
+    counted("reduce_scatter_tensor", (world - 1) / world, 1)
+    return sent
+
+
+def costs(rank: int, world: int) -> None:
+    """FLOP and bytes of a rank, of each schedule that makes all gradients in one pass or none."""
+    tokens, hidden_size, vocab = 256, 128, 1000
+    size = vocab // world
+    weight, labels = torch.randn(size, hidden_size), torch.randint(vocab, (4, tokens // 4), generator=torch.manual_seed(0))
+    x = torch.randn(4, tokens // 4, hidden_size)
+    simpo, grpo = ll.FusedLinearSimPOLoss(beta=2.0), ll.FusedLinearGRPOLoss(entropy_coef=0.1)
+    for (loss, given), trained, sequence_parallel in itertools.product(
+        ((simpo, {}), (grpo, {"advantages": torch.ones(4)})), (None, False, True), (False, True)
+    ):
+        parallel = ll.VocabParallel(None, rank * size, vocab, sequence_parallel)
+        hidden = x.view(tokens, -1)[rank * tokens // world : (rank + 1) * tokens // world] if sequence_parallel else x
+        hidden = hidden.clone().requires_grad_(trained is not None)
+        with pytest.MonkeyPatch.context() as monkeypatch, FlopCounterMode(display=False) as counter:
+            sent = ring_bytes(world, monkeypatch)
+            out = loss(hidden, weight.requires_grad_(bool(trained)), labels, parallel=parallel, **given)
+            if trained is not None:
+                out.loss.backward()
+        most = 2.01 if trained is None else 6.02 if trained or loss is grpo else 4.02
+        assert counter.get_total_flops() <= most * tokens * hidden_size * size
+        plan = out.plan
+        assert plan.flops <= most * tokens * hidden_size * size
+        assert plan.sent_bytes == round(sum(sent)), (plan.sent_bytes, sent)
+        sizes = {"num_tokens": tokens, "hidden_size": hidden_size, "vocab_size": vocab, "dtype": torch.float32}
+        wanted = {
+            "entropy_gradient": loss is grpo and trained is not None,
+            "outputs": ("logps", "entropy")[: 1 + (loss is grpo)],
+        }
+        gradients = {"train_hidden": trained is not None, "train_weight": bool(trained), "parallel": parallel}
+        assert ll.plan(**sizes, **wanted, **gradients).sent_bytes == plan.sent_bytes
+        assert ll.plan(**sizes, **gradients).extra_bytes < ll.plan(**{**sizes, "vocab_size": vocab * world}).extra_bytes
+
+
+def test_flops_and_bytes_of_a_rank() -> None:
+    run_ranks(2, costs, 2)
+
+
+def dtensors(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
+    inputs = Inputs(bias=True)
+    assert inputs.bias is not None
+    vocab = V - 2
+
+    def run(weight: Any, bias: Any, ref_weight: Any) -> list[Tensor]:
+        weight, bias = weight.requires_grad_(), bias.requires_grad_()
+        hidden, labels = inputs.hidden.clone().requires_grad_(), inputs.labels.clamp(max=vocab - 1)
+        loss = ll.FusedLinearDPOLoss(beta=0.1)
+        states = {"ref_hidden": inputs.ref_hidden, "ref_weight": ref_weight}
+        value = loss(hidden, weight, labels, bias, spec(vocab), **states).loss
+        value = value + ll.linear_logps(hidden, weight, labels, bias, spec(vocab, softcap=9.0)).logps.mean()
+        value.backward()
+        assert weight.grad is not None and bias.grad is not None and hidden.grad is not None
+        return [value.detach(), hidden.grad, weight.grad, bias.grad]
+
+    def sharded(whole: Tensor) -> DTensor:
+        return distribute_tensor(whole.clone(), mesh, [Shard(0)])
+
+    alone = run(inputs.weight.clone(), inputs.bias.clone(), inputs.ref_weight)
+    found = run(sharded(inputs.weight), sharded(inputs.bias), sharded(inputs.ref_weight))
+    for i, (a, b) in enumerate(zip(alone, found, strict=True)):
+        if i > 1:
+            assert isinstance(b, DTensor) and b.placements == (Shard(0),) and b.device_mesh == mesh
+            b = b.full_tensor()
+        close(f"DTensor, result {i}", b, a)
+    data = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))
+    refused = (
+        distribute_tensor(inputs.weight.clone(), data, [Shard(0)]),
+        distribute_tensor(inputs.weight.clone(), mesh, [Shard(1)]),
+        distribute_tensor(inputs.weight.clone(), mesh, [Replicate()]),
+    )
+    for weight in refused:
+        with pytest.raises(TypeError, match="weight is a DTensor"):
+            ll.linear_logps(inputs.hidden, weight, inputs.labels)
+        with pytest.raises(TypeError, match="weight is a DTensor"):
+            ll.FusedLinearSimPOLoss()(inputs.hidden, weight, inputs.labels)
+    with pytest.raises(ValueError, match="weight is a DTensor with 100 entries"):
+        ll.linear_logps(inputs.hidden, sharded(inputs.weight), inputs.labels, head=spec(100))
+    with pytest.raises(ValueError, match="parallel is given beside"):
+        ll.linear_logps(inputs.hidden, sharded(inputs.weight), inputs.labels, parallel=ll.VocabParallel(None, 0, V))
+
+
+def refusals(rank: int, world: int) -> None:
+    """Errors are the same on all ranks, or of arguments that are."""
+    inputs, part = Inputs(), shard(rank, world, V)
+    weight, simpo = inputs.weight[part], ll.FusedLinearSimPOLoss()
+    right = ll.VocabParallel(None, part.start, V)
+
+    def call(parallel: Any = right, weight: Any = weight, labels: Tensor = inputs.labels, head: Any = None) -> None:
+        ll.linear_logps(inputs.hidden, weight, labels, head=head, parallel=parallel)
+
+    def loss(parallel: Any = right, weight: Any = weight, labels: Tensor = inputs.labels, head: Any = None) -> None:
+        simpo(inputs.hidden, weight, labels, head=head, parallel=parallel)
+
+    lora = ll.LoRAWeight(weight, torch.randn(2, H, dtype=F64), torch.randn(len(weight), 2, dtype=F64))
+    fewer = inputs.labels.clone()
+    fewer[0, 0] = -100 if rank else 1
+    for run in (call, loss):
+        for error, text, given in (
+            (TypeError, "parallel must be a logitless.VocabParallel", {"parallel": "tp"}),
+            (TypeError, "LoRAWeight, which is not served with parallel", {"weight": lora}),
+            (ValueError, "head.vocab_size must be None with parallel", {"head": spec(200)}),
+            (ValueError, "parallel must describe shards", {"parallel": ll.VocabParallel(None, part.start + rank, V)}),
+            (ValueError, "vocab_size of parallel must be the same", {"parallel": ll.VocabParallel(None, part.start, V + rank)}),
+            (ValueError, "number of scored tokens must be the same", {"labels": fewer}),
+            (ValueError, f"labels must be in .0, {V}.", {"labels": inputs.labels.clamp(min=V)}),
+            (ValueError, "hidden must hold each of the 54", {"parallel": ll.VocabParallel(None, part.start, V, True)}),
+        ):
+            with pytest.raises(error, match=text):
+                run(**given)
+        with ll.settings(backend="triton"), pytest.raises(RuntimeError, match="as parallel= needs"):
+            run()
+    with pytest.raises(ValueError, match="the set of wanted gradients must be the same"):
+        loss(weight=weight.clone().requires_grad_(rank == 0))
+    for arguments in ((0, 0), (V, V), (-1, V), (0, True)):
+        with pytest.raises((TypeError, ValueError), match=r"start must|vocab_size must"):
+            ll.VocabParallel(None, *arguments)
+    with pytest.raises(ValueError, match="not served with parallel"):
+        ll.plan(num_tokens=8, hidden_size=8, vocab_size=8, lora_rank=2, parallel=right)
+    with pytest.raises(Exception, match="parallel is given in compiled code"):
+        torch.compile(call, backend="eager", fullgraph=True)()
+
+
+def test_dtensors_and_refusals() -> None:
+    run_ranks(2, dtensors, 2)
+    run_ranks(2, refusals, 2)

@@ -8,6 +8,7 @@ is done by the blockwise algorithm of ``blockwise``, its element-wise passes in 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -216,11 +217,12 @@ def tile_gradients(
     dhidden: Tensor | None,  # (N, H) float32, written
     head_gradient: HeadGradient | None,
     entropy_coefficients: Tensor | None = None,  # (N,)
+    hidden_done: Callable[[], None] | None = None,
 ) -> None:
     """See ``blockwise.tile_gradients``."""
     if not _takes(x, weight):
         given: tuple[Any, ...] = (x, weight, labels, tile, stats, coefficients, head, options)
-        made: dict[str, Any] = {"dhidden": dhidden, "head_gradient": head_gradient}
+        made: dict[str, Any] = {"dhidden": dhidden, "head_gradient": head_gradient, "hidden_done": hidden_done}
         blockwise.tile_gradients(*given, **made, entropy_coefficients=entropy_coefficients, passes=NATIVE_PASSES)
         return
     gradient = tile.view(-1)
@@ -232,6 +234,8 @@ def tile_gradients(
         dhidden.zero_()
         _ops.grad_hidden(gradient, weight, dhidden)
         _ops.finish_rows(dhidden, scale, target, weight, labels.clamp(0, len(weight) - 1))  # others: target 0
+        if hidden_done is not None:
+            hidden_done()
     if head_gradient is not None:
         _add_head_gradient(head_gradient, gradient, _rows(x), scale, target, labels, 0, len(weight))
 

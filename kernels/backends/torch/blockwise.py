@@ -10,6 +10,8 @@ Three entry points, which every backend has:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -176,6 +178,7 @@ def tile_gradients(
     dhidden: Tensor | None,  # (N, H) float32 (float64), written
     head_gradient: HeadGradient | None,
     entropy_coefficients: Tensor | None = None,  # (N,) dLoss / dentropy, with stats.entropy and options.slopes_later
+    hidden_done: Callable[[], None] | None = None,  # called when ``dhidden`` is complete, before dW
     passes: ElementWise = TORCH_PASSES,
 ) -> None:
     """``dX = a (.) (G W)``, ``dW = G^T (a (.) X)`` and ``db = G^T a`` with ``a = -c * slope / D``."""
@@ -215,6 +218,10 @@ def tile_gradients(
             for v0, v1 in [(0, vocab)] if whole and isinstance(weight, Tensor) else blocks(vocab, VOCAB_BLOCK):
                 add_hidden(dhidden, operand(v0, v1), weight, v0, v1)
         dhidden.mul_(scale[:, None])
+        if not targets_in_tile(x.device):
+            add_targets(x, weight, labels, target_values, dhidden, None)
+        if hidden_done is not None:
+            hidden_done()
     if head_gradient is not None and head_gradient.weight is not None:
         ax, factor = scale_rows(head_gradient.inputs(x), scale, head_gradient.operand(grad_dtype, x.device))
         # accumulating in blocks keeps the GEMM's result small before it is added in float32
@@ -224,7 +231,7 @@ def tile_gradients(
     if head_gradient is not None and head_gradient.bias is not None:
         add_bias_gradient(head_gradient.bias, tile, scale if row_factor is None else scale * row_factor)
     if not targets_in_tile(x.device):
-        add_targets(x, weight, labels, target_values, dhidden, head_gradient)
+        add_targets(x, weight, labels, target_values, None, head_gradient)
 
 
 def recompute_gradients(
