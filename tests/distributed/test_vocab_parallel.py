@@ -14,6 +14,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.utils.flop_counter import FlopCounterMode
 
 import logitless as ll
+import logitless.kernels.parallel.backend as sharded
+from logitless.kernels.backends.torch import blockwise
+from logitless.kernels.tile import factors
 
 from .ranks import run_ranks
 
@@ -383,3 +386,46 @@ def refusals(rank: int, world: int) -> None:
 def test_dtensors_and_refusals() -> None:
     run_ranks(2, dtensors, 2)
     run_ranks(2, refusals, 2)
+
+
+def precisions(rank: int, world: int) -> list[dict[str, Tensor]]:
+    """Other dtypes and backends lose no more than one process; ``in_tile``: labels' entries are in the tile, as on GPUs."""
+    results = []
+    inputs = Inputs(raised=True)
+    part = shard(rank, world, V)
+    parallel = ll.VocabParallel(None, part.start, V)
+
+    def run(dtype: torch.dtype, of: slice, given: Any, loss: Any, budget: int) -> list[Tensor]:
+        hidden = inputs.hidden.to(dtype, copy=True).requires_grad_()
+        weight = inputs.weight[of].to(dtype, copy=True).requires_grad_()
+        with ll.settings(memory_budget=budget):
+            out = loss(hidden, weight, inputs.labels, advantages=inputs.advantages.float(), parallel=given)
+        out.loss.backward()
+        assert hidden.grad is not None and weight.grad is not None
+        stats = ll.linear_logps(hidden.detach(), weight.detach(), inputs.labels, outputs=ALL, parallel=given)
+        assert stats.logps is not None and stats.entropy is not None
+        return [out.loss.detach(), stats.logps, stats.entropy, hidden.grad, weight.grad]
+
+    plain, bonus = ll.FusedLinearGRPOLoss(), ll.FusedLinearGRPOLoss(entropy_coef=0.1)
+    for dtype, backend, loss, budget in itertools.product(
+        (torch.float32, torch.bfloat16, torch.float16), ("torch", "cpu", "in_tile"), (plain, bonus), (512 << 20, 12_000)
+    ):
+        with pytest.MonkeyPatch.context() as patch, ll.settings(backend="cpu" if backend == "cpu" else "torch"):
+            if backend == "in_tile":
+                for module in (blockwise, factors, sharded):
+                    patch.setattr(module, "targets_in_tile", lambda device: True)
+            exact = run(F64, slice(None), None, loss, 512 << 20)
+            alone = run(dtype, slice(None), None, loss, budget)
+            found = run(dtype, part, parallel, loss, budget)
+        for i, (a, b, e) in enumerate(zip(alone, found, exact, strict=True)):
+            if i == 4:
+                a, e = a[part], e[part]
+            off, allowed = float((b.double() - e).norm()), float((a.double() - e).norm())
+            name = f"{dtype} {backend} {type(loss).__name__} {budget} result {i}: {off}, one process {allowed}"
+            assert off <= 1.5 * allowed + 1e-6 * float(e.norm()), name
+        results.append({str(i): value for i, value in enumerate(found[:3])})
+    return results
+
+
+def test_other_dtypes_and_backends() -> None:
+    same_bits(run_ranks(2, precisions, 2))
