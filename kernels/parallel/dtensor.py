@@ -21,15 +21,16 @@ def _mesh_of(value: Any) -> Any:
     if torch.compiler.is_compiling() or distributed is None or not isinstance(value, distributed.DTensor):
         return None
     mesh = value.device_mesh
-    names = mesh.mesh_dim_names or ()
-    rows = mesh.ndim == 1 and value.placements[0].is_shard(0)
-    return mesh if rows and len(names) == 1 and names[0] in TENSOR_PARALLEL else None
+    names = mesh.mesh_dim_names
+    by_rows = value.placements == (distributed.Shard(0),)
+    return mesh if by_rows and names is not None and len(names) == 1 and names[0] in TENSOR_PARALLEL else None
 
 
 def local_rows(value: Any, parallel: VocabParallel | None) -> Any:
     """The rank's part of a DTensor that is sharded as ``parallel`` says, whose gradient is a DTensor again; else ``value``."""
-    mesh = None if parallel is None else _mesh_of(value)
-    return value.to_local() if mesh is not None and mesh.get_group() is parallel.group else value
+    mesh = _mesh_of(value)
+    same = mesh is not None and parallel is not None and mesh.get_group() is parallel.group
+    return value.to_local() if same else value
 
 
 def from_dtensor(
