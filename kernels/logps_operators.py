@@ -19,6 +19,8 @@ from .core.head_spec import HeadSpec
 from .core.row_head import with_temperatures
 from .core.stats import OPTIONAL_OUTPUTS, CoreOptions, RowStats
 from .core.weight_rows import HeadRows, JoinedRows
+from .parallel.backend import sharded_backend
+from .parallel.vocab_parallel import Shard, VocabParallel
 from .tile.head_gradient import HeadGradient
 from .tile.rows import ScoredRows
 
@@ -93,12 +95,17 @@ def logps_forward(
     memory_budget: int,
     grad_filter: float,
     batch_invariant: bool | None,
+    parallel: VocabParallel | None = None,  # not of the operator
 ) -> tuple[Tensor, ...]:
     spec = HeadSpec.unpack(head)
+    whole_weight = weight
     weight, bias = real_rows(weight, bias, spec)
-    check_label_range(labels, labels != ignore_index, len(weight), ignore_index)
+    entries = len(weight) if parallel is None else parallel.vocab_size
+    check_label_range(labels, labels != ignore_index, entries, ignore_index)
     picked = ScoredRows.of(labels, ignore_index)
     rows, acc = picked.taken, accumulate_dtype(hidden.dtype)
+    if parallel is not None:
+        Shard.agree(parallel, len(whole_weight), len(rows), (unit_dhidden != NO_UNIT,), hidden.device)
     if temperature is not None:
         own = picked.temperatures(temperature)
         check_temperature_range(own)
@@ -106,7 +113,10 @@ def logps_forward(
     given = memory_budget, _names(outputs), precision, acc.itemsize, hidden.device, grad_filter
     options = core_options(*given, batch_invariant)
     work: Work = "forward" if unit_dhidden == NO_UNIT else "frozen"
-    chosen = choose_backend(_call(hidden, weight, len(rows), work, options), backend)
+    call = _call(hidden, weight, len(rows), work, options)
+    chosen = choose_backend(replace(call, sharded=parallel is not None), backend)
+    if parallel is not None:
+        chosen = sharded_backend(chosen, parallel)
     with torch.autocast(hidden.device.type, enabled=False):
         stats: RowStats = chosen.score(
             _inputs(picked, hidden, weight),
@@ -185,6 +195,7 @@ def logps_backward(
     precision: str,
     memory_budget: int,
     grad_filter: float,
+    parallel: VocabParallel | None = None,  # not of the operator
 ) -> tuple[Tensor, Tensor, Tensor]:
     spec = HeadSpec.unpack(head)
     whole_weight, whole_bias = weight, bias
@@ -196,7 +207,10 @@ def logps_backward(
         spec = with_temperatures(spec, picked.temperatures(temperature), acc)
     options = core_options(memory_budget, frozenset(), precision, acc.itemsize, hidden.device, grad_filter)
     call = _call(hidden, weight, n, "recompute", options)
-    chosen = choose_backend(replace(call, train_hidden=needs[0], train_weight=needs[1]), backend)
+    call = replace(call, train_hidden=needs[0], train_weight=needs[1], sharded=parallel is not None)
+    chosen = choose_backend(call, backend)
+    if parallel is not None:
+        chosen = sharded_backend(chosen, parallel)
     c = None if grad_logps is None else picked.values(grad_logps).to(acc)
     g = None if grad_entropy is None else picked.values(grad_entropy).to(acc)
 

@@ -12,6 +12,7 @@ from .core.head_weight import Weight
 from .core.process_group import check_group, gather_from_ranks
 from .core.settings import current_settings
 from .linear_logps import linear_logps
+from .parallel.vocab_parallel import VocabParallel
 from .tile import segments
 
 
@@ -101,12 +102,13 @@ def sequence_logps(
     token_weights: Tensor | None = None,  # like labels
     ignore_index: int = -100,
     temperature: Tensor | None = None,  # like labels
+    parallel: VocabParallel | None = None,
 ) -> Tensor:
     """Log-probability of each sequence: the (weighted) sum over its scored tokens, or that divided by their number.
 
     Args:
-        hidden, weight, labels, bias, head, ignore_index, temperature: as in :func:`linear_logps`; padded ``[S, T]``, or
-            packed with ``cu_seqlens``.
+        hidden, weight, labels, bias, head, ignore_index, temperature, parallel: as in :func:`linear_logps`; padded
+            ``[S, T]``, or packed with ``cu_seqlens``.
         reduction: ``"sum"`` or ``"mean"``. The mean of a sequence without scored tokens is 0.
         cu_seqlens: for packed input, where each sequence starts and ends.
         token_weights: weight of each token in the sum; the divisor of the mean counts tokens, whatever their weight.
@@ -131,7 +133,7 @@ def sequence_logps(
         raise ValueError(f"labels must have shape [S, T], or be packed with cu_seqlens, got {tuple(labels.shape)}")
     if cu_seqlens is not None and labels.dim() != 1:
         raise ValueError(f"labels must have shape [N] with cu_seqlens, got {tuple(labels.shape)}")
-    logps = linear_logps(hidden, weight, labels, bias, head, ignore_index=ignore_index, temperature=temperature).logps
+    logps = linear_logps(hidden, weight, labels, bias, head, ("logps",), ignore_index, temperature, parallel).logps
     assert logps is not None
     scored = labels != ignore_index
     counts = scored.to(logps.dtype)

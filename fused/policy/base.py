@@ -13,6 +13,7 @@ from logitless.kernels.core.autograd import eagerly
 from logitless.kernels.core.checks import check_ignore_index
 from logitless.kernels.core.head_spec import HeadSpec
 from logitless.kernels.core.head_weight import Weight
+from logitless.kernels.parallel.vocab_parallel import VocabParallel
 from logitless.kernels.planner.plan import Plan
 
 from ..call import LossCall, check_counted_labels
@@ -156,6 +157,7 @@ class FusedLinearPolicyLoss(nn.Module):
         entropy_threshold: Tensor | float | None = None,  # 0-dim
         temperature: Tensor | None = None,  # like labels
         sequence_group: dist.ProcessGroup | None = None,
+        parallel: VocabParallel | None = None,
     ) -> PolicyOutput:
         """Compute the loss. Values at positions that are not scored are ignored.
 
@@ -187,6 +189,8 @@ class FusedLinearPolicyLoss(nn.Module):
                 arguments like ``labels`` are those of this rank's positions; every rank passes all sequences in one order, also
                 those of which it has no position. ``loss`` and gradients are this rank's share: their sum over the group is
                 that of one process. Metrics are those of one process. See ``docs/distributed.md``.
+            parallel: ``weight``, ``bias``, ``ref_weight`` and ``ref_bias`` are this rank's rows of heads sharded over their
+                vocabulary, see :class:`logitless.VocabParallel`. Every rank of its group must make the same calls.
 
         Returns:
             PolicyOutput: ``loss`` and detached statistics.
@@ -194,7 +198,7 @@ class FusedLinearPolicyLoss(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument.
         """
-        call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index, temperature)
+        call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index, temperature, parallel)
         call = with_sequence_group(call, sequence_group)
         inputs = PolicyInputs.check(call, advantages, old_logps, sampling_logps, importance_sampling_ratio, entropy_threshold)
         call = call.with_reference(

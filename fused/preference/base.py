@@ -12,6 +12,7 @@ from logitless.kernels.core.autograd import eagerly
 from logitless.kernels.core.checks import check_ignore_index, check_labels, check_token_weights
 from logitless.kernels.core.head_spec import HeadSpec
 from logitless.kernels.core.head_weight import Weight
+from logitless.kernels.parallel.vocab_parallel import VocabParallel
 from logitless.kernels.planner.plan import Plan
 
 from ..call import LossCall, check_counted_labels
@@ -158,6 +159,7 @@ class FusedLinearPreferenceLoss(nn.Module):
         num_items_in_batch: Tensor | Sequence[Tensor | float] | float | None = None,  # 0-dim, or (2,)
         sequence_group: dist.ProcessGroup | None = None,
         position_ids: Tensor | None = None,  # like labels
+        parallel: VocabParallel | None = None,
     ) -> PreferenceOutput:
         """Compute the loss. Sequences are stacked: the chosen ones, then the matching rejected ones.
 
@@ -184,6 +186,8 @@ class FusedLinearPreferenceLoss(nn.Module):
                 sum over the group is that of one process. See ``docs/distributed.md``.
             position_ids: with ``ld_alpha`` and ``sequence_group``, the position of each label in its whole sequence; int32 or
                 int64.
+            parallel: ``weight``, ``bias``, ``ref_weight`` and ``ref_bias`` are this rank's rows of heads sharded over their
+                vocabulary, see :class:`logitless.VocabParallel`. Every rank of its group must make the same calls.
 
         Returns:
             PreferenceOutput: ``loss`` and detached log-probabilities, rewards and metrics.
@@ -191,7 +195,7 @@ class FusedLinearPreferenceLoss(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument.
         """
-        call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index)
+        call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index, parallel=parallel)
         call = with_sequence_group(call, sequence_group)
         self._check_pairs(call.num_sequences)
         call = call.with_reference(

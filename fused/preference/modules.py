@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from logitless.kernels.core.autograd import eagerly
 from logitless.kernels.core.head_spec import HeadSpec
 from logitless.kernels.core.head_weight import Weight
+from logitless.kernels.parallel.vocab_parallel import VocabParallel
 
 from ..call import LossCall
 from ..checks import check_bool, check_choice, check_data, check_number, check_per_sequence
@@ -333,6 +334,7 @@ class FusedLinearKTOLoss(FusedLinearPreferenceLoss):
         token_weights: Tensor | None = None,
         num_items_in_batch: Tensor | Sequence[Tensor | float] | float | None = None,  # 0-dim, or (2,)
         sequence_group: dist.ProcessGroup | None = None,
+        parallel: VocabParallel | None = None,
     ) -> KTOOutput:
         """Compute the loss; arguments as in :meth:`FusedLinearPreferenceLoss.forward`, and
 
@@ -343,9 +345,8 @@ class FusedLinearKTOLoss(FusedLinearPreferenceLoss):
                 With ``num_items_in_batch``, pass the mean over the whole optimiser step to each call; with
                 ``sequence_group``, that of whole sequences.
         """
-        call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index).with_reference(
-            ref_logps, ref_hidden, ref_weight, ref_bias, uses=True, needs=True
-        )
+        call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index, parallel=parallel)
+        call = call.with_reference(ref_logps, ref_hidden, ref_weight, ref_bias, uses=True, needs=True)
         call = with_sequence_group(call, sequence_group)
         check_token_arguments(call, token_weights, None, uses_nll=False)
         inputs = self.check_inputs(desirable, kl, call.num_sequences, hidden.device)

@@ -14,6 +14,7 @@ from logitless.kernels.core.autograd import eagerly
 from logitless.kernels.core.checks import check_ignore_index
 from logitless.kernels.core.head_spec import HeadSpec
 from logitless.kernels.core.head_weight import Weight
+from logitless.kernels.parallel.vocab_parallel import VocabParallel
 from logitless.kernels.planner.plan import Plan
 
 from ..call import LossCall, check_counted_labels
@@ -101,6 +102,7 @@ class FusedLinearMultiObjectiveLoss(FusedLinearPreferenceLoss):
         nll_labels: Tensor | None = None,
         num_items_in_batch: None = None,
         sequence_group: dist.ProcessGroup | None = None,
+        parallel: VocabParallel | None = None,
     ) -> MultiObjectiveOutput:
         """Compute the weighted sum; arguments as in :meth:`FusedLinearPreferenceLoss.forward`, and
 
@@ -115,7 +117,8 @@ class FusedLinearMultiObjectiveLoss(FusedLinearPreferenceLoss):
             )
         self._check_objectives(objectives)
         losses = [objective.loss.loss for objective in objectives.values()]
-        call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index).with_reference(
+        call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index, parallel=parallel)
+        call = call.with_reference(
             None, ref_hidden, ref_weight, ref_bias, uses=any(loss.uses_reference for loss in losses), needs=False
         )
         call = with_sequence_group(call, sequence_group)

@@ -429,7 +429,40 @@ def counted_on_a_rank(rank: int) -> dict[str, Any]:
         dist.all_reduce(items)
         out = loss(leaves[0][rows], leaves[1], bias=leaves[2], sequence_group=group, num_items_in_batch=items.unbind(), **mine)
         found[name] = result(out, leaves[1:]) | {"items": items}
-    return found | {"averaged": averaged_on_a_rank(rank, rows, group)}
+    return found | {"averaged": averaged_on_a_rank(rank, rows, group), "sharded": sharded_on_a_rank(rank, groups)}
+
+
+#: Losses of two halves of the sequences, each on two halves of the head.
+SHARDED = ("sigmoid", "orpo metrics", "kto metrics", "gspo")
+ROWS = (slice(0, 7), slice(7, V))
+
+
+def sharded_on_a_rank(rank: int, heads: list[Any]) -> dict[str, Any]:
+    """``heads``: the groups of ranks that share a head, over its vocabulary."""
+    shared = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    rows, found = ROWS[rank % 2], {}
+    for name in SHARDED:
+        leaves, given = part_of(batch_of(name), positions("zigzag", 2)[rank // 2], name, False)
+        leaves[1:] = [leaf.detach()[rows].clone().requires_grad_() for leaf in leaves[1:]]
+        parallel = ll.VocabParallel(heads[rank // 2], start=rows.start, vocab_size=V)
+        more = {"sequence_group": shared[rank % 2], "parallel": parallel}
+        found[name] = result(LOSSES[name](leaves[0], leaves[1], bias=leaves[2], **more, **given), leaves)
+    return found
+
+
+def test_ranks_that_share_sequences_may_have_a_sharded_head():
+    ranks = four_ranks()
+    for name in SHARDED:
+        whole, parts = one_process(name, "given"), [found["sharded"][name] for found in ranks]
+        assert close(parts[0]["loss"] + parts[2]["loss"], whole["loss"])
+        for rank, part in enumerate(parts):
+            assert all(close(part["metrics"][key], value) for key, value in whole["metrics"].items())
+            here = positions("zigzag", 2)[rank // 2]
+            assert relative_error(part["gradients"][0], whole["gradients"][0][:, here]) <= 1e-12
+        for shard, rows in enumerate(ROWS):
+            for i in (1, 2):
+                total = parts[shard]["gradients"][i] + parts[2 + shard]["gradients"][i]
+                assert relative_error(total, whole["gradients"][i][rows]) <= 1e-12
 
 
 class Tiny(nn.Module):
