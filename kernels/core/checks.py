@@ -36,8 +36,7 @@ def check_local(name: str, value: object) -> None:
             way_out = (
                 f"if ranks have different sequences (data parallel, FSDP), pass {name}.full_tensor(grad_placements=[Partial()] "
                 f"* {name}.device_mesh.ndim), whose gradient is summed over ranks; if they have the same sequences (tensor "
-                f"parallel), pass {name}.full_tensor(), whose gradient is not, or shard weight and bias by rows (Shard(0)) "
-                "over a mesh of one dimension named 'tp', which is served as it is"
+                f"parallel), pass {name}.full_tensor(), whose gradient is not"
             )
         else:
             way_out = f"pass {name}.to_local() if it holds this rank's own sequences, else {name}.full_tensor()"

@@ -18,6 +18,7 @@ import logitless.kernels.parallel.backend as sharded
 from logitless.kernels.backends.torch import blockwise
 from logitless.kernels.tile import factors
 
+from ..core.test_cost import peak_bytes
 from .ranks import run_ranks
 
 V, H, PADDED = 211, 16, 214
@@ -300,6 +301,18 @@ def costs(rank: int, world: int) -> None:
         gradients = {"train_hidden": trained is not None, "train_weight": bool(trained), "parallel": parallel}
         assert ll.plan(**sizes, **wanted, **gradients).sent_bytes == plan.sent_bytes
         assert ll.plan(**sizes, **gradients).extra_bytes < ll.plan(**{**sizes, "vocab_size": vocab * world}).extra_bytes
+    for sequence_parallel in (False, True):
+        parallel = ll.VocabParallel(None, rank * 8000, 16000, sequence_parallel)
+        hidden = torch.randn(128, hidden_size) if sequence_parallel else torch.randn(4, 64, hidden_size)
+        hidden, weight, plans = hidden.requires_grad_(), torch.randn(8000, hidden_size).requires_grad_(), []
+
+        def step(hidden: Tensor = hidden, weight: Tensor = weight, parallel: Any = parallel, plans: Any = plans) -> None:
+            with ll.settings(memory_budget=4 << 20):
+                out = simpo(hidden, weight, labels, parallel=parallel)
+            plans.append(out.plan)
+            out.loss.backward()
+
+        assert peak_bytes(step) <= plans[0].extra_bytes
 
 
 def test_flops_and_bytes_of_a_rank() -> None:
