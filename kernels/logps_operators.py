@@ -62,7 +62,7 @@ def _call(hidden: Tensor, weight: Tensor | HeadRows, num_tokens: int, work: Work
         hidden.dtype,
         weight.dtype,
         num_tokens=num_tokens,
-        hidden_size=weight.shape[1],
+        hidden_size=_columns(hidden, weight),
         vocab_size=len(weight),
         outputs=options.outputs,
         work=work,
@@ -71,6 +71,11 @@ def _call(hidden: Tensor, weight: Tensor | HeadRows, num_tokens: int, work: Work
         by_rows=isinstance(weight, HeadRows),
         batch_invariant=options.batch_invariant,
     )
+
+
+def _columns(hidden: Tensor, weight: Tensor | HeadRows) -> int:
+    """K of :func:`_inputs`. A frozen weight that the backward pass does not read may be released until then (ZeRO-3)."""
+    return weight.shape[1] if isinstance(weight, HeadRows) else hidden.shape[1]
 
 
 def _inputs(picked: ScoredRows, hidden: Tensor, weight: Tensor | HeadRows) -> Tensor:
@@ -138,7 +143,7 @@ def logps_forward(
         results.append(full if value is None else full.index_copy_(0, rows, value))
     unit = stats.unit_dhidden
     if unit is None:
-        unit = torch.empty((0, weight.shape[1]), dtype=acc, device=hidden.device)
+        unit = torch.empty((0, _columns(hidden, weight)), dtype=acc, device=hidden.device)
     elif unit_dhidden == ALL_ROWS:
         unit = chosen.elementwise.scatter_rows(hidden.shape, acc, rows, unit)
     return *results, unit
@@ -199,10 +204,11 @@ def logps_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     spec = HeadSpec.unpack(head)
     whole_weight, whole_bias = weight, bias
-    weight, bias = real_rows(weight, bias, spec)
     picked = ScoredRows.of(labels, ignore_index)
     rows = picked.taken
     n, acc, deferred = len(rows), accumulate_dtype(hidden.dtype), needs[0] and not (needs[1] or needs[2])
+    if not deferred or grad_entropy is not None:
+        weight, bias = real_rows(weight, bias, spec)
     if temperature is not None:
         spec = with_temperatures(spec, picked.temperatures(temperature), acc)
     options = core_options(memory_budget, frozenset(), precision, acc.itemsize, hidden.device, grad_filter)
@@ -221,7 +227,7 @@ def logps_backward(
         recomputed = not deferred or g is not None
         dhidden = None
         if needs[0] and recomputed:
-            dhidden = torch.empty((n, weight.shape[1]), dtype=acc, device=hidden.device)
+            dhidden = torch.empty((n, _columns(hidden, weight)), dtype=acc, device=hidden.device)
         head_gradient = None
         if needs[1] or needs[2]:
             # every block of dW is written once here, and the upstream gradient is in it: no float32 buffer is needed
@@ -260,7 +266,7 @@ def logps_backward(
             )
         dh, dw, db = empty(), empty(), empty()
         # with an adapter the gradient of [h, u] is returned, not rounded: u may be wider than h
-        shape = len(hidden), weight.shape[1]
+        shape = len(hidden), _columns(hidden, weight)
         dtype = acc if isinstance(weight, JoinedRows) else hidden.dtype
         if needs[0]:
             if deferred:

@@ -50,7 +50,7 @@ class LoRAWeight:
         TypeError, ValueError: naming the argument.
 
     Example:
-        >>> from logitless import linear_logps
+        >>> from logitless.kernels.linear_logps import linear_logps
         >>> base, lora_A, lora_B = torch.randn(100, 16), torch.randn(4, 16), torch.zeros(100, 4, requires_grad=True)
         >>> weight = LoRAWeight(base, lora_A, lora_B, scaling=2.0)
         >>> linear_logps(torch.randn(2, 5, 16), weight, torch.randint(100, (2, 5))).logps.requires_grad
