@@ -15,7 +15,7 @@ STAMP := build/.ready-$(NAME)
 BENCH_STAMP := build/.ready-bench-$(NAME)
 NEEDED := $(if $(filter bench,$(MAKECMDGOALS)),$(if $(wildcard $(STAMP)),$(STAMP),$(BENCH_STAMP)),$(STAMP))
 
-.PHONY: bench test test-models test-blas test-gpu sanitize-gpu bench-gpu bench-gpu-losses bench-gpu-policy bench-gpu-train \
+.PHONY: bench test test-models test-distributed test-blas test-gpu sanitize-gpu bench-gpu bench-gpu-losses bench-gpu-policy bench-gpu-train \
 	bench-gpu-grid bench-gpu-limits bench-gpu-curves tune-gpu lint types format setup ext clean
 
 setup: $(STAMP)
@@ -43,6 +43,15 @@ test: ext
 # one class of each kind.
 test-models: $(NEEDED)
 	LOGITLESS_EVERY_CLASS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 0 tests/models/test_every_class.py
+
+# Real DeepSpeed engines and TRL trainers on 2 ranks: about 3 minutes. Needs the extra `distributed`, which this installs.
+TORCHRUN = OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2
+
+test-distributed: ext
+	$(BIN)/python -c "import deepspeed" 2>/dev/null || DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --no-build-isolation -e ".[distributed]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 0 tests/distributed
+	$(TORCHRUN) -m tests.distributed.deepspeed_stages
+	$(TORCHRUN) -m tests.distributed.trl_trainers
 
 # The tests of Triton's interpreter with the matrix products of other CPUs. BLAS_CORES="Haswell SkylakeX" names some.
 BLAS_CORES ?= Haswell

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .causal_lm import causal_lm, check_head_input, num_token_ids, run_to_head, takes_positions
 from .model_kwargs import media_token_ids, required_arguments
 from .packing import PackedSequences
+from .wrappers import for_probes
 
 #: Attention implementations for which transformers makes a mask from the position ids, and layer types that read this mask.
 _MASKED = ("eager", "sdpa", "flex_attention")
@@ -73,17 +74,17 @@ def why_not_padding_free(model: nn.Module) -> list[str]:
         reasons.append(f"{name}.forward requires {', '.join(missing)}: a row of text alone cannot be tried")
     if reasons:
         return reasons
-    return _probed(model, lm, "row", lambda: _probe_row(model, lm))
+    return _probed(model, lm, "row", lambda model: _probe_row(model, lm))
 
 
 def why_not_causal(model: nn.Module, lm: Any) -> list[str]:
     """Whether later tokens change the hidden states of earlier ones; found by a probe that runs once per model."""
-    return _probed(model, lm, "causal", lambda: _probe_causal(model, lm))
+    return _probed(model, lm, "causal", lambda model: _probe_causal(model, lm))
 
 
 def why_not_right_padded(model: nn.Module, lm: Any) -> list[str]:
     """Every reason why a right-padded batch gives wrong hidden states; found by a probe that runs once per model."""
-    return _probed(model, lm, "padded", lambda: _probe_padded(model, lm))
+    return _probed(model, lm, "padded", lambda model: _probe_padded(model, lm))
 
 
 def why_not_batch(
@@ -99,7 +100,7 @@ def why_not_batch(
     at scored positions, and neither must more padding.
     """
     key = f"batch of {', '.join(sorted(inputs))}"
-    return _probed(model, lm, key, lambda: _probe_batch(model, lm, inputs, per_token, scored))
+    return _probed(model, lm, key, lambda model: _probe_batch(model, lm, inputs, per_token, scored))
 
 
 def max_row(lm: Any) -> int | None:
@@ -108,12 +109,13 @@ def max_row(lm: Any) -> int | None:
     return longest if any(b.shape == (1, 1, longest, longest) for b in lm.buffers()) else None
 
 
-def _probed(model: nn.Module, lm: Any, key: str, probe: Callable[[], list[str]]) -> list[str]:
+def _probed(model: nn.Module, lm: Any, key: str, probe: Callable[[nn.Module], list[str]]) -> list[str]:
     """The findings of a probe, which runs once per model and attention implementation."""
     found = _found.setdefault(lm, {})
     if (attention_of(lm), key) not in found:
+        model = for_probes(model)
         with torch.no_grad(), _evaluating(model):
-            found[attention_of(lm), key] = probe()
+            found[attention_of(lm), key] = probe(model)
     return list(found[attention_of(lm), key])
 
 

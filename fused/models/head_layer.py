@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from logitless.kernels.core.head_weight import LoRAWeight, Weight
 from logitless.kernels.core.quantized_weight import four_bit_rows, int8_rows
 
+from .wrappers import check_gathered, sharded_inside
+
 _WAYS_OUT = "merge it, or leave the head out of its target modules (modules_to_save=['lm_head'] trains the head whole)"
 
 
@@ -20,11 +22,19 @@ def head_of(layer: nn.Module, *, gather: bool) -> tuple[Weight, Tensor | None]:
 
     Args:
         layer: a linear layer, plain or quantised, perhaps in PEFT's wrappers.
-        gather: whether DTensors (FSDP2) are gathered; ``full_tensor`` is differentiable.
+        gather: whether the parameters are read: DTensors of a tensor-parallel mesh are gathered (``full_tensor`` is
+            differentiable), and shards of other kinds are refused. FSDP and ZeRO-3 gather the head's parameters while it runs.
 
     Raises:
-        ValueError: for any other layer, and for adapters that change the head in another way than LoRA does.
+        ValueError: for any other layer, for adapters that change the head in another way than LoRA does, and for parameters
+            that are not gathered while the head runs.
     """
+    if gather and (inside := sharded_inside(layer)) is not None:
+        raise ValueError(
+            f"model's head has the layer {inside}, whose parameters are gathered only while it runs: with FSDP2, call "
+            "fully_shard on the whole head, or leave it to the group of the model; with ZeRO-3, merge the adapter of the head, "
+            "or leave the head out of its target modules and modules_to_save"
+        )
     linear: Any = layer
     while not isinstance(linear, nn.Linear):
         inner = _inside(linear)
@@ -66,17 +76,23 @@ def _with_lora(wrapper: Any, names: list[str], gather: bool) -> tuple[Weight, Te
                 reason = "with DoRA, which scales each row of W + B A by its norm and so needs the whole [vocab, hidden] sum"
             raise ValueError(f"model's head has the adapter {name!r} {reason}: {_WAYS_OUT}")
         lora_A, lora_B = wrapper.lora_A[name], wrapper.lora_B[name]
+        if not gather and any(part.dim() != 2 for part in (weight, lora_A.weight, lora_B.weight)):
+            if weight.requires_grad:
+                raise ValueError("model's head has an adapter on a weight that requires a gradient: freeze it (requires_grad_)")
+            continue  # shards
+        if isinstance(weight, Tensor) and weight.grad_fn is not None:
+            weight = weight.detach()  # FSDP1 gives a view of its flat parameter, which other parameters train
         scaling = wrapper.scaling[name]
         dropout = wrapper.lora_dropout[name]
         weight = LoRAWeight(
             weight,
-            _parameter(lora_A.weight, gather),
-            _parameter(lora_B.weight, gather),
+            _parameter("weight", lora_A, gather),
+            _parameter("weight", lora_B, gather),
             scaling,
             None if isinstance(dropout, nn.Identity) else dropout,
         )
         if lora_B.bias is not None:
-            own = _parameter(lora_B.bias, gather) * scaling
+            own = _parameter("bias", lora_B, gather) * scaling
             bias = own if bias is None else bias + own
     return weight, bias
 
@@ -93,7 +109,7 @@ def _linear(layer: Any, gather: bool) -> tuple[Weight, Tensor | None]:
             return int8_rows("model's head", weight.data, layer.state.SCB if absmax is None else absmax), bias
     if not isinstance(layer, nn.Linear) or kind.forward is not nn.Linear.forward:
         raise ValueError(f"model's head must be an nn.Linear, got {kind.__module__}.{kind.__name__}{_advice(layer)}")
-    return _parameter(layer.weight, gather), None if layer.bias is None else _parameter(layer.bias, gather)
+    return _parameter("weight", layer, gather), None if layer.bias is None else _parameter("bias", layer, gather)
 
 
 def _advice(layer: Any) -> str:
@@ -104,8 +120,14 @@ def _advice(layer: Any) -> str:
     return f"; an adapter other than LoRA on the head is not served: {_WAYS_OUT}"
 
 
-def _parameter(parameter: Tensor, gather: bool) -> Tensor:
-    if hasattr(parameter, "ds_id"):  # ZeRO-3 releases the gathered weight before the backward pass reads it
-        raise ValueError("model's head is sharded by DeepSpeed ZeRO-3, which model_logps does not serve: use stage 1 or 2")
-    full_tensor = getattr(parameter, "full_tensor", None)
-    return parameter if full_tensor is None or not gather else full_tensor()
+def _parameter(name: str, layer: nn.Module, gather: bool) -> Tensor:
+    parameter: Tensor = getattr(layer, name)
+    if not gather:
+        return parameter
+    check_gathered(name, parameter)
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
+    from torch.distributed.tensor import Replicate
+
+    # Ranks of a tensor-parallel mesh have the same tokens, so the same gradient.
+    return parameter.full_tensor(grad_placements=[Replicate()] * parameter.device_mesh.ndim)

@@ -19,8 +19,9 @@ from logitless.kernels.core.head_weight import LoRAWeight, Weight
 from logitless.kernels.core.weight_rows import HeadRows, JoinedRows
 
 from .attention import _evaluating, _probe_ids
-from .causal_lm import causal_lm, full_head_parameters
+from .causal_lm import causal_lm, first_tensor, head_layer, head_parameters
 from .offload import loaded_head
+from .wrappers import for_probes
 
 #: Largest raw logits of the probed rows. Small ones show a bias, middle ones the scale, large ones saturate a soft-cap.
 _PEAKS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 2e3, 2e4)
@@ -59,6 +60,7 @@ def model_head(
     spec = None if head is None else check_spec(head)
     if spec is not None and temperature is not None and spec.temperature not in (1.0, temperature):
         raise ValueError(f"temperature={temperature!r} contradicts head.temperature={spec.temperature!r}: pass one of them")
+    model = for_probes(model)
     found = _found.setdefault(lm, {})
     key = _signature(model, lm)
     measured = found.get(key)
@@ -88,7 +90,7 @@ def measure_head(
     """See :meth:`HeadSpec.from_model`."""
     if at not in ("head", "backbone"):
         raise ValueError(f'at must be "head" or "backbone", got {at!r}')
-    lm = causal_lm(model)
+    lm, model = causal_lm(model), for_probes(model)
     seen = _observe(model, lm, inputs, given_only=inputs is not None)
     spec = _fit(seen, lm)
     if isinstance(spec, HeadSpec) and at == "backbone":
@@ -103,7 +105,7 @@ measure_with(measure_head)
 
 def _signature(model: nn.Module, lm: Any) -> tuple[Any, ...]:
     """What the probe's result depends on, without the values of the weights."""
-    head = lm.get_output_embeddings()
+    head = head_layer(lm)
     parts = tuple(
         (type(part), type(part).forward, id(vars(part).get("forward")), *part._forward_hooks, None, *part._forward_pre_hooks)
         for part in (model, lm, *head.modules())
@@ -151,10 +153,10 @@ def _run(model: nn.Module, lm: Any, inputs: Mapping[str, Any]) -> _Seen:
         return (rescaled.view_as(hidden), *rest)
 
     def keep_output(module: nn.Module, args: Any, output: Any) -> None:
-        if threading.get_ident() == owner and (states := _first_tensor(output, "last_hidden_state")) is not None:
+        if threading.get_ident() == owner and (states := first_tensor(output, "last_hidden_state")) is not None:
             outputs.append(states)
 
-    handles = [lm.get_output_embeddings().register_forward_pre_hook(replace_rows)]
+    handles = [head_layer(lm).register_forward_pre_hook(replace_rows)]
     inner = [part for part in lm.modules() if part is not lm and hasattr(part, "config") and hasattr(part, "base_model")]
     handles += [part.register_forward_hook(keep_output) for part in inner]  # models without a head
     try:
@@ -165,7 +167,7 @@ def _run(model: nn.Module, lm: Any, inputs: Mapping[str, Any]) -> _Seen:
     if len(calls) != 1:
         raise ValueError(f"model must call its head once in a forward pass, but {name} did {len(calls)} times")
     hidden, raw, bias, eps = calls[0]
-    logits = _first_tensor(result, "logits")
+    logits = first_tensor(result, "logits")
     if logits is None:
         raise ValueError(f"model must return logits, but {name}.forward returned {type(result).__name__}")
     logits = logits.reshape(-1, logits.shape[-1])
@@ -187,7 +189,7 @@ def _rescale(lm: Any, hidden: Tensor) -> tuple[Tensor, Tensor, bool, float]:
     """Hidden states (n, H) multiplied so that raw logits reach ``_PEAKS``, these raw logits, whether there is a bias, and the
     rounding of the input that the model's own head does."""
     with loaded_head(lm):
-        weight, bias = full_head_parameters(lm)
+        weight, bias = head_parameters(lm)
     raw = _raw_logits(hidden, weight, bias)
     largest = raw.float().abs().amax(-1)
     bound = min(1e30, torch.finfo(raw.dtype).max / 16)  # float16 overflows
@@ -216,16 +218,6 @@ def _raw_logits(hidden: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     ]
     raw = torch.cat(parts, dim=1)
     return raw if bias is None else raw + bias.to(raw.dtype)
-
-
-def _first_tensor(output: Any, name: str) -> Tensor | None:
-    """A field of a model's output; its first tensor where that is a tuple."""
-    found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-    if found is None and isinstance(output, tuple):
-        found = next((value for value in output if isinstance(value, Tensor)), None)
-    full_tensor = getattr(found, "full_tensor", None)
-    found = full_tensor() if full_tensor is not None else found
-    return found if isinstance(found, Tensor) else None
 
 
 def _fit(seen: _Seen, lm: Any) -> HeadSpec | str:

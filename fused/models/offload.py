@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from .causal_lm import head_layer
+
 
 def check_head_is_there(lm: Any) -> None:
     """Raise a ValueError unless the head has its weight, or will have it when it is called and needs no gradient for it."""
-    head = lm.get_output_embeddings()
+    head = head_layer(lm)
     absent = [p for p in head.parameters() if p.is_meta]
     if absent and not any(hasattr(module, "_hf_hook") for module in head.modules()):
         raise ValueError("model's head has its weight on the meta device: load the model's weights first")
@@ -25,7 +27,7 @@ def check_head_is_there(lm: Any) -> None:
 @contextmanager
 def loaded_head(lm: Any) -> Iterator[None]:
     """The weight of an offloaded head on its device for as long as the context lasts."""
-    modules = [module for module in lm.get_output_embeddings().modules() if hasattr(module, "_hf_hook")]
+    modules = [module for module in head_layer(lm).modules() if hasattr(module, "_hf_hook")]
     if not modules:
         yield
         return

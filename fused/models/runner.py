@@ -26,8 +26,8 @@ from .attention import (
 from .causal_lm import (
     causal_lm,
     check_head_input,
-    full_head_parameters,
     head_parameters,
+    head_width,
     num_token_ids,
     run_model,
     takes_positions,
@@ -140,7 +140,7 @@ def run_packed(model: nn.Module, sequences: Placed, score: Callable[[HeadCall], 
     def call(hidden: Tensor) -> Any:
         check_head_input(lm, hidden, tuple(targets.shape))
         with loaded_head(lm):
-            return score(HeadCall(hidden, *full_head_parameters(lm), spec, targets, where))
+            return score(HeadCall(hidden, *head_parameters(lm), spec, targets, where))
 
     return run_model(model, lm, inputs, call)
 
@@ -173,7 +173,7 @@ def _why_not_one_row(model: nn.Module, lm: Any, padding_free: bool | None, seque
     if reasons or padding_free or attention_of(lm) not in ("eager", "sdpa"):
         return reasons
     sizes = [size for size in sequences.layout.sizes if size]
-    width = head_parameters(lm)[0].shape[1]
+    width = head_width(lm)
     one, batch = _layer_cost(1, bounds[-1], width), _layer_cost(len(sizes), packed.max_seqlen, width)
     return [f"a row of {bounds[-1]} tokens costs {one / batch:.1f} times the padded batch"] if one > batch else []
 

@@ -12,8 +12,9 @@ from logitless.kernels.core.checks import check_head
 
 from .at_head import at_head
 from .attention import _evaluating, _probe_ids, attention_of
-from .causal_lm import causal_lm
+from .causal_lm import causal_lm, head_layer
 from .packing import pack
+from .wrappers import for_probes
 
 #: Findings, by causal language model, then by the state of its head.
 _found: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], str | None]] = weakref.WeakKeyDictionary()
@@ -36,7 +37,7 @@ def why_not_served(model: nn.Module) -> str | None:
     found = _found.setdefault(lm, {})
     state = _state_of_head(lm)
     if state not in found:
-        (ids,) = _probe_ids(lm, 1)
+        (ids,), model = _probe_ids(lm, 1), for_probes(model)
         try:
             with torch.no_grad(), _evaluating(model):
                 at_head(
@@ -50,7 +51,7 @@ def why_not_served(model: nn.Module) -> str | None:
 
 def _state_of_head(lm: Any) -> tuple[Any, ...]:
     """What may decide whether a head is served, besides its values."""
-    modules = list(lm.get_output_embeddings().modules())
+    modules = list(head_layer(lm).modules())
     hooks = [(*m._forward_pre_hooks, None, *m._forward_hooks) for m in modules]
     forwards = [(type(m), id(vars(m).get("forward"))) for m in modules]
     adapters = [(str(getattr(m, "active_adapters", "")), getattr(m, "merged", False)) for m in modules]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .head_spec import HeadSpec
 from .head_weight import LoRAWeight, Weight
+from .sharded import check_reduced, ways_out
 from .stats import OUTPUTS
 from .weight_rows import HeadRows
 
@@ -33,11 +34,7 @@ def check_local(name: str, value: object) -> None:
     distributed = sys.modules.get("torch.distributed.tensor")  # without that module there are no DTensors
     if distributed is not None and isinstance(value, distributed.DTensor):
         if name in ("weight", "bias"):
-            way_out = (
-                f"if ranks have different sequences (data parallel, FSDP), pass {name}.full_tensor(grad_placements=[Partial()] "
-                f"* {name}.device_mesh.ndim), whose gradient is summed over ranks; if they have the same sequences (tensor "
-                f"parallel), pass {name}.full_tensor(), whose gradient is not"
-            )
+            way_out = ways_out(name)
         else:
             way_out = f"pass {name}.to_local() if it holds this rank's own sequences, else {name}.full_tensor()"
         raise TypeError(f"{name} is a DTensor, but logitless computes on the tensors of one rank: {way_out}")
@@ -59,10 +56,15 @@ def check_head(hidden: Tensor, weight: Weight, bias: Tensor | None, prefix: str 
     names = [prefix + name for name in ("hidden", "weight", "bias")]
     for name, value in zip(names, (hidden, weight, bias), strict=True):
         check_local(name, value)
+    if not prefix:  # a reference gets no gradient
+        check_reduced("weight", weight)
+        check_reduced("bias", bias)
     check_tensor(names[0], hidden)
     if isinstance(weight, LoRAWeight):
         for own, tensor in weight.tensors():
             check_local(f"{names[1]}.{own}", tensor)
+            if not prefix:
+                check_reduced(f"weight.{own}", tensor)
     elif not isinstance(weight, HeadRows):
         check_tensor(names[1], weight)
     if weight.dim() != 2:

@@ -39,6 +39,7 @@ from logitless.fused.models.logps import model_logps
 from logitless.fused.models.served import why_not_served
 from logitless.kernels.core.checks import DTYPES, check_head, compute_dtype
 from logitless.kernels.core.head_spec import HeadSpec
+from logitless.kernels.core.sharded import inside_forward
 from logitless.kernels.core.stats import OPTIONAL_OUTPUTS
 from logitless.kernels.linear_logps import LinearLogps, token_stats
 
@@ -98,7 +99,8 @@ def _why_not_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> str | 
         no_rows = hidden[:0]
         if hidden.dtype in DTYPES and weight.dtype in DTYPES:
             no_rows = no_rows.to(torch.promote_types(hidden.dtype, weight.dtype))
-        check_head(no_rows, weight, bias)
+        with inside_forward():  # TRL calls it in the model's forward pass
+            check_head(no_rows, weight, bias)
     except (TypeError, ValueError) as error:
         return str(error)
     return None

@@ -129,7 +129,7 @@ def test_a_dtensor_is_an_error_that_names_it_and_says_what_to_pass(name, argumen
     given = distribute_tensor(value, mesh, [Shard(0)] if value.dim() else None)
     ways_out = [r"\.to_local\(\)", r"\.full_tensor\(\)"]
     if argument in ("weight", "bias"):
-        ways_out[0] = r"\.full_tensor\(grad_placements=\[Partial\(\)\]"
+        ways_out = [rf"\.full_tensor\(grad_placements=\[{placement}\]" for placement in (r'Partial\("avg"\)', r"Replicate\(\)")]
     wanted = rf"^{argument} is a DTensor.*{argument}{ways_out[0]}.*{argument}{ways_out[1]}"
     with pytest.raises(TypeError, match=wanted):
         call(name, **{argument: given})
