@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from logitless.kernels.core.blocking import real_rows
@@ -20,6 +21,8 @@ from logitless.kernels.core.checks import (
 )
 from logitless.kernels.core.head_spec import HeadSpec
 from logitless.kernels.core.head_weight import Weight, read_weight
+from logitless.kernels.parallel.dtensor import from_dtensor, local_rows
+from logitless.kernels.parallel.vocab_parallel import VocabParallel, enter
 
 from .checks import check_data, check_per_sequence, check_per_token
 
@@ -96,6 +99,8 @@ class LossCall:
         ignore_index: the label of positions that are not scored.
         reference: see :meth:`with_reference`.
         temperature: of each token, like ``labels``, in place of the head's; ``None``: the head's.
+        sequence_group: the ranks that share every sequence; ``None``: this rank has whole sequences.
+        parallel: ``weight`` is this rank's rows of a sharded head; ``head.vocab_size`` is then that of the rows.
     """
 
     hidden: Tensor
@@ -108,6 +113,8 @@ class LossCall:
     ignore_index: int
     reference: Reference = Reference()
     temperature: Tensor | None = None
+    sequence_group: dist.ProcessGroup | None = None
+    parallel: VocabParallel | None = None
 
     @classmethod
     def check(
@@ -120,20 +127,25 @@ class LossCall:
         cu_seqlens: Tensor | None,  # (S + 1,)
         ignore_index: int,
         temperature: Tensor | None = None,  # like labels
+        parallel: VocabParallel | None = None,
     ) -> LossCall:
         """Check what every loss is called with; no reference yet."""
+        weight, bias, parallel, head = from_dtensor(weight, bias, parallel, head)
         named = {"hidden": hidden, "weight": weight, "labels": labels, "bias": bias, "cu_seqlens": cu_seqlens}
         named["temperature"] = temperature
         for name, value in named.items():
             check_data(name, value)
         head = check_spec(head)
         weight = read_weight("weight", weight)
+        if parallel is not None:
+            check_tensor("labels", labels)
+            hidden, head = enter(parallel, hidden, weight, labels, head)
         check_head(hidden, weight, bias)
         check_entries(head, weight)
         check_labels(labels, hidden)
         check_temperature(temperature, labels, head)
         bounds, count = check_layout(labels, cu_seqlens)
-        return cls(hidden, weight, labels, bias, head, bounds, count, ignore_index, temperature=temperature)
+        return cls(hidden, weight, labels, bias, head, bounds, count, ignore_index, temperature=temperature, parallel=parallel)
 
     def with_reference(
         self,
@@ -153,6 +165,7 @@ class LossCall:
             needs: whether the loss is undefined without one.
             per_token: whether ``ref_logps`` has one value per position, not one per sequence.
         """
+        ref_weight, ref_bias = local_rows(ref_weight, self.parallel), local_rows(ref_bias, self.parallel)
         named = {"ref_logps": ref_logps, "ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
         given = [name for name, value in named.items() if value is not None]
         for name, value in named.items():
@@ -179,10 +192,14 @@ class LossCall:
                 raise ValueError(f"ref_hidden and ref_weight must be given together, got only {', '.join(given)}")
             return None
         check_tensor("ref_hidden", hidden)
+        if self.parallel is not None:
+            hidden = self.parallel.gather_positions(hidden, "ref_hidden", self.labels)
         mine = self.hidden
         if hidden.device != mine.device:
             raise ValueError(f"ref_hidden is on {hidden.device} but hidden is on {mine.device}: move one of them")
         weight = read_weight("ref_weight", weight)
+        if self.parallel is not None and not isinstance(weight, Tensor):
+            raise TypeError(f"ref_weight is a {type(weight).__name__}, which is not served with parallel")
         check_head(hidden, weight, bias, prefix="ref_")
         if hidden.shape[:-1] != mine.shape[:-1]:
             raise ValueError(f"ref_hidden must have shape {(*mine.shape[:-1], 'H')} like hidden, got {tuple(hidden.shape)}")
@@ -197,6 +214,11 @@ class LossCall:
     @property
     def vocab_size(self) -> int:
         """V, without the padding rows of the head."""
+        return self.entries if self.parallel is None else self.parallel.vocab_size
+
+    @property
+    def entries(self) -> int:
+        """The weight's rows without padding: V, or V_r of a sharded head."""
         return self.head.entries_of(len(self.weight))
 
     @property

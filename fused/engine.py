@@ -24,6 +24,8 @@ from logitless.kernels.core.head_weight import LoRAWeight, Weight
 from logitless.kernels.core.row_head import head_rows, with_temperatures
 from logitless.kernels.core.stats import RowStats
 from logitless.kernels.core.weight_rows import HeadRows, JoinedRows, trained_part
+from logitless.kernels.parallel.backend import sharded_backend
+from logitless.kernels.parallel.vocab_parallel import Shard
 from logitless.kernels.planner.plan import Plan, plan
 from logitless.kernels.planner.steps import DEFERRED_SCALE, FORWARD_ONLY, GRADIENT_IN_FORWARD, RECOMPUTE, Step
 from logitless.kernels.tile.head_gradient import HeadGradient
@@ -51,10 +53,13 @@ def run(job: Job[Report]) -> tuple[Tensor, Report]:
         for tensors in ((hidden, inputs), (trained,), (call.bias,))
     )
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        shard = None
+        if call.parallel is not None:
+            shard = Shard.agree(call.parallel, len(call.weight), len(tokens), needs, hidden.device)
         the_plan = plan(
             num_tokens=len(tokens),
             hidden_size=call.weight.shape[1],
-            vocab_size=call.vocab_size,
+            vocab_size=call.vocab_size if shard is None else shard.largest * shard.parallel.ranks,
             group_sizes=None if job.token_groups else tokens.group_sizes,
             dtype=hidden.dtype,
             weight_dtype=weight.dtype if trained is None else trained.dtype,
@@ -62,12 +67,14 @@ def run(job: Job[Report]) -> tuple[Tensor, Report]:
             train_weight=needs[1],
             train_bias=needs[2],
             margin=job.margin is not None,
+            memory_budget=None if shard is None else shard.memory_budget,
             device=hidden.device,
             outputs=job.outputs | job.loss_outputs | {"logps"},
             token_groups=job.token_groups,
             entropy_gradient=job.entropy_gradient and any(needs),
             lora_rank=weight.shape[1] - call.weight.shape[1],
             quantized=isinstance(call.weight, HeadRows) or isinstance(getattr(call.weight, "base", None), HeadRows),
+            parallel=call.parallel,
         )
         the_plan = replace(the_plan, extra_bytes=the_plan.extra_bytes + _padding_bytes(call, trained, the_plan, needs))
         work = _Work(job, tokens, the_plan, hidden, weight, needs)
@@ -90,7 +97,7 @@ def _joined(hidden: Tensor, weight: Weight, rows: Tensor) -> Tensor | HeadRows:
 
 def _padding_bytes(call: LossCall, trained: Tensor | None, the_plan: Plan, needs: tuple[bool, ...]) -> int:
     """Bytes of the gradient's rows beyond ``HeadSpec.vocab_size``, which the plan does not have."""
-    rows, acc, row_bytes = len(call.weight) - call.vocab_size, accumulate_dtype(call.weight.dtype).itemsize, 0
+    rows, acc, row_bytes = len(call.weight) - call.entries, accumulate_dtype(call.weight.dtype).itemsize, 0
     if needs[1] and trained is not None:
         row_bytes = trained.shape[1] * (trained.dtype.itemsize + acc * the_plan.accumulate)
     return rows * (row_bytes + (3 * acc if needs[2] else 0))
@@ -126,6 +133,8 @@ class _Work:
             self.head = with_temperatures(self.head, temperature, accumulate_dtype(hidden.dtype))
         self.options, self.accumulate = the_plan.options, the_plan.accumulate
         self.backend: Backend = get_backend(the_plan.backend)
+        if self.call.parallel is not None:
+            self.backend = sharded_backend(self.backend, self.call.parallel)
         self.evaluation = job.evaluation(tokens, self.backend.elementwise)
         self.acc = accumulate_dtype(hidden.dtype)
         self.head_gradient = self._new_head_gradient() if needs[1] or needs[2] else None

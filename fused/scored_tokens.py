@@ -30,6 +30,7 @@ class ScoredTokens:
         groups: sequences of each group, in the order of the tokens.
         group_sizes: tokens of each group.
         sequence_sizes: tokens of each sequence, by sequence.
+        whole_sizes: counted tokens of each sequence on all ranks that share it, where ``ranks`` are among those.
     """
 
     rows: Tensor
@@ -42,6 +43,7 @@ class ScoredTokens:
     groups: list[list[int]]
     group_sizes: list[int]
     sequence_sizes: list[int]
+    whole_sizes: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -52,6 +54,8 @@ class ScoredTokens:
 
     def counted_sizes(self) -> list[int]:
         """Counted tokens of each sequence."""
+        if self.whole_sizes is not None:
+            return self.whole_sizes
         if self.counted is None:
             return self.sequence_sizes
         counts = torch.bincount(self.sequences[self.counted], minlength=len(self.sequence_sizes))

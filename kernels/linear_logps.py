@@ -25,6 +25,8 @@ from .core.settings import current_settings
 from .core.stats import OPTIONAL_OUTPUTS, TokenStats
 from .core.weight_rows import HeadRows, JoinedRows, trained_part
 from .logps_operators import ALL_ROWS, NO_UNIT, SCORED_ROWS, logps_backward, logps_forward, output_bits
+from .parallel.dtensor import from_dtensor
+from .parallel.vocab_parallel import VocabParallel, enter
 
 
 class _Options(NamedTuple):
@@ -55,14 +57,18 @@ class LinearLogps(torch.autograd.Function):
         options: _Options,
         rows: HeadRows | None = None,
         inputs: Tensor | None = None,  # of an adapter: those of ``rows``
+        parallel: VocabParallel | None = None,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        if rows is None:
+        if parallel is not None:
+            assert weight is not None
+            results = logps_forward(hidden, weight, bias, labels, head, temperature, *options, parallel)
+        elif rows is None:
             results = torch.ops.logitless.logps_forward(hidden, weight, bias, labels, head, temperature, *options)
         else:  # operators take tensors alone
             results = logps_forward(hidden, rows, bias, labels, head, temperature, *options)
             rows.release()
-        ctx.rows = rows
+        ctx.rows, ctx.parallel = rows, parallel
         logps, entropy, mean_logits, is_top1, log_sum_sq_probs, *saved, unit = results
         ctx.options = options
         sources = () if rows is None else rows.sources
@@ -74,7 +80,7 @@ class LinearLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_logps is None and grad_entropy is None:
-            return (None,) * 9
+            return (None,) * 10
         options, rows = ctx.options, ctx.rows
         hidden, weight, bias, labels, head, temperature, *saved = ctx.saved_tensors
         if rows is not None:
@@ -84,7 +90,8 @@ class LinearLogps(torch.autograd.Function):
         needs[0] |= needs_inputs
         # without an entropy output its gradient cannot exist; a stray empty tensor's is dropped
         grad_entropy = grad_entropy if options.outputs & 1 else None
-        run: Any = torch.ops.logitless.logps_backward if rows is None else logps_backward
+        plain = rows is None and ctx.parallel is None
+        run: Any = torch.ops.logitless.logps_backward if plain else logps_backward
         dh, dw, db = run(
             hidden,
             weight if rows is None else rows,
@@ -101,6 +108,7 @@ class LinearLogps(torch.autograd.Function):
             options.precision,
             options.memory_budget,
             options.grad_filter,
+            *(() if plain else (ctx.parallel,)),
         )
         du = None
         if rows is not None:
@@ -110,7 +118,7 @@ class LinearLogps(torch.autograd.Function):
                 du = dh[:, size:].to(rows.inputs.dtype) if needs_inputs else None
                 dh = dh[:, :size].to(hidden.dtype)
         dh = dh if ctx.needs_input_grad[0] else None
-        return dh, dw if needs[1] else None, db if needs[2] else None, None, None, None, None, None, du
+        return dh, dw if needs[1] else None, db if needs[2] else None, None, None, None, None, None, du, None
 
 
 def linear_logps(
@@ -122,6 +130,7 @@ def linear_logps(
     outputs: str | Iterable[str] = ("logps",),
     ignore_index: int = -100,
     temperature: Tensor | None = None,  # (...)
+    parallel: VocabParallel | None = None,
 ) -> TokenStats:
     """Log-probabilities of ``labels`` under ``softmax(head(hidden @ weight.T + bias))``, without the logits.
 
@@ -142,6 +151,9 @@ def linear_logps(
         temperature: sampling temperature of each token, float32 or float64, positive, for samples of one batch that were drawn
             at different temperatures: ``head`` at ``temperature=1`` is divided by it. Not differentiable; values at ignored
             positions are not read.
+        parallel: ``weight`` and ``bias`` are this rank's rows of a head sharded over its vocabulary, see
+            :class:`logitless.VocabParallel`. Every rank of its group must make the same calls. Made here where ``weight`` is a
+            DTensor sharded by rows over a mesh of one dimension that is named ``"tp"``.
 
     Returns:
         TokenStats: tensors shaped like ``labels``, float32 (float64 for float64 input); ``logps`` and ``entropy`` carry
@@ -155,14 +167,17 @@ def linear_logps(
         >>> linear_logps(x, w, torch.randint(100, (2, 5))).logps.shape
         torch.Size([2, 5])
     """
+    weight, bias, parallel, head = from_dtensor(weight, bias, parallel, head)
     head, wanted, weight = check_spec(head), check_outputs(outputs), read_weight("weight", weight)
+    if parallel is not None:
+        hidden, head = enter(parallel, hidden, weight, labels, head)
     check_head(hidden, weight, bias)
     check_entries(head, weight)
     check_labels(labels, hidden)
     check_ignore_index(ignore_index)
     check_temperature(temperature, labels, head)
     x = hidden.to(compute_dtype(hidden))
-    return token_stats(x, weight, labels, bias, head, wanted, ignore_index, temperature=temperature)
+    return token_stats(x, weight, labels, bias, head, wanted, ignore_index, temperature=temperature, parallel=parallel)
 
 
 def token_stats(
@@ -175,6 +190,7 @@ def token_stats(
     ignore_index: int,
     function: type[LinearLogps] | None = None,
     temperature: Tensor | None = None,
+    parallel: VocabParallel | None = None,
 ) -> TokenStats:
     """:func:`linear_logps` without its checks, computing in the dtype of ``hidden`` whatever that of ``weight``.
 
@@ -204,7 +220,7 @@ def token_stats(
         batch_invariant=current.batch_invariant,
     )
     apply = (function or LinearLogps).apply
-    flat = (apply if rows is None else eagerly(apply))(
+    flat = (apply if rows is None and parallel is None else eagerly(apply))(
         x,
         trained,
         bias,
@@ -214,6 +230,7 @@ def token_stats(
         options,
         rows,
         inputs,
+        parallel,
     )
     values = {
         name: value.view(labels.shape)

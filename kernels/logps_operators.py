@@ -19,6 +19,8 @@ from .core.head_spec import HeadSpec
 from .core.row_head import with_temperatures
 from .core.stats import OPTIONAL_OUTPUTS, CoreOptions, RowStats
 from .core.weight_rows import HeadRows, JoinedRows
+from .parallel.backend import sharded_backend
+from .parallel.vocab_parallel import Shard, VocabParallel
 from .tile.head_gradient import HeadGradient
 from .tile.rows import ScoredRows
 
@@ -60,7 +62,7 @@ def _call(hidden: Tensor, weight: Tensor | HeadRows, num_tokens: int, work: Work
         hidden.dtype,
         weight.dtype,
         num_tokens=num_tokens,
-        hidden_size=weight.shape[1],
+        hidden_size=_columns(hidden, weight),
         vocab_size=len(weight),
         outputs=options.outputs,
         work=work,
@@ -69,6 +71,11 @@ def _call(hidden: Tensor, weight: Tensor | HeadRows, num_tokens: int, work: Work
         by_rows=isinstance(weight, HeadRows),
         batch_invariant=options.batch_invariant,
     )
+
+
+def _columns(hidden: Tensor, weight: Tensor | HeadRows) -> int:
+    """K of :func:`_inputs`. A frozen weight that the backward pass does not read may be released until then (ZeRO-3)."""
+    return weight.shape[1] if isinstance(weight, HeadRows) else hidden.shape[1]
 
 
 def _inputs(picked: ScoredRows, hidden: Tensor, weight: Tensor | HeadRows) -> Tensor:
@@ -93,12 +100,17 @@ def logps_forward(
     memory_budget: int,
     grad_filter: float,
     batch_invariant: bool | None,
+    parallel: VocabParallel | None = None,  # not of the operator
 ) -> tuple[Tensor, ...]:
     spec = HeadSpec.unpack(head)
+    whole_weight = weight
     weight, bias = real_rows(weight, bias, spec)
-    check_label_range(labels, labels != ignore_index, len(weight), ignore_index)
+    entries = len(weight) if parallel is None else parallel.vocab_size
+    check_label_range(labels, labels != ignore_index, entries, ignore_index)
     picked = ScoredRows.of(labels, ignore_index)
     rows, acc = picked.taken, accumulate_dtype(hidden.dtype)
+    if parallel is not None:
+        Shard.agree(parallel, len(whole_weight), len(rows), (unit_dhidden != NO_UNIT,), hidden.device)
     if temperature is not None:
         own = picked.temperatures(temperature)
         check_temperature_range(own)
@@ -106,7 +118,10 @@ def logps_forward(
     given = memory_budget, _names(outputs), precision, acc.itemsize, hidden.device, grad_filter
     options = core_options(*given, batch_invariant)
     work: Work = "forward" if unit_dhidden == NO_UNIT else "frozen"
-    chosen = choose_backend(_call(hidden, weight, len(rows), work, options), backend)
+    call = _call(hidden, weight, len(rows), work, options)
+    chosen = choose_backend(replace(call, sharded=parallel is not None), backend)
+    if parallel is not None:
+        chosen = sharded_backend(chosen, parallel)
     with torch.autocast(hidden.device.type, enabled=False):
         stats: RowStats = chosen.score(
             _inputs(picked, hidden, weight),
@@ -128,7 +143,7 @@ def logps_forward(
         results.append(full if value is None else full.index_copy_(0, rows, value))
     unit = stats.unit_dhidden
     if unit is None:
-        unit = torch.empty((0, weight.shape[1]), dtype=acc, device=hidden.device)
+        unit = torch.empty((0, _columns(hidden, weight)), dtype=acc, device=hidden.device)
     elif unit_dhidden == ALL_ROWS:
         unit = chosen.elementwise.scatter_rows(hidden.shape, acc, rows, unit)
     return *results, unit
@@ -185,18 +200,23 @@ def logps_backward(
     precision: str,
     memory_budget: int,
     grad_filter: float,
+    parallel: VocabParallel | None = None,  # not of the operator
 ) -> tuple[Tensor, Tensor, Tensor]:
     spec = HeadSpec.unpack(head)
     whole_weight, whole_bias = weight, bias
-    weight, bias = real_rows(weight, bias, spec)
     picked = ScoredRows.of(labels, ignore_index)
     rows = picked.taken
     n, acc, deferred = len(rows), accumulate_dtype(hidden.dtype), needs[0] and not (needs[1] or needs[2])
+    if not deferred or grad_entropy is not None:
+        weight, bias = real_rows(weight, bias, spec)
     if temperature is not None:
         spec = with_temperatures(spec, picked.temperatures(temperature), acc)
     options = core_options(memory_budget, frozenset(), precision, acc.itemsize, hidden.device, grad_filter)
     call = _call(hidden, weight, n, "recompute", options)
-    chosen = choose_backend(replace(call, train_hidden=needs[0], train_weight=needs[1]), backend)
+    call = replace(call, train_hidden=needs[0], train_weight=needs[1], sharded=parallel is not None)
+    chosen = choose_backend(call, backend)
+    if parallel is not None:
+        chosen = sharded_backend(chosen, parallel)
     c = None if grad_logps is None else picked.values(grad_logps).to(acc)
     g = None if grad_entropy is None else picked.values(grad_entropy).to(acc)
 
@@ -207,7 +227,7 @@ def logps_backward(
         recomputed = not deferred or g is not None
         dhidden = None
         if needs[0] and recomputed:
-            dhidden = torch.empty((n, weight.shape[1]), dtype=acc, device=hidden.device)
+            dhidden = torch.empty((n, _columns(hidden, weight)), dtype=acc, device=hidden.device)
         head_gradient = None
         if needs[1] or needs[2]:
             # every block of dW is written once here, and the upstream gradient is in it: no float32 buffer is needed
@@ -246,7 +266,7 @@ def logps_backward(
             )
         dh, dw, db = empty(), empty(), empty()
         # with an adapter the gradient of [h, u] is returned, not rounded: u may be wider than h
-        shape = len(hidden), weight.shape[1]
+        shape = len(hidden), _columns(hidden, weight)
         dtype = acc if isinstance(weight, JoinedRows) else hidden.dtype
         if needs[0]:
             if deferred:

@@ -27,6 +27,7 @@ from logitless.kernels.core.head_weight import LoRAWeight
 from logitless.kernels.core.settings import settings
 from logitless.kernels.core.stats import TokenStats
 from logitless.kernels.linear_logps import linear_logps
+from logitless.kernels.parallel.vocab_parallel import VocabParallel
 from logitless.kernels.planner.plan import Plan, plan
 from logitless.kernels.reference import reference_logps
 from logitless.kernels.sequence_logps import sequence_logps, shift
@@ -62,6 +63,7 @@ __all__ = [
     "Sequences",
     "TokenStats",
     "Tokens",
+    "VocabParallel",
     "at_head",
     "available_backends",
     "gae",

@@ -209,6 +209,11 @@ def model_loss(
         raise TypeError(
             f"loss must be a loss module such as FusedLinearDPOLoss or FusedLinearGRPOLoss, got {type(loss).__name__}"
         )
+    if inputs.get("sequence_group") is not None:
+        raise ValueError(
+            "sequence_group cannot be used with model_loss, which runs whole sequences on each rank: run the model on this "
+            "rank's positions, and call the loss on the hidden states"
+        )
     if isinstance(packed, PackedSequences) and packed.ignore_index != loss.ignore_index:
         raise ValueError(f"loss has ignore_index={loss.ignore_index}, but packed has {packed.ignore_index}: give both the same")
 

@@ -209,7 +209,10 @@ def _probe_contexts(lm: Any) -> tuple[Tensor, int]:
 def _probe_causal(model: nn.Module, lm: Any) -> list[str]:
     """Whether the hidden states of the first half of a sequence stay the same with other tokens in the second."""
     ids, half = _probe_contexts(lm)
-    here, followed, preceded = _states(model, lm, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    rows = ids[:, None]  # some attention implementations take one row alone
+    here, followed, preceded = (
+        _states(model, lm, {"input_ids": row, "attention_mask": torch.ones_like(row)})[0] for row in rows
+    )
     leak, scale = _change(here[:half], followed[:half]), _change(here[half:], preceded[half:])
     return [] if leak <= max(_LEAK * scale, _LEAK_ROUNDINGS * _rounding(lm, here)) else [_not_causal(lm)]
 
@@ -219,7 +222,10 @@ def _probe_padded(model: nn.Module, lm: Any) -> list[str]:
     ids, half = _probe_contexts(lm)
     mask = torch.ones_like(ids)
     mask[1, half:] = 0
-    here, padded, preceded = _states(model, lm, {"input_ids": ids, "attention_mask": mask})
+    try:
+        here, padded, preceded = _states(model, lm, {"input_ids": ids, "attention_mask": mask})
+    except Exception as error:  # which is the reason, should this layout be needed
+        return [f"{type(lm).__name__} with {attention_of(lm)} attention cannot run a right-padded batch: {error}"]
     alone = _states(model, lm, {"input_ids": ids[:1, :half], "attention_mask": mask[:1, :half]})[0]
     limit = max(_DIFFERENCE * _change(here[half:], preceded[half:]), _DIFFERENCE_ROUNDINGS * _rounding(lm, here))
     return [] if _change(padded[:half], alone) <= limit else [_not_padded(lm)]

@@ -6,19 +6,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from logitless.kernels.core.autograd import eagerly
 from logitless.kernels.core.checks import check_ignore_index
 from logitless.kernels.core.head_spec import HeadSpec
 from logitless.kernels.core.head_weight import Weight
+from logitless.kernels.parallel.vocab_parallel import VocabParallel
 from logitless.kernels.planner.plan import Plan
 
 from ..call import LossCall, check_counted_labels
 from ..checks import check_bool, check_choice, check_number
 from ..engine import run
 from ..num_items import OF_CALL, Counted, NumItems, item_counts, read_num_items
-from ..results import mean_or_zero
+from ..sequence_group import first_of_group, with_sequence_group
 from .aggregation import AGGREGATIONS, Aggregation
 from .importance import check_clip
 from .inputs import InputOptions, PolicyInputs, RolloutCorrection
@@ -154,6 +156,8 @@ class FusedLinearPolicyLoss(nn.Module):
         importance_sampling_ratio: Tensor | None = None,  # (S,), or like labels
         entropy_threshold: Tensor | float | None = None,  # 0-dim
         temperature: Tensor | None = None,  # like labels
+        sequence_group: dist.ProcessGroup | None = None,
+        parallel: VocabParallel | None = None,
     ) -> PolicyOutput:
         """Compute the loss. Values at positions that are not scored are ignored.
 
@@ -181,6 +185,12 @@ class FusedLinearPolicyLoss(nn.Module):
                 already (from the entropies of a forward pass, of all processes). Default: the quantile over this call's tokens.
             temperature: sampling temperature of each token, float32 or float64, positive: for samples of one batch that were
                 drawn at different temperatures. In place of the head's, for the reference too.
+            sequence_group: the ranks that share every sequence (context parallelism, Ulysses). ``hidden``, ``labels`` and other
+                arguments like ``labels`` are those of this rank's positions; every rank passes all sequences in one order, also
+                those of which it has no position. ``loss`` and gradients are this rank's share: their sum over the group is
+                that of one process. Metrics are those of one process. See ``docs/distributed.md``.
+            parallel: ``weight``, ``bias``, ``ref_weight`` and ``ref_bias`` are this rank's rows of heads sharded over their
+                vocabulary, see :class:`logitless.VocabParallel`. Every rank of its group must make the same calls.
 
         Returns:
             PolicyOutput: ``loss`` and detached statistics.
@@ -188,7 +198,8 @@ class FusedLinearPolicyLoss(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument.
         """
-        call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index, temperature)
+        call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index, temperature, parallel)
+        call = with_sequence_group(call, sequence_group)
         inputs = PolicyInputs.check(call, advantages, old_logps, sampling_logps, importance_sampling_ratio, entropy_threshold)
         call = call.with_reference(
             ref_logps,
@@ -204,6 +215,12 @@ class FusedLinearPolicyLoss(nn.Module):
         loss = self.loss
         if inputs.entropy_threshold is not None and self.entropy_coef == 0:  # tokens do not depend on the batch's entropies
             loss = replace(loss, group="sequence" if self._reads_sequences else "token")
+        if call.sequence_group is not None and loss.group == "batch":
+            other = "pass an entropy_threshold, and no entropy_coef" if self._takes_threshold else "declare group='sequence'"
+            raise ValueError(
+                f"sequence_group cannot be used with a loss that depends on all tokens of a batch at once: {other}, or give "
+                "each rank whole sequences"
+            )
         job = PolicyJob(
             call,
             frozenset({"entropy"} if self.metrics else ()),
@@ -222,14 +239,16 @@ class FusedLinearPolicyLoss(nn.Module):
         labels: Tensor,  # (S, T), or packed (N,)
         cu_seqlens: Tensor | None = None,  # (S + 1,)
         nll_labels: None = None,
+        sequence_group: dist.ProcessGroup | None = None,
     ) -> Tensor:
         """What the loss of these sequences divides by: ``(units, tokens)``.
 
-        Add the counts of all micro-batches and data-parallel ranks of an optimiser step, and pass the sum to each call as
-        ``num_items_in_batch``.
+        Add the counts of all micro-batches, data-parallel ranks and ranks of ``sequence_group`` of an optimiser step, and pass
+        the sum to each call as ``num_items_in_batch``. No communication.
 
         Args:
-            labels, cu_seqlens: as for the call.
+            labels, cu_seqlens, sequence_group: as for the call. The first rank of ``sequence_group`` counts the sequences, each
+                rank its own tokens.
             nll_labels: must be ``None``: policy losses have no NLL term.
 
         Returns:
@@ -247,7 +266,8 @@ class FusedLinearPolicyLoss(nn.Module):
         counted = self._counted("count_items")
         _, count = check_counted_labels(labels, cu_seqlens, nll_labels, uses_nll=False)
         tokens = 0 if counted.tokens is None else (labels != self.ignore_index).sum()
-        return item_counts(0 if counted.units is None else count, tokens, labels.device)
+        counts_units = counted.units is not None and first_of_group(sequence_group)
+        return item_counts(count if counts_units else 0, tokens, labels.device)
 
     def _counted(self, name: str) -> Counted:
         """What the loss divides by; an error, which says that ``name`` cannot be used, if it cannot be divided."""
@@ -313,9 +333,8 @@ class FusedLinearPolicyLoss(nn.Module):
             out = torch.zeros(labels.numel(), dtype=dtype, device=values.device)
             return out.index_copy_(0, rows, values.to(dtype)).view(labels.shape)
 
-        metrics = {name: mean_or_zero(values) for name, values in report.metrics.items()}
-        if report.entropies is not None:
-            metrics["entropy"] = mean_or_zero(report.entropies)
+        named = report.metrics if report.entropies is None else report.metrics | {"entropy": report.entropies}
+        metrics = report.token_means(named)
         metrics |= self._sequence_metrics(report)
         ref_logps = report.ref_logps if call.reference.logps is None else None  # scored here
         return PolicyOutput(

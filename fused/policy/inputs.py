@@ -102,7 +102,7 @@ class PolicyInputs:
     def gather(
         self, call: LossCall, tokens: ScoredTokens, options: InputOptions, add: Callable[[Tensor, Tensor], Tensor]
     ) -> TokenInputs:
-        """The inputs of the scored tokens. ``add``: a backend's ``segment_sum``."""
+        """The inputs of the scored tokens. ``add``: a backend's ``segment_sum``, added over the ranks of a sequence group."""
 
         def at_tokens(values: Tensor) -> Tensor:
             return values.reshape(-1)[tokens.rows]

@@ -16,8 +16,9 @@ from logitless.kernels.planner.steps import Step
 
 from ..job import Coefficients, Job
 from ..num_items import over
-from ..results import check_leaves, check_returned
+from ..results import check_leaves, check_returned, mean_or_zero
 from ..scored_tokens import ScoredTokens, find_scored_tokens
+from ..sequence_group import WholeSequences
 from .aggregation import Aggregation
 from .inputs import InputOptions, PolicyInputs, TokenInputs
 from .loss import PolicyLoss, PolicyLossResult, Tokens
@@ -43,6 +44,26 @@ class PolicyReport:
     ref_logps: Tensor | None
     entropies: Tensor | None
     metrics: dict[str, Tensor]
+    whole: WholeSequences | None  # the sequences, where several ranks share them; N tokens are this rank's
+
+    def token_means(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Means over the scored tokens, those of all ranks that share the sequences; 0 without any. (N,) each -> 0-dim."""
+        if self.whole is None or not named:
+            return {name: mean_or_zero(values) for name, values in named.items()}
+        sums = torch.stack([values.sum(dtype=self.whole.lengths.dtype) for values in named.values()])
+        means = self.whole.sums(sums) / self.whole.lengths.sum().clamp(min=1)
+        return dict(zip(named, means, strict=True))
+
+    def sequence_means(self, named: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """Means over the scored tokens of each sequence (S,), 0 without any, and which sequences have some. (N,) each."""
+        sequences, sizes = self.tokens.sequences, self.tokens.sequence_sizes
+        values = torch.stack(list(named.values()))
+        sums = values.new_zeros(len(named), len(sizes)).index_add_(1, sequences, values)
+        if self.whole is None:
+            lengths = torch.tensor(sizes, dtype=values.dtype, device=values.device)
+        else:
+            sums, lengths = self.whole.sums(sums), self.whole.lengths
+        return dict(zip(named, sums / lengths.clamp(min=1), strict=True)), lengths > 0
 
 
 @dataclass(frozen=True)
@@ -79,14 +100,19 @@ class PolicyJob(Job[PolicyReport]):
 
     def scored_tokens(self) -> ScoredTokens:
         sequences = range(self.call.num_sequences)
-        return find_scored_tokens(self.call, [sequences] if self.loss.group == "batch" else [[s] for s in sequences])
+        together = self.loss.group == "batch" or self.call.sequence_group is not None
+        return find_scored_tokens(self.call, [sequences] if together else [[s] for s in sequences])
 
     def evaluation(self, tokens: ScoredTokens, elementwise: ElementWise) -> PolicyEvaluation:
         some = len(tokens) > 0
         num_items = self.aggregation.num_items.checked(some, some, tokens.device, self.call.wide_dtype)
         aggregation = replace(self.aggregation, num_items=num_items)
-        inputs = self.inputs.gather(self.call, tokens, self.input_options, elementwise.segment_sum)
-        return PolicyEvaluation(self, tokens, inputs, aggregation, elementwise.segment_sum)
+        add, whole = elementwise.segment_sum, None
+        if self.call.sequence_group is not None:
+            whole = WholeSequences.of(tokens, self.call.sequence_group, self.call.wide_dtype)
+            add = whole.segment_sum(add)
+        inputs = self.inputs.gather(self.call, tokens, self.input_options, add)
+        return PolicyEvaluation(self, tokens, inputs, aggregation, elementwise.segment_sum, whole)
 
 
 @dataclass
@@ -110,13 +136,14 @@ class PolicyEvaluation:
         inputs: TokenInputs,
         aggregation: Aggregation,
         add: Callable[[Tensor, Tensor], Tensor],  # a backend's segment_sum
+        whole: WholeSequences | None,
     ) -> None:
-        self.job, self.tokens, self.inputs, self.add = job, tokens, inputs, add
+        self.job, self.tokens, self.inputs, self.add, self.whole = job, tokens, inputs, add, whole
         self.wide = job.call.wide_dtype
         self.loss = torch.zeros((), dtype=self.wide, device=tokens.device)
         self.parts: list[_Part] = []
-        self.weights = aggregation.token_weights(tokens, self.wide)
-        self.num_tokens = aggregation.num_tokens(tokens)
+        self.weights = aggregation.token_weights(tokens, self.wide, whole)
+        self.num_tokens = aggregation.num_tokens(tokens, whole)
 
     def coefficients(self, step: Step, stats: RowStats, ref_logps: Tensor | None, needs_grad: bool) -> Coefficients:
         job, span = self.job, slice(step.start, step.stop)
@@ -161,7 +188,7 @@ class PolicyEvaluation:
             return None if values is None else values[span].to(wide)
 
         inputs = {name: value[span].to(wide) for name, value in given.others.items()}
-        offsets = None
+        offsets, whole = None, None if self.job.token_groups else self.whole
         if not self.job.token_groups:
             sequences, offsets = self.tokens.sequences_of(step.first_group, step.last_group)
             for name, value in given.of_sequences.items():
@@ -174,8 +201,9 @@ class PolicyEvaluation:
             ref_logps=ref_logps.to(wide) if ref is None and ref_logps is not None else ref,
             entropies=entropies,
             inputs=inputs,
-            offsets=offsets,
+            offsets=offsets if whole is None else None,
             add=self.add,
+            whole=whole,
         )
 
     def _bonus_weights(self, result: PolicyLossResult, span: slice) -> Tensor:
@@ -205,6 +233,7 @@ class PolicyEvaluation:
             ref_logps=joined([p.ref_logps for p in self.parts]),
             entropies=stats.get("entropy", joined([p.entropies for p in self.parts])),
             metrics={name: torch.cat([p.metrics[name] for p in self.parts]) for name in names},
+            whole=self.whole,
         )
 
 

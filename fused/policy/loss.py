@@ -11,6 +11,8 @@ from torch import Tensor
 
 from logitless.kernels.tile.segments import segment_sum
 
+from ..sequence_group import WholeSequences, whole_sums
+
 Group = Literal["token", "sequence", "batch"]
 #: Optional arguments of a call that a loss function may read.
 OPTIONAL_INPUTS = ("sampling_logps", "importance_sampling_ratio")
@@ -30,8 +32,10 @@ class Tokens:
         entropies: (n,) entropy of the policy at each token, or ``None``; carry a gradient if the loss declares it.
         inputs: further arguments by name, (n,) per token or (s,) per sequence.
         offsets: (s + 1,) int64, where each sequence starts and ends among the n tokens; ``None`` for a token loss, whose
-            sequences may be divided anywhere.
+            sequences may be divided anywhere, and with a ``sequence_group``, whose other ranks have tokens of the sequences:
+            ``lengths``, ``sequence_sum``, ``sequence_mean`` and ``to_tokens`` are those of whole sequences.
         add: a backend's ``segment_sum``.
+        whole: the sequences, where several ranks share them.
     """
 
     logps: Tensor
@@ -42,8 +46,11 @@ class Tokens:
     inputs: Mapping[str, Tensor]
     offsets: Tensor | None
     add: Callable[[Tensor, Tensor], Tensor] = field(repr=False)
+    whole: WholeSequences | None = field(default=None, repr=False)
 
     def _offsets(self) -> Tensor:
+        if self.whole is not None:
+            return self.whole.offsets
         if self.offsets is None:
             raise ValueError("a loss of group='token' does not get whole sequences: declare group='sequence'")
         return self.offsets
@@ -51,11 +58,12 @@ class Tokens:
     @property
     def lengths(self) -> Tensor:
         """Scored tokens of each sequence, (s,)."""
-        return self._offsets().diff().to(self.logps.dtype)
+        return self._offsets().diff().to(self.logps.dtype) if self.whole is None else self.whole.lengths
 
     def sequence_sum(self, values: Tensor) -> Tensor:
         """Sums over each sequence, differentiable. (n,) -> (s,)."""
-        return segment_sum(values, self._offsets(), self.add)
+        sums = segment_sum(values, self._offsets(), self.add)
+        return sums if self.whole is None else whole_sums(sums, self.whole.group, partial_loss=True)
 
     def sequence_mean(self, values: Tensor) -> Tensor:
         """Means over each sequence, 0 of one without tokens. (n,) -> (s,)."""

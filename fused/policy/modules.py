@@ -218,15 +218,11 @@ class FusedLinearGRPOLoss(FusedLinearPolicyLoss):
         """The smallest and the largest share of clipped tokens that a sequence has, as TRL; 0 without scored tokens."""
         if self.loss_type not in grpo_family.CLIPPED:
             return {}
-        sizes = report.tokens.sequence_sizes
-        filled = torch.tensor([s for s, size in enumerate(sizes) if size], dtype=torch.long, device=report.tokens.device)
-
-        def shares(name: str) -> Tensor:
-            values = report.metrics[name]
-            sums = values.new_zeros(len(sizes)).index_add_(0, report.tokens.sequences, values)
-            return sums[filled] / torch.tensor(sizes, device=values.device)[filled] if len(filled) else values.new_zeros(1)
-
+        low, high = "clip_ratio/low_mean", "clip_ratio/high_mean"
+        shares, filled = report.sequence_means({name: report.metrics[name] for name in (low, high)})
+        zero = filled.new_zeros(1, dtype=shares[low].dtype)  # of a batch without sequences
+        smallest = torch.where(filled, shares[low], 1)  # a share is at most 1
         return {
-            "clip_ratio/low_min": shares("clip_ratio/low_mean").amin(),
-            "clip_ratio/high_max": shares("clip_ratio/high_mean").amax(),
+            "clip_ratio/low_min": torch.cat((smallest, zero + 1)).amin() * filled.any(),
+            "clip_ratio/high_max": torch.cat((shares[high], zero)).amax(),
         }

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from logitless.kernels.core.autograd import eagerly
 from logitless.kernels.core.checks import check_ignore_index, check_labels, check_token_weights
 from logitless.kernels.core.head_spec import HeadSpec
 from logitless.kernels.core.head_weight import Weight
+from logitless.kernels.parallel.vocab_parallel import VocabParallel
 from logitless.kernels.planner.plan import Plan
 
 from ..call import LossCall, check_counted_labels
@@ -18,6 +20,7 @@ from ..checks import check_bool, check_data
 from ..engine import run
 from ..num_items import NAME, OF_CALL, NumItems, item_counts, read_num_items
 from ..scored_tokens import ScoredTokens
+from ..sequence_group import check_position_ids, first_of_group, with_sequence_group
 from .job import PreferenceJob, PreferenceReport, Term
 from .loss import Margin, PreferenceLoss, PreferenceLossResult
 from .metrics import TOKEN_STATS, kto_metrics, pair_metrics
@@ -154,6 +157,9 @@ class FusedLinearPreferenceLoss(nn.Module):
         token_weights: Tensor | None = None,  # like labels
         nll_labels: Tensor | None = None,  # like labels
         num_items_in_batch: Tensor | Sequence[Tensor | float] | float | None = None,  # 0-dim, or (2,)
+        sequence_group: dist.ProcessGroup | None = None,
+        position_ids: Tensor | None = None,  # like labels
+        parallel: VocabParallel | None = None,
     ) -> PreferenceOutput:
         """Compute the loss. Sequences are stacked: the chosen ones, then the matching rejected ones.
 
@@ -173,6 +179,15 @@ class FusedLinearPreferenceLoss(nn.Module):
             num_items_in_batch: what to divide by if this call is one of several micro-batches: :meth:`count_items`, added over
                 all of them. Their losses and gradients then add up to those of one batch. One number is accepted where the loss
                 has one count. A count may be 0 if nothing is scored here; the loss is then 0.
+            sequence_group: the ranks that share every sequence (context parallelism, Ulysses). ``hidden``, ``labels`` and other
+                arguments like ``labels`` are those of this rank's positions; every rank passes all sequences in one order, also
+                those of which it has no position. ``ref_logps`` and all results with one value per sequence are of whole
+                sequences, metrics are those of one process. ``loss`` and the gradients of the head are this rank's share: their
+                sum over the group is that of one process. See ``docs/distributed.md``.
+            position_ids: with ``ld_alpha`` and ``sequence_group``, the position of each label in its whole sequence; int32 or
+                int64.
+            parallel: ``weight``, ``bias``, ``ref_weight`` and ``ref_bias`` are this rank's rows of heads sharded over their
+                vocabulary, see :class:`logitless.VocabParallel`. Every rank of its group must make the same calls.
 
         Returns:
             PreferenceOutput: ``loss`` and detached log-probabilities, rewards and metrics.
@@ -180,15 +195,17 @@ class FusedLinearPreferenceLoss(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument.
         """
-        call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index)
+        call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index, parallel=parallel)
+        call = with_sequence_group(call, sequence_group)
         self._check_pairs(call.num_sequences)
         call = call.with_reference(
             ref_logps, ref_hidden, ref_weight, ref_bias, uses=self.loss.uses_reference, needs=self.loss.needs_reference
         )
         check_token_arguments(call, token_weights, nll_labels, uses_nll=self.loss.uses_nll)
+        check_position_ids(call, position_ids, needed=self._reads_ranks and sequence_group is not None)
         num_items = self._num_items(num_items_in_batch)
         term = Term(self.loss, tuple(range(call.num_sequences)), ref_logps=call.reference.logps, num_items=num_items)
-        loss, report = eagerly(run)(self._job(call, [term], token_weights, nll_labels))
+        loss, report = eagerly(run)(self._job(call, [term], token_weights, nll_labels, position_ids))
         return self._output(loss, report, term)
 
     def count_items(
@@ -196,14 +213,16 @@ class FusedLinearPreferenceLoss(nn.Module):
         labels: Tensor,  # (S, T), or packed (N,)
         cu_seqlens: Tensor | None = None,  # (S + 1,)
         nll_labels: Tensor | None = None,  # like labels
+        sequence_group: dist.ProcessGroup | None = None,
     ) -> Tensor:
         """What the loss of these sequences divides by: ``(units, tokens)``.
 
-        Add the counts of all micro-batches and data-parallel ranks of an optimiser step, and pass the sum to each call as
-        ``num_items_in_batch``.
+        Add the counts of all micro-batches, data-parallel ranks and ranks of ``sequence_group`` of an optimiser step, and pass
+        the sum to each call as ``num_items_in_batch``. No communication.
 
         Args:
-            labels, cu_seqlens, nll_labels: as for the call.
+            labels, cu_seqlens, nll_labels, sequence_group: as for the call. The first rank of ``sequence_group`` counts the
+                sequences, each rank its own tokens.
 
         Returns:
             Tensor: (2,) float64, on the device of the labels: the number of pairs (sequences for a loss of single sequences),
@@ -224,7 +243,8 @@ class FusedLinearPreferenceLoss(nn.Module):
         if counted.tokens is not None:
             of_nll = labels if nll_labels is None else nll_labels
             tokens = (of_nll[: units if bounds is None else bounds[units]] != self.ignore_index).sum()
-        return item_counts(0 if counted.units is None else units, tokens, labels.device)
+        counts_units = counted.units is not None and first_of_group(sequence_group)
+        return item_counts(units if counts_units else 0, tokens, labels.device)
 
     def _num_items(self, given: object) -> NumItems:
         return OF_CALL if given is None else read_num_items(given, self.loss.counted(NAME))
@@ -235,13 +255,23 @@ class FusedLinearPreferenceLoss(nn.Module):
                 f"labels must hold an even number of sequences, chosen first and then rejected, got {num_sequences}"
             )
 
+    #: Whether ``token_weights`` reads the ranks of tokens in their sequences.
+    _reads_ranks = False
+
     def token_weights(self, tokens: ScoredTokens) -> Tensor | None:
         """The weight of each scored token in its sequence's log-probability, (N,); ``None``: 1. LD-DPO overrides this."""
         return tokens.weights
 
-    def _job(self, call: LossCall, terms: list[Term], token_weights: Tensor | None, nll_labels: Tensor | None) -> PreferenceJob:
+    def _job(
+        self,
+        call: LossCall,
+        terms: list[Term],
+        token_weights: Tensor | None,
+        nll_labels: Tensor | None,
+        position_ids: Tensor | None = None,
+    ) -> PreferenceJob:
         outputs = TOKEN_STATS if self.metrics else frozenset()
-        return PreferenceJob(call, outputs, terms, token_weights, nll_labels, self.token_weights)
+        return PreferenceJob(call, outputs, terms, token_weights, nll_labels, position_ids, self.token_weights)
 
     def _output(self, loss: Tensor, report: PreferenceReport, term: Term) -> PreferenceOutput:
         result = report.results[0]

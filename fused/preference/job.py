@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from logitless.kernels.backends.interface import ElementWise
@@ -18,6 +19,7 @@ from ..job import Coefficients, Job
 from ..num_items import NAME, OF_CALL, NumItems, over
 from ..results import check_leaves, check_returned
 from ..scored_tokens import ScoredTokens, find_scored_tokens, merge_groups
+from ..sequence_group import num_ranks, rank_tokens, whole_rows
 from .loss import Margin, Pairs, PreferenceLoss, PreferenceLossResult, Sequences, Totals
 
 
@@ -80,6 +82,7 @@ class PreferenceReport:
     results: list[PreferenceLossResult]  # one per term, in the order of its units
     totals: list[Totals]  # one per term: what its losses are divided by
     stats: dict[str, Tensor]  # (N,) each
+    group: dist.ProcessGroup | None  # the ranks that share the sequences; the N tokens are this rank's
 
 
 @dataclass(frozen=True)
@@ -90,26 +93,34 @@ class PreferenceJob(Job[PreferenceReport]):
         terms: the losses.
         token_weights: like ``labels``; weight of each token in its sequence's log-probability.
         nll_labels: like ``labels``; labels of the NLL term where they differ.
+        position_ids: like ``labels``, where ``reweight`` reads the ranks of tokens whose sequences other ranks share.
         reweight: returns the weights of the scored tokens (N,) that take the place of ``token_weights``.
     """
 
     terms: Sequence[Term]
     token_weights: Tensor | None = None
     nll_labels: Tensor | None = None
+    position_ids: Tensor | None = None
     reweight: Callable[[ScoredTokens], Tensor | None] | None = None
 
     @property
     def margin(self) -> Margin | None:  # type: ignore[override]
-        return self.terms[0].loss.margin if len(self.terms) == 1 else None
+        alone = len(self.terms) == 1 and self.call.sequence_group is None
+        return self.terms[0].loss.margin if alone else None
 
     @property
     def loss_outputs(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset({"log_sum_sq_probs"} if any(t.loss.uses_confidence for t in self.terms) else ())
 
     def scored_tokens(self) -> ScoredTokens:
+        group = self.call.sequence_group
         groups = merge_groups([term.groups for term in self.terms])
+        if group is not None:  # sums over ranks are known once all tokens of this rank are scored
+            groups = [[s for some in groups for s in some]]
         nll_sequences = [s for term in self.terms if term.loss.uses_nll for s in term.nll_sequences]
         tokens = find_scored_tokens(self.call, groups, self.token_weights, self.nll_labels, nll_sequences)
+        if group is not None and self.position_ids is not None:
+            tokens = rank_tokens(tokens, self.position_ids, group)
         return tokens if self.reweight is None else replace(tokens, weights=self.reweight(tokens))
 
     def evaluation(self, tokens: ScoredTokens, elementwise: ElementWise) -> PreferenceEvaluation:
@@ -133,7 +144,7 @@ class PreferenceEvaluation:
 
     def __init__(self, job: PreferenceJob, tokens: ScoredTokens, elementwise: ElementWise) -> None:
         self.job, self.tokens, self.elementwise = job, tokens, elementwise
-        self.wide, self.device = job.call.wide_dtype, tokens.device
+        self.wide, self.device, self.group = job.call.wide_dtype, tokens.device, job.call.sequence_group
         num_sequences = len(tokens.sequence_sizes)
         self.loss = torch.zeros((), dtype=self.wide, device=self.device)
         self.logps = torch.zeros(num_sequences, dtype=self.wide, device=self.device)
@@ -177,7 +188,7 @@ class PreferenceEvaluation:
         self.lengths[index] = sums.lengths
         if sums.ref_logps is not None and self.ref_logps is not None:
             self.ref_logps[index] = sums.ref_logps
-        self.loss += total.detach()
+        self.loss += total.detach() / num_ranks(self.group)  # every rank computes the whole loss, and returns its share
         return Coefficients(None if gradient is None else gradient.to(stats.logps.dtype))
 
     def _sums(
@@ -200,21 +211,42 @@ class PreferenceEvaluation:
         factor = None if counted is None else counted.to(wide)
         if weights is not None:  # tokens of the NLL alone may have any weight, or none
             factor = weights.to(wide) if counted is None else torch.where(counted, weights.to(wide), 0)
-        lengths = add(torch.ones_like(logps) if counted is None else counted.to(wide)).detach()
-        confidence = None
+        sums = {"logps": add(_weighted(logps, factor))}
+        sums["lengths"] = add(torch.ones_like(logps) if counted is None else counted.to(wide)).detach()
+        if self.group is None or any(term.loss.uses_nll for term in self.job.terms):
+            sums["nll_sums"] = add(-logps if nll is None else torch.where(nll, -logps, 0))
+        if ref_logps is not None:
+            sums["ref_logps"] = add(_weighted(ref_logps.to(wide), factor))
         if self.confidence:
             assert log_sum_sq_probs is not None
             aligned = logps.detach() - log_sum_sq_probs.to(wide)
-            aligned = aligned if counted is None else torch.where(counted, aligned, 0)
-            confidence = add(aligned) / lengths.clamp(min=1)
+            sums["confidence"] = add(aligned if counted is None else torch.where(counted, aligned, 0))
+        if self.group is not None:
+            sums = self._over_ranks(self.group, sums, sequences, None if nll is None else add(nll.to(wide)))
+        confidence = sums.get("confidence")
         return _Sums(
             sequences=sequences,
-            logps=add(_weighted(logps, factor)),
-            lengths=lengths,
-            nll_sums=add(-logps if nll is None else torch.where(nll, -logps, 0)),
-            ref_logps=None if ref_logps is None else add(_weighted(ref_logps.to(wide), factor)),
-            confidence=confidence,
+            logps=sums["logps"],
+            lengths=sums["lengths"],
+            nll_sums=sums["nll_sums"],
+            ref_logps=sums.get("ref_logps"),
+            confidence=None if confidence is None else confidence / sums["lengths"].clamp(min=1),
         )
+
+    def _over_ranks(
+        self, group: dist.ProcessGroup, sums: dict[str, Tensor], sequences: list[int], nll_lengths: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Sums over whole sequences (s,), in one collective; ``nll_lengths`` where the NLL term is over other tokens."""
+        sums = whole_rows(sums if nll_lengths is None else sums | {"nll_lengths": nll_lengths}, group)
+        place = {s: i for i, s in enumerate(sequences)}
+        for number, term in enumerate(self.job.terms):
+            members = torch.tensor([place[s] for s in term.nll_sequences], dtype=torch.long, device=self.device)
+            own = Totals(term.num_units, sums.get("nll_lengths", sums["lengths"])[members].sum())
+            self.call_totals[number] = own
+            if term.num_items.tokens is None:
+                self.totals[number] = Totals(self.totals[number].num_groups, own.num_nll_tokens)
+        # a loss that reads NLL sums without uses_nll becomes NaN
+        return {"nll_sums": torch.full_like(sums["lengths"], torch.nan)} | sums
 
     def _term(self, number: int, sums: _Sums, leaf: Tensor) -> Tensor | None:
         """The share of the loss that a term has in the units of a step; ``None`` if the step has none of them."""
@@ -256,7 +288,14 @@ class PreferenceEvaluation:
         """Whether the backend computes the only loss by a function of the margin, and the loss reads nothing else."""
         tokens, (term, *others) = self.tokens, self.job.terms
         form = term.loss.closed_form
-        if form is None or others or term.inputs or self.elementwise.pair_margins is None or self.wide != torch.float64:
+        if (
+            form is None
+            or others
+            or term.inputs
+            or self.group is not None
+            or self.elementwise.pair_margins is None
+            or self.wide != torch.float64
+        ):
             return False
         return form.fn is term.loss.fn and form.margin == term.loss.margin and tokens.counted is None and tokens.nll is None
 
@@ -325,6 +364,7 @@ class PreferenceEvaluation:
             results=[_in_order(parts, self.device) for parts in self.parts],
             totals=self.totals,
             stats=stats,
+            group=self.group,
         )
 
 

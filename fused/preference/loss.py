@@ -43,6 +43,8 @@ class Sequences:
         totals: what the loss is divided by: the counts of the call or, with ``num_items_in_batch``, those of the step. The
             engine divides the sum of the losses by ``totals.num_groups``.
         call_totals: the counts of the call, for metrics; ``None``: ``totals``.
+
+    With a ``sequence_group``, every value is of whole sequences; ``nll_sums`` is NaN unless the loss declares ``uses_nll``.
     """
 
     logps: Tensor

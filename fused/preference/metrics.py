@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from logitless.kernels.core.process_group import sum_over_ranks
+
 from ..results import mean_or_zero
 from ..scored_tokens import ScoredTokens
 from .job import PreferenceReport, Term
@@ -27,12 +29,18 @@ def _token_metrics(report: PreferenceReport, chosen: Tensor, rejected: Tensor) -
     """Means over the tokens of chosen and of rejected sequences, (S,) bool each."""
     is_chosen, is_rejected = (_tokens_of(report.tokens, members) for members in (chosen, rejected))
     stats = report.stats
-    return {
-        "entropy": _mean_where(stats["entropy"], is_chosen | is_rejected),
-        "logits/chosen": _mean_where(stats["mean_logits"], is_chosen),
-        "logits/rejected": _mean_where(stats["mean_logits"], is_rejected),
-        "mean_token_accuracy": _mean_where(stats["is_top1"], is_chosen),
+    means = {
+        "entropy": (stats["entropy"], is_chosen | is_rejected),
+        "logits/chosen": (stats["mean_logits"], is_chosen),
+        "logits/rejected": (stats["mean_logits"], is_rejected),
+        "mean_token_accuracy": (stats["is_top1"], is_chosen),
     }
+    if report.group is None:
+        return {name: _mean_where(values, where) for name, (values, where) in means.items()}
+    wide = report.results[0].losses.dtype
+    own = [(torch.where(where, values.to(wide), 0).sum(), where.sum().to(wide)) for values, where in means.values()]
+    sums, counts = sum_over_ranks(torch.stack([torch.stack(pair) for pair in own], dim=1), report.group)
+    return dict(zip(means, sums / counts.clamp(min=1), strict=True))
 
 
 def _tokens_of(tokens: ScoredTokens, members: Tensor) -> Tensor:

@@ -6,16 +6,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from logitless.kernels.core.autograd import eagerly
 from logitless.kernels.core.head_spec import HeadSpec
 from logitless.kernels.core.head_weight import Weight
+from logitless.kernels.parallel.vocab_parallel import VocabParallel
 
 from ..call import LossCall
 from ..checks import check_bool, check_choice, check_data, check_number, check_per_sequence
 from ..engine import run
 from ..scored_tokens import ScoredTokens
+from ..sequence_group import with_sequence_group
 from .base import FusedLinearPreferenceLoss, KTOOutput, check_token_arguments, kto_output
 from .job import Term
 from .losses import dpo as dpo_family
@@ -124,6 +127,10 @@ class FusedLinearDPOLoss(FusedLinearPreferenceLoss):
             reference_free=reference_free,
         )
         self._configure(loss, metrics=metrics, ignore_index=ignore_index)
+
+    @property
+    def _reads_ranks(self) -> bool:  # type: ignore[override]
+        return self.ld_alpha is not None
 
     def token_weights(self, tokens: ScoredTokens) -> Tensor | None:
         """LD-DPO, https://huggingface.co/papers/2409.06411: ``ld_alpha`` beyond the length that both responses share."""
@@ -326,6 +333,8 @@ class FusedLinearKTOLoss(FusedLinearPreferenceLoss):
         cu_seqlens: Tensor | None = None,
         token_weights: Tensor | None = None,
         num_items_in_batch: Tensor | Sequence[Tensor | float] | float | None = None,  # 0-dim, or (2,)
+        sequence_group: dist.ProcessGroup | None = None,
+        parallel: VocabParallel | None = None,
     ) -> KTOOutput:
         """Compute the loss; arguments as in :meth:`FusedLinearPreferenceLoss.forward`, and
 
@@ -333,11 +342,12 @@ class FusedLinearKTOLoss(FusedLinearPreferenceLoss):
             desirable: whether each sequence is desirable. Bool.
             kl: mean log-ratio of the KL pairs; detached, and clamped at 0 from below, here. For ``"kto"`` only. A Python number
                 must be finite. The value of a tensor is not checked, which would synchronise: if it is NaN, so is the loss.
-                With ``num_items_in_batch``, pass the mean over the whole optimiser step to each call.
+                With ``num_items_in_batch``, pass the mean over the whole optimiser step to each call; with
+                ``sequence_group``, that of whole sequences.
         """
-        call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index).with_reference(
-            ref_logps, ref_hidden, ref_weight, ref_bias, uses=True, needs=True
-        )
+        call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index, parallel=parallel)
+        call = call.with_reference(ref_logps, ref_hidden, ref_weight, ref_bias, uses=True, needs=True)
+        call = with_sequence_group(call, sequence_group)
         check_token_arguments(call, token_weights, None, uses_nll=False)
         inputs = self.check_inputs(desirable, kl, call.num_sequences, hidden.device)
         sequences, num_items = tuple(range(call.num_sequences)), self._num_items(num_items_in_batch)

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from logitless.kernels.core.autograd import eagerly
 from logitless.kernels.core.checks import check_ignore_index
 from logitless.kernels.core.head_spec import HeadSpec
 from logitless.kernels.core.head_weight import Weight
+from logitless.kernels.parallel.vocab_parallel import VocabParallel
 from logitless.kernels.planner.plan import Plan
 
 from ..call import LossCall, check_counted_labels
@@ -20,6 +22,7 @@ from ..checks import check_number, check_per_sequence
 from ..engine import run
 from ..num_items import NAME, OF_CALL, item_counts, over, read_num_items
 from ..scored_tokens import sequence_of_position
+from ..sequence_group import first_of_group, num_ranks, with_sequence_group
 from .base import FusedLinearPreferenceLoss, check_token_arguments
 from .job import PreferenceJob, Term
 from .modules import FusedLinearKTOLoss
@@ -98,6 +101,8 @@ class FusedLinearMultiObjectiveLoss(FusedLinearPreferenceLoss):
         token_weights: Tensor | None = None,
         nll_labels: Tensor | None = None,
         num_items_in_batch: None = None,
+        sequence_group: dist.ProcessGroup | None = None,
+        parallel: VocabParallel | None = None,
     ) -> MultiObjectiveOutput:
         """Compute the weighted sum; arguments as in :meth:`FusedLinearPreferenceLoss.forward`, and
 
@@ -112,14 +117,16 @@ class FusedLinearMultiObjectiveLoss(FusedLinearPreferenceLoss):
             )
         self._check_objectives(objectives)
         losses = [objective.loss.loss for objective in objectives.values()]
-        call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index).with_reference(
+        call = LossCall.check(hidden, weight, labels, bias, head, cu_seqlens, self.ignore_index, parallel=parallel)
+        call = call.with_reference(
             None, ref_hidden, ref_weight, ref_bias, uses=any(loss.uses_reference for loss in losses), needs=False
         )
+        call = with_sequence_group(call, sequence_group)
         check_token_arguments(call, token_weights, nll_labels, uses_nll=any(loss.uses_nll for loss in losses))
         terms = [self._term(f"objectives[{name!r}]", objective, call) for name, objective in objectives.items()]
         total, report = eagerly(run)(PreferenceJob(call, frozenset(), terms, token_weights, nll_labels))
         values = {
-            name: over(result.losses.sum().to(total.dtype), totals.num_groups)
+            name: over(result.losses.sum().to(total.dtype), totals.num_groups) / num_ranks(report.group)
             for name, result, totals in zip(objectives, report.results, report.totals, strict=True)
         }
         return MultiObjectiveOutput(total, values, report.logps, report.plan)
@@ -130,11 +137,12 @@ class FusedLinearMultiObjectiveLoss(FusedLinearPreferenceLoss):
         objectives: Mapping[str, Objective],
         cu_seqlens: Tensor | None = None,  # (S + 1,)
         nll_labels: Tensor | None = None,  # like labels
+        sequence_group: dist.ProcessGroup | None = None,
     ) -> dict[str, Tensor]:
         """What each objective divides by, ``(units, tokens)`` by name; see :meth:`FusedLinearPreferenceLoss.count_items`.
 
         Args:
-            labels, objectives, cu_seqlens, nll_labels: as for the call. An objective may have no sequences.
+            labels, objectives, cu_seqlens, nll_labels, sequence_group: as for the call. An objective may have no sequences.
 
         Raises:
             TypeError, ValueError: naming the argument; for an objective that cannot be divided into micro-batches.
@@ -158,7 +166,8 @@ class FusedLinearMultiObjectiveLoss(FusedLinearPreferenceLoss):
             term = Term(loss, self._sequences(place, objective, count, may_be_empty=True))
             chosen = torch.tensor(term.nll_sequences, dtype=torch.long, device=sizes.device)
             tokens = 0 if counted.tokens is None else sizes[chosen].sum()
-            found[name] = item_counts(0 if counted.units is None else term.num_units, tokens, labels.device)
+            counts_units = counted.units is not None and first_of_group(sequence_group)
+            found[name] = item_counts(term.num_units if counts_units else 0, tokens, labels.device)
         return found
 
     def _check_objectives(self, objectives: Any) -> None:

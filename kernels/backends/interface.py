@@ -35,6 +35,7 @@ class Call:
         grad_filter: the size below which blocks of the gradient are left out, see ``settings``.
         by_rows: whether the weight is no plain tensor (LoRA, quantised), and is read by rows (``core/weight_rows.py``).
         batch_invariant: whether the choice of a backend must not depend on the number of tokens.
+        sharded: whether the weight is one rank's rows of a head sharded over its vocabulary (``parallel=``).
     """
 
     device: torch.device
@@ -54,6 +55,7 @@ class Call:
     grad_filter: float = 0.0
     by_rows: bool = False
     batch_invariant: bool = False
+    sharded: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class Backend:
         elementwise: its other functions.
         predict: what a call should cost on a GPU; ``None``: unknown.
         workspace_bytes: what it allocates for a call beyond ``Call.workspace``, whatever the memory budget.
+        score_shard: see ``backends/torch/blockwise.py``. A backend without it cannot serve a call that is ``sharded``.
     """
 
     name: str
@@ -120,11 +123,15 @@ class Backend:
     elementwise: ElementWise
     predict: Callable[[Call], Cost] | None = None
     workspace_bytes: Callable[[Call], int] = no_bytes
+    score_shard: Callable[..., Any] | None = None
 
 
-def unsupported(call: Call, *device_types: str, filters: bool = False, by_rows: bool = False) -> list[str]:
-    """The reasons that every backend shares: dtype, device type (none given: any), grad_filter unless it ``filters``, and a
-    weight with an adapter or in quantised form unless it reads such a weight ``by_rows``."""
+def unsupported(
+    call: Call, *device_types: str, filters: bool = False, by_rows: bool = False, shards: bool = False
+) -> list[str]:
+    """The reasons that every backend shares: dtype, device type (none given: any), grad_filter unless it ``filters``, a
+    weight with an adapter or in quantised form unless it reads such a weight ``by_rows``, and ``parallel=`` unless it scores
+    ``shards``."""
     reasons = [] if call.dtype in DTYPES else [f"dtype {call.dtype} is not one of {DTYPES}"]
     if device_types and call.device.type not in device_types:
         reasons.append(f"device {call.device} is not one of type {' or '.join(device_types)}")
@@ -132,4 +139,6 @@ def unsupported(call: Call, *device_types: str, filters: bool = False, by_rows: 
         reasons.append(f"grad_filter={call.grad_filter} needs the triton backend")
     if call.by_rows and not by_rows:
         reasons.append("it reads the weight as one tensor, not as a LoRA or quantised weight is read, by rows")
+    if call.sharded and not shards:
+        reasons.append("it takes no label outside of the weight's rows, as parallel= needs")
     return reasons

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .blocking import MOST_ROWS, ROW_MULTIPLE
 from .quantized_weight import quantized_rows
 from .weight_rows import HeadRows, JoinedRows
 
@@ -19,6 +20,14 @@ class _Adapter(NamedTuple):
     lora_B: Tensor  # (V, r)
     scaling: float
     dropout: Callable[[Tensor], Tensor] | None
+
+
+def _product(x: Tensor, lora_A: Tensor) -> Tensor:
+    """``x @ A.T`` (P, r); on a CPU in the row counts of batch-invariant blocks, see ``settings(batch_invariant=...)``."""
+    if x.is_cuda or not len(x):
+        return F.linear(x, lora_A)
+    blocks = F.pad(x, (0, 0, 0, -len(x) % ROW_MULTIPLE)).split(MOST_ROWS)
+    return torch.cat([F.linear(block, lora_A) for block in blocks])[: len(x)]
 
 
 class LoRAWeight:
@@ -41,7 +50,7 @@ class LoRAWeight:
         TypeError, ValueError: naming the argument.
 
     Example:
-        >>> from logitless import linear_logps
+        >>> from logitless.kernels.linear_logps import linear_logps
         >>> base, lora_A, lora_B = torch.randn(100, 16), torch.randn(4, 16), torch.zeros(100, 4, requires_grad=True)
         >>> weight = LoRAWeight(base, lora_A, lora_B, scaling=2.0)
         >>> linear_logps(torch.randn(2, 5, 16), weight, torch.randint(100, (2, 5))).logps.requires_grad
@@ -143,7 +152,7 @@ class LoRAWeight:
             for a in self.adapters:
                 wide = torch.promote_types(hidden.dtype, a.lora_A.dtype)
                 u = x.to(wide) if a.dropout is None else a.dropout(x.to(wide))
-                columns.append(F.linear(u, a.lora_A.to(wide)) * a.scaling)
+                columns.append(_product(u, a.lora_A.to(wide)) * a.scaling)
             trained = self.adapters[0].lora_B
             if len(self.adapters) > 1:
                 trained = torch.cat([a.lora_B for a in self.adapters], dim=1)

@@ -75,6 +75,8 @@ class RowStats:
     is_top1: Tensor | None = None  # (N,) bool
     log_sum_sq_probs: Tensor | None = None  # (N,)
     unit_dhidden: Tensor | None = None  # (N, H) d logps / d hidden, when asked for
+    #: (N,) offset of this rank's part of the vocabulary, which its tile is relative to; None: the head is not sharded.
+    shard_k: Tensor | None = None
     block_max: Tensor | None = None  # (N, blocks) bounds of |G| in the tile's blocks, for grad_filter
 
     @classmethod

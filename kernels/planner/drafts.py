@@ -94,6 +94,7 @@ def calls_of(draft: Draft, request: Request) -> list[Call]:
         grad_filter=request.options.grad_filter,
         by_rows=request.quantized or request.lora_rank > 0,
         batch_invariant=request.options.batch_invariant,
+        sharded=request.parallel is not None,
     )
     tokens: dict[Work, int] = {}
     tiles = 0

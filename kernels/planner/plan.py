@@ -11,6 +11,7 @@ from ..core.blocking import MOST_ROWS, PASS_BUFFERS, ROW_ELEMENTS, ROW_MULTIPLE,
 from ..core.dtypes import gemm_dtype
 from ..core.stats import CoreOptions
 from ..cost_model.costs import Cost
+from ..parallel.vocab_parallel import VocabParallel
 from .choice import Served, choose, serve
 from .drafts import drafts_for
 from .request import Request, checked_request
@@ -36,6 +37,8 @@ class Plan:
             pass each have their own; where these differ, both, joined by ``" + "``.
         reason: why this schedule; on a GPU also why this backend.
         cost: predicted FLOP, bytes and seconds on the GPU; ``None`` on CPUs and without tokens.
+        sent_bytes: what a rank sends where the head is sharded (``parallel``), by the policy's pass: target logits, statistics,
+            hidden states and their gradient, over ring collectives. Without the few numbers that ranks agree on first.
         alternatives: predicted seconds on each backend that could serve the call, this one among them.
     """
 
@@ -50,6 +53,7 @@ class Plan:
     reason: str
     cost: Cost | None = None
     alternatives: Mapping[str, float] = field(default_factory=dict, hash=False)
+    sent_bytes: int = 0
 
     def __str__(self) -> str:
         return (
@@ -81,6 +85,7 @@ def plan(
     architecture: str | None = None,
     lora_rank: int = 0,
     quantized: bool = False,
+    parallel: VocabParallel | None = None,
 ) -> Plan:
     """Choose the schedule with the fewest FLOP that fits the budget; on a GPU, one with more if it should be much faster.
 
@@ -105,6 +110,8 @@ def plan(
         lora_rank: r of the adapters of a :class:`logitless.LoRAWeight`, together; ``train_weight`` and ``weight_dtype`` are
             then of B, and the weight under the adapter is frozen. 0: no adapter.
         quantized: the weight (under an adapter, if there is one) is quantised.
+        parallel: the head is sharded over its vocabulary. ``vocab_size`` is that of the whole head, padding included, which is
+            taken as divided evenly. FLOP, passes and bytes are those of one rank.
 
     Returns:
         Plan: steps, FLOP and bytes; on GPUs also predicted seconds, see ``docs/ARCHITECTURE.md``.
@@ -139,6 +146,7 @@ def plan(
         architecture=architecture,
         lora_rank=lora_rank,
         quantized=quantized,
+        parallel=parallel,
     )
     served, reason = choose([serve(draft, request) for draft in drafts_for(request)])
     draft = served.draft
@@ -146,7 +154,7 @@ def plan(
     return Plan(
         schedule=names.pop() if len(names) == 1 else "mixed",
         steps=draft.steps,
-        flops=round(draft.passes * num_tokens * vocab_size * hidden_size),
+        flops=round(draft.passes * num_tokens * request.vocab_size * hidden_size),
         passes=draft.passes,
         extra_bytes=_extra_bytes(request, served),
         accumulate=draft.accumulate,
@@ -155,7 +163,23 @@ def plan(
         reason=reason,
         cost=served.cost,
         alternatives={name: cost.seconds for name, cost in served.costs.items()},
+        sent_bytes=_sent_bytes(request),
     )
+
+
+def _sent_bytes(r: Request) -> int:
+    """What a rank sends of the policy's tokens: an all-reduce of b bytes takes 2 (W - 1) / W * b from each of W ranks, an
+    all-gather (W - 1) times its own bytes, a reduce-scatter (W - 1) / W * b."""
+    if r.parallel is None:
+        return 0
+    ranks, columns = r.parallel.ranks, 2 + len(r.wanted) + 2 * ("is_top1" in r.wanted)
+    numbers = r.num_tokens * r.acc * (2 / ranks + columns)
+    rows = r.num_tokens * r.hidden_size
+    if r.parallel.sequence_parallel:
+        states = rows / ranks * r.dtype.itemsize * (1 + r.train_hidden)
+    else:
+        states = 2 * rows / ranks * r.acc * r.train_hidden
+    return round((ranks - 1) * (numbers + states))
 
 
 def _extra_bytes(request: Request, served: Served) -> int:
@@ -178,6 +202,10 @@ def _extra_bytes(request: Request, served: Served) -> int:
         extra += min(r.num_tokens + ROW_MULTIPLE, MOST_ROWS) * r.hidden_size * r.acc
         extra += ROW_MULTIPLE * min(r.vocab_size, VOCAB_BLOCK) * r.acc
         extra += max(0, r.options.workspace + r.options.cache_elements * PASS_BUFFERS * r.acc - r.budget)
+    if r.parallel is not None:  # statistics of all ranks, gathered; hidden states of all ranks, their padding and gradient
+        extra += r.parallel.ranks * r.num_tokens * 8 * 2 * r.acc
+        if r.parallel.sequence_parallel:
+            extra += 4 * r.num_tokens * hidden_size * r.dtype.itemsize
     # blocks of a fixed size that no budget shrinks: rows being widened, and a GEMM's product on its way to float32
     extra += 3 * min(r.num_tokens * hidden_size, ROW_ELEMENTS) * r.acc
     extra += min(r.vocab_size, VOCAB_BLOCK) * hidden_size * r.acc

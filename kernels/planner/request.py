@@ -13,6 +13,7 @@ from ..core.dtypes import accumulate_dtype, logits_gemm_dtype, tile_dtype
 from ..core.settings import current_settings
 from ..core.stats import CoreOptions
 from ..cost_model.gpu_constants import constants
+from ..parallel.vocab_parallel import VocabParallel
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Request:
         budget: memory budget in bytes.
         wanted: token statistics besides the log-probabilities.
         options: what backends are told.
+        parallel: the head is sharded; ``vocab_size`` is then that of the largest shard.
     """
 
     num_tokens: int
@@ -46,6 +48,7 @@ class Request:
     lora_rank: int
     quantized: bool
     options: CoreOptions
+    parallel: VocabParallel | None
 
     @property
     def needs_head(self) -> bool:
@@ -112,9 +115,16 @@ def checked_request(
     architecture: str | None,
     lora_rank: int,
     quantized: bool,
+    parallel: VocabParallel | None,
 ) -> Request:
     """Check the arguments of a plan; each error names the argument."""
     _check_positive(num_tokens=num_tokens, hidden_size=hidden_size, vocab_size=vocab_size)
+    if parallel is not None:
+        if not isinstance(parallel, VocabParallel):
+            raise TypeError(f"parallel must be a logitless.VocabParallel or None, got {type(parallel).__name__}")
+        if lora_rank or quantized:
+            raise ValueError(f"lora_rank={lora_rank} and quantized={quantized} are not served with parallel")
+        vocab_size = -(-vocab_size // parallel.ranks)
     current = current_settings().updated(memory_budget=memory_budget, precision=precision)
     device = torch.device(device)
     _check_architecture(architecture, device)
@@ -163,6 +173,7 @@ def checked_request(
         lora_rank,
         quantized,
         replace(options, slopes_later=entropy_gradient),
+        parallel,
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,12 +32,25 @@ class BlockSums:
     before: Tensor | None = None
     after: Tensor | None = None
     k: Tensor | None = None
+    #: (N, H) sum of the exponentials' slopes times the weight's rows, which ``unit_dhidden`` of a shard asks for.
+    dhidden: Tensor | None = None
+
+    @classmethod
+    def cat(cls, parts: Sequence[BlockSums]) -> BlockSums:
+        """Join the sums of consecutive tokens."""
+        joined: dict[str, Any] = {}
+        for f in fields(cls):
+            values = [getattr(p, f.name) for p in parts]
+            joined[f.name] = None if values[0] is None else torch.cat(values)
+        return cls(**joined)
 
 
-def combine(
-    parts: list[BlockSums], zy: Tensor, k: Tensor, ty: Tensor | None, vocab: int
-) -> tuple[RowStats, list[Tensor | None]]:
-    """Totals over all blocks, and for each block the factor (N,) from its offset to the common one (``None``: 1)."""
+def merge(parts: list[BlockSums], k: Tensor) -> tuple[BlockSums, list[Tensor | None]]:
+    """The sums over all blocks, relative to their common offset, and for each block the factor (N,) from its offset to that
+    one (``None``: 1).
+
+    Blocks may be of one rank's part of the vocabulary, or the parts of all ranks.
+    """
     factors: list[Tensor | None] = [None] * len(parts)
     if any(p.k is not None for p in parts):
         offsets = torch.stack([k if p.k is None else p.k for p in parts])
@@ -54,8 +69,19 @@ def combine(
         columns = [getattr(p, name) for p in parts]
         return None if columns[0] is None else functools.reduce(torch.add, columns)
 
-    r = total("e")
-    assert r is not None
+    e = total("e")
+    assert e is not None
+    sums = BlockSums(e, total("ez"), total("ee"), total("z"), k=k)
+    if parts[0].target is not None:
+        names = "target", "before", "after"
+        sums.target, sums.before, sums.after = (torch.stack([getattr(p, n) for p in parts]).amax(dim=0) for n in names)
+    return sums, factors
+
+
+def statistics(sums: BlockSums, zy: Tensor, ty: Tensor | None, vocab: int) -> RowStats:
+    """What the sums over the whole vocabulary add up to, for target logits ``zy`` with slope ``ty``, (N,) each."""
+    r, k = sums.e, sums.k
+    assert k is not None
     offset = zy - k
     target = offset.exp()
     denominator = r + target
@@ -69,16 +95,23 @@ def combine(
         target_offset=offset,
         target_slope=ty,
     )
-    if (ez := total("ez")) is not None:
-        stats.entropy = log_denom - (ez + target * offset.clamp(min=FLOOR)) / denominator
-    if (ee := total("ee")) is not None:
+    if sums.ez is not None:
+        stats.entropy = log_denom - (sums.ez + target * offset.clamp(min=FLOOR)) / denominator
+    if sums.ee is not None:
         # 1 - sum p^2 = R / D (1 + p_y) - sum of p_v^2 over v != y: small where the model is sure, and then log1p keeps it
-        p_y, squares = target / denominator, ee / denominator / denominator
+        p_y, squares = target / denominator, sums.ee / denominator / denominator
         rest = (r / denominator * (1 + p_y) - squares).clamp(min=0)
         stats.log_sum_sq_probs = torch.where(rest < 0.5, (-rest).log1p(), (squares + p_y * p_y).log())
-    if (z := total("z")) is not None:
-        stats.mean_logits = z / vocab
-    if parts[0].target is not None:
-        target, before, after = (torch.stack([getattr(p, n) for p in parts]).amax(dim=0) for n in ("target", "before", "after"))
-        stats.is_top1 = (target > before) & (target >= after)
-    return stats, factors
+    if sums.z is not None:
+        stats.mean_logits = sums.z / vocab
+    if sums.target is not None and sums.before is not None and sums.after is not None:
+        stats.is_top1 = (sums.target > sums.before) & (sums.target >= sums.after)
+    return stats
+
+
+def combine(
+    parts: list[BlockSums], zy: Tensor, k: Tensor, ty: Tensor | None, vocab: int
+) -> tuple[RowStats, list[Tensor | None]]:
+    """The statistics of all blocks together, and the factors of :func:`merge`."""
+    sums, factors = merge(parts, k)
+    return statistics(sums, zy, ty, vocab), factors

@@ -44,11 +44,30 @@ def add_targets(
     dhidden: Tensor | None,
     head_gradient: HeadGradient | None,
 ) -> None:
-    """The target's share of all gradients, in float32, beside the GEMMs: see ``targets_in_tile``."""
+    """The target's share of all gradients, in float32, beside the GEMMs: see ``targets_in_tile``.
+
+    Labels outside of the weight's rows are another rank's; their ``values`` are 0.
+    """
+    own = labels.clamp(0, len(weight) - 1)
     if dhidden is not None:
         for r0, r1 in blocks(len(x), max(1, ROW_ELEMENTS // x.shape[1])):
-            w = weight.index_select(0, labels[r0:r1])
+            w = weight.index_select(0, own[r0:r1])
             w = (w if isinstance(weight, JoinedRows) else w.to(x.dtype)).to(dhidden.dtype)
             dhidden[r0:r1].addcmul_(w, values[r0:r1, None])
     if head_gradient is not None:
-        head_gradient.add_rows(labels, values, x)
+        if torch.equal(own, labels):
+            head_gradient.add_rows(labels, values, x)
+        else:
+            here = (own == labels).nonzero()[:, 0]
+            head_gradient.add_rows(labels[here], values[here], x[here])
+
+
+def put_targets(
+    tile: Tensor,  # (N, V), written
+    labels: Tensor,  # (N,); those outside of the tile's columns are another rank's
+    values: Tensor,  # (N,)
+) -> None:
+    """Write the labels' entries of a tile, without a synchronisation."""
+    column = labels.clamp(0, tile.shape[1] - 1)[:, None]
+    there = tile.gather(1, column)
+    tile.scatter_(1, column, torch.where(column == labels[:, None], values[:, None].to(tile.dtype), there))

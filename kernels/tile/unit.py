@@ -33,7 +33,8 @@ def finish_unit(
     head: HeadSpec,
     dhidden: Tensor,  # (N, H) sums of ``add_unit``, gets d logps / d hidden
 ) -> None:
-    """Adds the labels' share and scales the rows."""
+    """Adds the labels' share and scales the rows. Labels outside of the weight's rows have ``sum_others`` 0."""
+    labels = labels.clamp(0, len(weight) - 1)
     entry, scale = target_entry(stats), -head.slope * (-stats.log_denom).exp()
     for r0, r1 in blocks(len(x), max(1, ROW_ELEMENTS // max(1, x.shape[1]))):
         w_y = weight.index_select(0, labels[r0:r1]).to(x.dtype)

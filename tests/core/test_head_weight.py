@@ -121,6 +121,26 @@ def test_frozen_parts_get_no_gradient(train):
         compare(values[1], wanted, [leaves[name] for name in train], 2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_token_has_the_same_bits_in_any_batch(dtype):
+    case, pair = make_case(sequences=1, tokens=700, hidden=64, dtype=dtype, masked=0.0), adapter(101, 64, 8)
+    x, y, weight = case.hidden[0].detach(), case.labels[0], lora(case, pair)
+    whole = ll.linear_logps(x, weight, y).logps
+    for start, stop in ((0, 1), (3, 4), (5, 22), (100, 620), (690, 700)):
+        assert torch.equal(ll.linear_logps(x[start:stop], weight, y[start:stop]).logps, whole[start:stop])
+
+
+def test_one_temperature_per_token():
+    case, pair = make_case(dtype=torch.float64), adapter(101, 16, dtype=torch.float64)
+    tau = torch.rand(case.labels.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64) + 0.5
+    values = [
+        ll.linear_logps(case.hidden, weight, case.labels, temperature=tau).logps.sum()
+        for weight in (lora(case, pair), merged(case, pair))
+    ]
+    torch.testing.assert_close(*values)
+    compare(*values, [case.hidden, *pair], 1e-11)
+
+
 def test_dropout_is_applied_to_the_input_of_the_adapter_alone():
     case, pair = make_case(masked=0.0), adapter(101, 16)
     doubled = ll.linear_logps(case.hidden, lora(case, pair, dropout=lambda x: 2 * x), case.labels).logps
@@ -164,7 +184,7 @@ def test_flop_of_loss_modules_and_the_operator(name):
 def test_nothing_of_the_size_of_the_weight_is_allocated(dtype):
     """V * H is far above the budget; the blocks that are read, B's gradient and the budget are what there is."""
     hidden, vocab, budget = 64, 60_000, 1 << 20
-    case, pair = make_case(hidden=hidden, vocab=vocab, dtype=dtype, tokens=5), adapter(vocab, hidden)
+    case, pair = make_case(hidden=hidden, vocab=vocab, dtype=dtype, tokens=3), adapter(vocab, hidden)
     weight = lora(case, pair)
     whole = vocab * hidden * dtype.itemsize
     plans: list[Any] = []

@@ -75,9 +75,9 @@ def forward() -> list[Arguments]:
 def tile_pass() -> list[Arguments]:
     source, bias, k = torch.randn(N, V), torch.randn(V), torch.randn(N)
     return [
-        (source, torch.zeros(N, V), bias, labels(), k, sums(), None, None, *NUMBERS, 0, 15, 0),
-        (source, None, None, labels(), k, sums(), None, None, *NUMBERS, 0, 0, 1),
-        (source, torch.zeros(N, V), None, labels(), k, None, torch.rand(2, N), torch.rand(N), *NUMBERS, 0, 0, 0),
+        (source, torch.zeros(N, V), bias, labels(), k, sums(), None, None, torch.rand(N), *NUMBERS, 0, 15, 0),
+        (source, None, None, labels(), k, sums(), None, None, None, *NUMBERS, 0, 0, 1),
+        (source, torch.zeros(N, V), None, labels(), k, None, torch.rand(2, N), torch.rand(N), None, *NUMBERS, 0, 0, 0),
     ]
 
 
@@ -95,8 +95,8 @@ def score_block() -> list[Arguments]:
     packed, start, gradient = torch.zeros(schemas.packed_tokens_size(N, H)).bfloat16(), torch.randn(N), bf16(V * N)
     torch.ops.logitless.pack_tokens(bf16(N, H), packed)
     return [
-        (packed, bf16(V, H), torch.randn(V), labels(), start, start.clone(), sums(), None, gradient, *NUMBERS, 0, 15, 0),
-        (packed, bf16(V, H), None, labels(), None, start, None, torch.rand(2, N), gradient, *NUMBERS, 0, 0, 0),
+        (packed, bf16(V, H), torch.randn(V), labels(), start, start.clone(), sums(), None, None, gradient, *NUMBERS, 0, 15, 0),
+        (packed, bf16(V, H), None, labels(), None, start, None, torch.rand(2, N), torch.rand(N), gradient, *NUMBERS, 0, 0, 0),
     ]
 
 

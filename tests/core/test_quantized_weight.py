@@ -154,11 +154,11 @@ def test_an_adapter_over_a_quantised_weight(kind):
     torch.testing.assert_close(*grads, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", ["torchao int8", "torchao float8", "nf4 nested", "bitsandbytes int8"])
+@pytest.mark.parametrize("kind", ["torchao int8", "nf4 nested"])
 def test_one_block_is_dequantised_at_a_time(kind):
     """Bytes: those of a plain frozen weight and one block. FLOP: 4 N H V, 2 without gradient."""
-    vocab, hidden = 40_000, 64
-    case = make_case(hidden=hidden, vocab=vocab, tokens=5, dtype=torch.bfloat16)
+    vocab, hidden = 32_000, 64
+    case = make_case(hidden=hidden, vocab=vocab, tokens=3, dtype=torch.bfloat16)
     weight, plans = KINDS[kind](vocab, hidden, torch.bfloat16), []
 
     def module(w: Any = weight) -> None:

@@ -111,10 +111,10 @@ def diffusion_gemma(canvas_length: int) -> Any:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (prophetnet, r"must pass its head one hidden state per token, \(3, 8, 16\), but .* passes \(3, 2, 8, 16\)"),
+        (prophetnet, r"must pass its head one hidden state per token, \(1, 8, 16\), but .* passes \(1, 2, 8, 16\)"),
         (
             lambda: diffusion_gemma(5),
-            r"must pass its head one hidden state per token, \(3, 8, 16\), but .* passes \(3, 5, 16\)",
+            r"must pass its head one hidden state per token, \(1, 8, 16\), but .* passes \(1, 5, 16\)",
         ),
         (lambda: diffusion_gemma(8), "DiffusionGemmaForBlockDiffusion is not causal"),  # as many as the probe's tokens
     ],

@@ -26,9 +26,9 @@ TOP = """
     BradleyTerryLoss FusedLinearCPOLoss FusedLinearDPOLoss FusedLinearGRPOLoss FusedLinearIPOLoss FusedLinearKTOLoss
     FusedLinearMultiObjectiveLoss FusedLinearORPOLoss FusedLinearPPOLoss FusedLinearPolicyLoss FusedLinearPreferenceLoss
     FusedLinearSimPOLoss HeadSpec LoRAWeight Objective PackedSequences Pairs Plan PolicyLoss PolicyLossResult PreferenceLoss
-    PreferenceLossResult Sequences TokenStats Tokens at_head available_backends gae group_advantages integrations linear_logps
-    model_logps model_loss models pack plan reference_logps register_backend rl sequence_logps settings shift skipped_share
-    unpack value_loss
+    PreferenceLossResult Sequences TokenStats Tokens VocabParallel at_head available_backends gae group_advantages integrations
+    linear_logps model_logps model_loss models pack plan reference_logps register_backend rl sequence_logps settings shift
+    skipped_share unpack value_loss
 """
 RL = """
     GAE KL_ESTIMATORS BradleyTerryLoss RewardModelOutput ValueLoss ValueTracker gae group_advantages importance_sampling_ratio

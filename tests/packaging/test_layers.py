@@ -31,6 +31,7 @@ KERNELS = [
     ("sequence_logps",),
     ("linear_logps",),
     ("logps_operators", "planner"),
+    ("parallel",),
     ("backends",),
     ("cost_model", "operators", "tile"),
     ("core",),

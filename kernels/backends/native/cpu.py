@@ -8,6 +8,7 @@ is done by the blockwise algorithm of ``blockwise``, its element-wise passes in 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from ...operators.loading import has_bf16_gemm
 from ...operators.schemas import SPAN, new_sums, packed_rows_size, packed_tokens_size
 from ...tile.factors import gradient_factors
 from ...tile.head_gradient import HeadGradient
-from ...tile.sums import combine
+from ...tile.sums import BlockSums, combine
 from ...tile.targets import target_logit_and_slope
 from ..interface import Call
 from ..torch import blockwise
@@ -127,8 +128,65 @@ def _score(
     dhidden: Tensor | None,  # (N, H) zeros, gets d logps / d hidden
     width: int,
 ) -> RowStats:
-    n, vocab = len(x), len(weight)
     zy, k, slope = target_logit_and_slope(target_logits(x, weight, bias, labels, options.precision), head)
+    total = _sum_rows(x, weight, bias, labels, zy, k, head, options, tile, dhidden, width)
+    stats, _ = combine([total], zy, k, slope, len(weight))
+    if dhidden is not None:
+        scale, at_target, _ = gradient_factors(stats, torch.ones_like(zy), None, head)
+        _ops.finish_rows(dhidden, scale, scale * at_target, weight, labels)
+    return stats
+
+
+def score_shard(
+    x: Tensor,  # (N, H)
+    weight: Tensor,  # (V_r, H)
+    bias: Tensor | None,  # (V_r,)
+    labels: Tensor,  # (N,)
+    zy: Tensor,  # (N,)
+    k: Tensor,  # (N,)
+    head: HeadSpec,
+    options: CoreOptions,
+    *,
+    tile: Tensor | None = None,  # (N, V_r)
+    unit_dhidden: bool = False,
+) -> BlockSums:
+    """See ``blockwise.score_shard``."""
+    if not _takes(x, weight):
+        given = x, weight, bias, labels, zy, k, head, options
+        return blockwise.score_shard(*given, tile=tile, unit_dhidden=unit_dhidden, passes=NATIVE_PASSES)
+    x, bias = _rows(x), None if bias is None else bias.float().contiguous()
+    tokens, width = _block(len(x), x.shape[1], options.workspace, 2)
+    dhidden = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if unit_dhidden else None
+    if tile is not None:
+        tokens = max(1, len(x))  # a tile is one block
+    parts = []
+    for r0, r1 in blocks(max(1, len(x)), tokens):
+        part = slice(r0, min(r1, len(x)))
+        rows = None if dhidden is None else dhidden[part]
+        own = x[part], weight, bias, labels[part], zy[part], k[part], head_rows(head, part)
+        sums = _sum_rows(*own, options, tile, rows, width)
+        sums.k = k[part] if sums.k is None else sums.k
+        parts.append(sums)
+    total = BlockSums.cat(parts)
+    total.dhidden = dhidden
+    return total
+
+
+def _sum_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    zy: Tensor,
+    k: Tensor,
+    head: HeadSpec,
+    options: CoreOptions,
+    tile: Tensor | None,
+    dhidden: Tensor | None,  # (N, H) zeros, gets the exponentials' slopes times the weight
+    width: int,
+) -> BlockSums:
+    """The sums of some tokens; ``k`` where it was raised."""
+    n, vocab = len(x), len(weight)
     packed, sums, raised = _pack_tokens(x), new_sums(n, x.device), k.clone()
     numbers, how = head_numbers(head), (output_bits(options), rounding(x.dtype, options.precision))
     gradient = None if tile is None else tile.view(-1)
@@ -143,12 +201,7 @@ def _score(
             if not torch.equal(before, raised):
                 dhidden.mul_((before - raised).exp_()[:, None])
             _ops.grad_hidden(g, block, dhidden)
-    changed = None if torch.equal(raised, k) else raised
-    stats, _ = combine([block_sums(sums, options, zy.dtype, changed)], zy, k, slope, vocab)
-    if dhidden is not None:
-        scale, at_target, _ = gradient_factors(stats, torch.ones_like(zy), None, head)
-        _ops.finish_rows(dhidden, scale, scale * at_target, weight, labels)
-    return stats
+    return block_sums(sums, options, zy.dtype, None if torch.equal(raised, k) else raised)
 
 
 def tile_gradients(
@@ -164,11 +217,12 @@ def tile_gradients(
     dhidden: Tensor | None,  # (N, H) float32, written
     head_gradient: HeadGradient | None,
     entropy_coefficients: Tensor | None = None,  # (N,)
+    hidden_done: Callable[[], None] | None = None,
 ) -> None:
     """See ``blockwise.tile_gradients``."""
     if not _takes(x, weight):
         given: tuple[Any, ...] = (x, weight, labels, tile, stats, coefficients, head, options)
-        made: dict[str, Any] = {"dhidden": dhidden, "head_gradient": head_gradient}
+        made: dict[str, Any] = {"dhidden": dhidden, "head_gradient": head_gradient, "hidden_done": hidden_done}
         blockwise.tile_gradients(*given, **made, entropy_coefficients=entropy_coefficients, passes=NATIVE_PASSES)
         return
     gradient = tile.view(-1)
@@ -179,7 +233,9 @@ def tile_gradients(
     if dhidden is not None:
         dhidden.zero_()
         _ops.grad_hidden(gradient, weight, dhidden)
-        _ops.finish_rows(dhidden, scale, target, weight, labels)
+        _ops.finish_rows(dhidden, scale, target, weight, labels.clamp(0, len(weight) - 1))  # others: target 0
+        if hidden_done is not None:
+            hidden_done()
     if head_gradient is not None:
         _add_head_gradient(head_gradient, gradient, _rows(x), scale, target, labels, 0, len(weight))
 
@@ -272,4 +328,4 @@ def recompute_gradients(
             assert dw is not None
             dw[v0:v1] = block
     if dhidden is not None:
-        _ops.finish_rows(dhidden, scale, target, weight, labels)
+        _ops.finish_rows(dhidden, scale, target, weight, labels.clamp(0, len(weight) - 1))  # others: target 0

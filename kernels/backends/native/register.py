@@ -15,12 +15,12 @@ CUDA_TRAFFIC = Traffic(8, 1, 1, 1, 1, fused_rows=True)
 
 def why_not_cpu(call: Call) -> list[str]:
     """Every reason why ``cpu`` cannot serve a call."""
-    return unsupported(call, "cpu", by_rows=True)
+    return unsupported(call, "cpu", by_rows=True, shards=True)
 
 
 def why_not_cuda(call: Call) -> list[str]:
     """Every reason why ``cuda`` cannot serve a call."""
-    return unsupported(call, "cuda", by_rows=True)
+    return unsupported(call, "cuda", by_rows=True, shards=True)
 
 
 register_backend(
@@ -33,6 +33,7 @@ register_backend(
         recompute_gradients=cpu.recompute_gradients,
         elementwise=NATIVE_PASSES,
         workspace_bytes=cpu.workspace_bytes,
+        score_shard=cpu.score_shard,
     )
 )
 # The blockwise algorithm of ``torch``, its element-wise passes by csrc/cuda.
@@ -46,5 +47,6 @@ register_backend(
         recompute_gradients=functools.partial(blockwise.recompute_gradients, passes=NATIVE_PASSES),
         elementwise=NATIVE_PASSES,
         predict=functools.partial(predict, CUDA_TRAFFIC),
+        score_shard=functools.partial(blockwise.score_shard, passes=NATIVE_PASSES),
     )
 )

@@ -10,6 +10,8 @@ Three entry points, which every backend has:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,8 +24,8 @@ from ...core.weight_rows import HeadRows
 from ...tile.factors import FP16_SCALE, add_bias_gradient, block_dtype, for_gemm, gradient_factors, rounding_of, scale_rows
 from ...tile.head_gradient import HeadGradient
 from ...tile.hidden_gradient import add_hidden
-from ...tile.sums import BlockSums, combine
-from ...tile.targets import add_targets, target_entry, target_logit_and_slope, targets_in_tile
+from ...tile.sums import BlockSums, merge, statistics
+from ...tile.targets import add_targets, put_targets, target_entry, target_logit_and_slope, targets_in_tile
 from ...tile.unit import add_unit, finish_unit
 from ..interface import ElementWise
 from .passes import TORCH_PASSES, Logits
@@ -42,44 +44,94 @@ def score(
     passes: ElementWise = TORCH_PASSES,
 ) -> RowStats:
     """One pass over the logits: ``2 * N * H * V`` FLOP, twice that with ``unit_dhidden``."""
-    # One partition for all modes: a GEMM's rounding may depend on its shape, and a token's logps must not depend on whether
-    # its gradient is wanted (identical policy and reference give exactly ln 2).
-    size = 4 if x.is_cuda else logits_gemm_dtype(x.dtype, x.device, options.precision).itemsize
-    rows, width = block_shape(len(x), len(weight), 2 * size, options.workspace, options.batch_invariant)
-    multiple = 1
-    if options.batch_invariant:  # how a GPU's library computes may depend on any number of rows
-        rows, multiple = (rows, rows) if x.is_cuda else (min(rows, MOST_ROWS), ROW_MULTIPLE)
+    rows, width, multiple = _partition(x, weight, options)
     dhidden = None
     if unit_dhidden:
         dhidden = torch.zeros(x.shape, dtype=accumulate_dtype(x.dtype), device=x.device)
     chunks = []
     for r0, r1 in blocks(max(1, len(x)), rows):
-        rows_of_tile = None if tile is None else tile[r0:r1]
-        rows_of_dhidden = None if dhidden is None else dhidden[r0:r1]
-        tempered = head_rows(head, slice(r0, r1))
-        here = x[r0:r1], weight, bias, labels[r0:r1], tempered, options, width, multiple, rows_of_tile, rows_of_dhidden
-        chunks.append(_score_rows(*here, passes))
+        part = slice(r0, r1)
+        own, y, tempered = x[part], labels[part], head_rows(head, part)
+        tile_rows = None if tile is None else tile[part]
+        dhidden_rows = None if dhidden is None else dhidden[part]
+        zy, k, ty = target_logit_and_slope(passes.target_logits(own, weight, bias, y, options.precision), tempered)
+        given = own, weight, bias, y, zy, k, tempered, options, width, multiple, tile_rows, dhidden_rows, passes
+        sums, factors = _sum_rows(*given)
+        stats = statistics(sums, zy, ty, len(weight))
+        if dhidden_rows is not None:
+            finish_unit(own, weight, y, stats, tempered, dhidden_rows)
+        if tile_rows is not None:
+            at_target = -target_entry(stats) if targets_in_tile(tile_rows.device) else None
+            passes.finish_tile(tile_rows, factors, y, at_target, width)
+        chunks.append(stats)
     stats = RowStats.cat(chunks)
     stats.unit_dhidden = dhidden
     return stats
 
 
-def _score_rows(
+def score_shard(
+    x: Tensor,  # (N, H)
+    weight: Tensor,  # (V_r, H) rows of a head that is sharded over ranks
+    bias: Tensor | None,  # (V_r,)
+    labels: Tensor,  # (N,) relative to the first row; outside of the rows where another rank has the label
+    zy: Tensor,  # (N,) target logits
+    k: Tensor,  # (N,) zy, but finite
+    head: HeadSpec,
+    options: CoreOptions,
+    *,
+    tile: Tensor | None = None,  # (N, V_r) gets exponentials relative to the sums' k, 0 at the label
+    unit_dhidden: bool = False,
+    passes: ElementWise = TORCH_PASSES,
+) -> BlockSums:
+    """The part of ``score`` that one rank does: sums over its rows, with ``k`` set, and with ``unit_dhidden`` ``dhidden``."""
+    rows, width, multiple = _partition(x, weight, options)
+    dhidden = torch.zeros(x.shape, dtype=accumulate_dtype(x.dtype), device=x.device) if unit_dhidden else None
+    chunks = []
+    for r0, r1 in blocks(max(1, len(x)), rows):
+        part = slice(r0, r1)
+        tile_rows, dhidden_rows = (None if t is None else t[part] for t in (tile, dhidden))
+        given = x[part], weight, bias, labels[part], zy[part], k[part], head_rows(head, part), options, width, multiple
+        sums, factors = _sum_rows(*given, tile_rows, dhidden_rows, passes)
+        if tile_rows is not None:
+            passes.finish_tile(tile_rows, factors, labels[part], None, width)
+        chunks.append(sums)
+    sums = BlockSums.cat(chunks)
+    sums.dhidden = dhidden
+    return sums
+
+
+def _partition(x: Tensor, weight: Tensor | HeadRows, options: CoreOptions) -> tuple[int, int, int]:
+    """Rows and columns of a block of logits, and of how many rows every GEMM is.
+
+    One partition for all modes: a GEMM's rounding may depend on its shape, and a token's logps must not depend on whether its
+    gradient is wanted (identical policy and reference give exactly ln 2).
+    """
+    size = 4 if x.is_cuda else logits_gemm_dtype(x.dtype, x.device, options.precision).itemsize
+    rows, width = block_shape(len(x), len(weight), 2 * size, options.workspace, options.batch_invariant)
+    if not options.batch_invariant:
+        return rows, width, 1
+    # how a GPU's library computes may depend on any number of rows
+    return (rows, width, rows) if x.is_cuda else (min(rows, MOST_ROWS), width, ROW_MULTIPLE)
+
+
+def _sum_rows(
     x: Tensor,
     weight: Tensor | HeadRows,
     bias: Tensor | None,
     labels: Tensor,
+    zy: Tensor,  # (N,) target logits
+    k: Tensor,  # (N,) zy, but finite
     head: HeadSpec,
     options: CoreOptions,
     width: int,
     multiple: int,  # of how many rows every GEMM is
     tile: Tensor | None,  # (N, V), written
-    dhidden: Tensor | None,  # (N, H) zeros, gets d logps / d hidden
+    dhidden: Tensor | None,  # (N, H) zeros, gets the exponentials' slopes times the weight
     passes: ElementWise,
-) -> RowStats:
+) -> tuple[BlockSums, list[Tensor | None]]:
+    """The sums of some tokens, and what each block of the tile is still to be multiplied by. See ``sums.merge``."""
     n, vocab = len(x), len(weight)
     logits = Logits(x, weight, bias, options.precision, multiple)
-    zy, k, ty = target_logit_and_slope(passes.target_logits(x, weight, bias, labels, options.precision), head)
     grad_dtype = gemm_dtype(x.dtype, x.device)
     in_tile = tile is not None and tile.dtype == logits.dtype
     scratch = None if in_tile else torch.empty((logits.rows, width), dtype=logits.dtype, device=x.device)
@@ -110,12 +162,7 @@ def _score_rows(
                     passes.finish_tile(rows, [(offset - new).exp()], labels, None, rows.shape[1])
                 running = new
             add_unit(dhidden, destination, weight_block(weight, v0, v1, grad_dtype))
-    stats, factors = combine(parts, zy, k, ty, vocab)
-    if dhidden is not None:
-        finish_unit(x, weight, labels, stats, head, dhidden)
-    if tile is not None:
-        passes.finish_tile(tile, factors, labels, -target_entry(stats) if targets_in_tile(tile.device) else None, width)
-    return stats
+    return merge(parts, k)
 
 
 def tile_gradients(
@@ -131,6 +178,7 @@ def tile_gradients(
     dhidden: Tensor | None,  # (N, H) float32 (float64), written
     head_gradient: HeadGradient | None,
     entropy_coefficients: Tensor | None = None,  # (N,) dLoss / dentropy, with stats.entropy and options.slopes_later
+    hidden_done: Callable[[], None] | None = None,  # called when ``dhidden`` is complete, before dW
     passes: ElementWise = TORCH_PASSES,
 ) -> None:
     """``dX = a (.) (G W)``, ``dW = G^T (a (.) X)`` and ``db = G^T a`` with ``a = -c * slope / D``."""
@@ -144,7 +192,7 @@ def tile_gradients(
         assert mix is not None
         passes.mix_tile_(tile, mix, stats.k, head, options)
         if targets_in_tile(tile.device):
-            tile[torch.arange(len(tile), device=tile.device), labels] = at_target.to(tile.dtype)
+            put_targets(tile, labels, at_target)
     elif grad_dtype == torch.float16:  # the float32 tile is normalised block by block, into fp16's range
         normalise, scale = (-stats.log_denom).exp(), -coefficients * head.slope
         target_values = -target_entry(stats) * normalise * scale
@@ -170,6 +218,10 @@ def tile_gradients(
             for v0, v1 in [(0, vocab)] if whole and isinstance(weight, Tensor) else blocks(vocab, VOCAB_BLOCK):
                 add_hidden(dhidden, operand(v0, v1), weight, v0, v1)
         dhidden.mul_(scale[:, None])
+        if not targets_in_tile(x.device):
+            add_targets(x, weight, labels, target_values, dhidden, None)
+        if hidden_done is not None:
+            hidden_done()
     if head_gradient is not None and head_gradient.weight is not None:
         ax, factor = scale_rows(head_gradient.inputs(x), scale, head_gradient.operand(grad_dtype, x.device))
         # accumulating in blocks keeps the GEMM's result small before it is added in float32
@@ -179,7 +231,7 @@ def tile_gradients(
     if head_gradient is not None and head_gradient.bias is not None:
         add_bias_gradient(head_gradient.bias, tile, scale if row_factor is None else scale * row_factor)
     if not targets_in_tile(x.device):
-        add_targets(x, weight, labels, target_values, dhidden, head_gradient)
+        add_targets(x, weight, labels, target_values, None, head_gradient)
 
 
 def recompute_gradients(
