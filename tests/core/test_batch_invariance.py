@@ -6,10 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import logitless as ll
 from logitless.kernels.backends.interface import Call
 from logitless.kernels.backends.registry import get_backend, rank_backends
+from logitless.kernels.backends.torch import blockwise
+from logitless.kernels.backends.torch.passes import Logits
 from logitless.kernels.core.blocking import ROW_MULTIPLE, block_shape, core_options
 from logitless.kernels.core.stats import OUTPUTS
 
@@ -128,6 +132,30 @@ def test_the_choice_among_gpu_backends_does_not_depend_on_the_number_of_tokens()
     names = {tuple(backend.name for backend, _ in rank_backends([c], "auto")) for c in calls}
     assert len(names) == 1
     assert {rank_backends([replace(c, batch_invariant=False)], "auto")[0][1] for c in calls}  # predictions differ, all are made
+
+
+def test_gemms_of_cublas_have_one_number_of_rows():
+    """Fake tensors stand for those of a GPU: a block has as many rows as every GEMM, and fewer tokens are padded to it."""
+    options = core_options(64 << 20, frozenset(), "auto", 4, torch.device("cuda"), batch_invariant=True)
+    with FakeTensorMode():
+        w = torch.empty(VOCAB, HIDDEN, dtype=torch.bfloat16, device="cuda")
+        sizes = (1, 7, 513, 4096, 100_000)
+        shapes = {blockwise._partition(w.new_empty(n, HIDDEN), w, options) for n in sizes}
+    ((rows, _, multiple),) = shapes
+    assert rows == multiple
+
+    class Rows(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "mm" in func.name():
+                seen.add(len(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    seen: set[int] = set()
+    x, w, _ = problem(torch.float32, 64)
+    with Rows():
+        for n in (1, 7, 63, 64):
+            Logits(x[:n], w, None, "auto", 64).block(0, 100, torch.empty(n, 100))
+    assert seen == {64}
 
 
 def test_triton_launches_do_not_depend_on_the_number_of_tokens():
