@@ -66,6 +66,7 @@ def ways_out(name: str) -> str:
     return (
         "call logitless.model_loss, model_logps or at_head with the sharded model; or, if ranks have different sequences (data "
         f'parallel, FSDP), pass {name}.full_tensor(grad_placements=[Partial("avg")] * {name}.device_mesh.ndim), whose gradient '
-        "is averaged over ranks as FSDP averages its own; if they have the same sequences (tensor parallel), pass "
+        "is averaged over ranks as FSDP averages its own; if they have the same sequences (tensor parallel), shard weight and "
+        'bias by rows over a mesh of one dimension named "tp", or pass '
         f"{name}.full_tensor(grad_placements=[Replicate()] * {name}.device_mesh.ndim)"
     )
