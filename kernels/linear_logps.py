@@ -108,6 +108,7 @@ class LinearLogps(torch.autograd.Function):
             options.precision,
             options.memory_budget,
             options.grad_filter,
+            options.batch_invariant,
             *(() if plain else (ctx.parallel,)),
         )
         du = None

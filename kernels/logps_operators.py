@@ -36,7 +36,8 @@ _library.define(
     "logps_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor head, Tensor? temperature, "
     "int ignore_index, Tensor k, Tensor sum_others, Tensor log_denom, Tensor target_offset, Tensor target_slope, "
     "Tensor entropy, Tensor unit, Tensor? grad_logps, Tensor? grad_entropy, bool[] needs, str backend, str precision, "
-    "int memory_budget, float grad_filter) -> (Tensor dhidden, Tensor dweight, Tensor dbias)"
+    "int memory_budget, float grad_filter, "
+    "bool? batch_invariant) -> (Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
 _library.define("segment_sum(Tensor values, Tensor offsets, str backend) -> Tensor")
 #: Whether the forward operator returns d logps / d hidden, and of which rows. Dynamo needs sizes that do not depend on data.
@@ -200,6 +201,7 @@ def logps_backward(
     precision: str,
     memory_budget: int,
     grad_filter: float,
+    batch_invariant: bool | None,
     parallel: VocabParallel | None = None,  # not of the operator
 ) -> tuple[Tensor, Tensor, Tensor]:
     spec = HeadSpec.unpack(head)
@@ -211,7 +213,8 @@ def logps_backward(
         weight, bias = real_rows(weight, bias, spec)
     if temperature is not None:
         spec = with_temperatures(spec, picked.temperatures(temperature), acc)
-    options = core_options(memory_budget, frozenset(), precision, acc.itemsize, hidden.device, grad_filter)
+    given = (memory_budget, frozenset(), precision, acc.itemsize, hidden.device, grad_filter)
+    options = core_options(*given, batch_invariant)
     call = _call(hidden, weight, n, "recompute", options)
     call = replace(call, train_hidden=needs[0], train_weight=needs[1], sharded=parallel is not None)
     chosen = choose_backend(call, backend)
@@ -293,7 +296,7 @@ def logps_backward(
 def _backward_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, head: Tensor, temperature: Any, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    needs = rest[-5]
+    needs = rest[-6]
 
     def like(t: Tensor | None, needed: bool) -> Tensor:
         if needed and t is not None:
@@ -337,7 +340,7 @@ def _backward_flops(
     *rest: Any,
     **_: Any,
 ) -> int:
-    grad_entropy, needs = rest[-6], rest[-5]
+    grad_entropy, needs = rest[-7], rest[-6]
     if needs[0] and not (needs[1] or needs[2]) and grad_entropy is None:
         return 0  # deferred scale: the forward pass has done the work
     return 2 * _products(weight, labels, head, ignore_index) * (1 + int(needs[0]) + int(needs[1]))

@@ -254,7 +254,9 @@ def recompute_gradients(
     g_dtype = block_dtype(grad_dtype)
     n, vocab = len(x), len(weight)
     logits_size = 4 if x.is_cuda else logits_gemm_dtype(x.dtype, x.device, options.precision).itemsize
-    rows, width = block_shape(n, vocab, logits_size + g_dtype.itemsize, options.workspace)
+    rows, width = block_shape(n, vocab, logits_size + g_dtype.itemsize, options.workspace, options.batch_invariant)
+    # the rows that a GEMM of ``score`` has: other roundings of the logits than those of k and the sums would not cancel
+    multiple = 1 if not options.batch_invariant else rows if x.is_cuda else ROW_MULTIPLE
     factors = gradient_factors(stats, coefficients, entropy_coefficients, head)
     target_values = factors[0] * factors[1]
     scale, at_target, mix = for_gemm(*factors, stats, grad_dtype)
@@ -262,8 +264,8 @@ def recompute_gradients(
         dhidden.zero_()
     token_chunks = list(blocks(max(1, n), rows))
     several = len(token_chunks) > 1
-    makers = [Logits(x[r0:r1], weight, bias, options.precision) for r0, r1 in token_chunks]
-    scratch = torch.empty((min(rows, n), width), dtype=makers[0].dtype, device=x.device)
+    makers = [Logits(x[r0:r1], weight, bias, options.precision, multiple) for r0, r1 in token_chunks]
+    scratch = torch.empty((makers[0].rows, width), dtype=makers[0].dtype, device=x.device)
     tile = torch.empty((min(rows, n), width), dtype=g_dtype, device=x.device)
     for v0, v1 in blocks(vocab, width):
         span = v1 - v0
@@ -273,7 +275,7 @@ def recompute_gradients(
         for (r0, r1), logits in zip(token_chunks, makers, strict=True):
             r1 = min(r1, n)
             source, g = scratch[: r1 - r0, :span], tile[: r1 - r0, :span]
-            logits.block(v0, v1, source)
+            logits.block(v0, v1, scratch[: logits.rows, :span])
             here = slice(r0, r1)
             passes.gradient_block(
                 logits,
