@@ -213,8 +213,8 @@ def logps_backward(
         weight, bias = real_rows(weight, bias, spec)
     if temperature is not None:
         spec = with_temperatures(spec, picked.temperatures(temperature), acc)
-    given = (memory_budget, frozenset(), precision, acc.itemsize, hidden.device, grad_filter)
-    options = core_options(*given, batch_invariant)
+    acc_size, device = acc.itemsize, hidden.device
+    options = core_options(memory_budget, frozenset(), precision, acc_size, device, grad_filter, batch_invariant)
     call = _call(hidden, weight, n, "recompute", options)
     call = replace(call, train_hidden=needs[0], train_weight=needs[1], sharded=parallel is not None)
     chosen = choose_backend(call, backend)
