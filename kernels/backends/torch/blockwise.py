@@ -265,7 +265,7 @@ def recompute_gradients(
     token_chunks = list(blocks(max(1, n), rows))
     several = len(token_chunks) > 1
     makers = [Logits(x[r0:r1], weight, bias, options.precision, multiple) for r0, r1 in token_chunks]
-    scratch = torch.empty((makers[0].rows, width), dtype=makers[0].dtype, device=x.device)
+    scratch = torch.empty((min(rows, n), width), dtype=makers[0].dtype, device=x.device)
     tile = torch.empty((min(rows, n), width), dtype=g_dtype, device=x.device)
     for v0, v1 in blocks(vocab, width):
         span = v1 - v0
@@ -275,7 +275,7 @@ def recompute_gradients(
         for (r0, r1), logits in zip(token_chunks, makers, strict=True):
             r1 = min(r1, n)
             source, g = scratch[: r1 - r0, :span], tile[: r1 - r0, :span]
-            logits.block(v0, v1, scratch[: logits.rows, :span])
+            logits.block(v0, v1, source)  # as many rows as tokens: a padded copy of x is in no plan
             here = slice(r0, r1)
             passes.gradient_block(
                 logits,
